@@ -1,0 +1,25 @@
+"""Marks for tests that a plain run leaves out: `@pytest.mark.slow`, `.gpu`, `.network`; `pytest --flags "slow"` runs them too."""
+import configparser
+from pathlib import Path
+
+import pytest
+
+settings = configparser.ConfigParser(delimiters=['='])
+settings.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
+FLAGS = settings['DEFAULT']['tst_flags'].split()  # the same flags that cells carry
+
+
+def pytest_addoption(parser):
+    parser.addoption('--flags', default='', help='flags whose tests run too, such as "slow gpu"')
+
+
+def pytest_configure(config):
+    for flag in FLAGS: config.addinivalue_line('markers', f'{flag}: runs only with --flags {flag}')
+
+
+def pytest_collection_modifyitems(config, items):
+    asked = config.getoption('--flags').split()
+    for item in items:
+        for flag in FLAGS:
+            if flag in item.keywords and flag not in asked:
+                item.add_marker(pytest.mark.skip(reason=f'{flag}: run with --flags {flag}'))

@@ -1,0 +1,160 @@
+"""Build the documentation site in _docs/, without Quarto, and check it.
+
+    python tools/docs.py [--check]
+
+nbdev processes the notebooks, smalldocs renders them with the settings Quarto would use. Fails on a missing page, an
+unprocessed `::: {`, a Traceback, or a broken link. `--check` builds nothing: it compares the settings and the sidebar."""
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import yaml
+from nbdev.config import get_config
+
+NUMBER = re.compile(r'^\d+[a-zA-Z0-9]*_')  # nbdev names the page of 05_model.ipynb model.html
+LINK = re.compile(r'\]\((?!\w+:)([^)\s#]*?)([^/)\s#]+\.(?:ipynb|qmd))(#[^)]*)?\)')  # folder, page, anchor
+
+
+def pages(folder):
+    "The sources of the pages, as paths below `folder`."
+    found = (p.relative_to(folder) for kind in ('*.ipynb', '*.qmd') for p in folder.rglob(kind))
+    return sorted(p for p in found if not any(part[0] in '._' for part in p.parts))
+
+
+def plain(path): return path.with_name(NUMBER.sub('', path.name))
+
+
+def listed(entry):
+    "Every page a sidebar names."
+    if isinstance(entry, str): return [entry]
+    if isinstance(entry, list): return [name for e in entry for name in listed(e)]
+    return ([entry['href']] if 'href' in entry else []) + listed(entry.get('contents', []))
+
+
+def nbdev_yml():
+    "What nbdev makes of settings.ini for Quarto."
+    from nbdev import quarto
+    cfg = get_config()
+    return quarto._nbdev_yml.format(**{k: cfg[k] for k in ('title', 'description', 'branch', 'git_url', 'doc_host', 'doc_baseurl')},
+                                    doc_path=cfg.doc_path.name)
+
+
+def check_sources():
+    "What is wrong with the settings and the sidebar; nothing is built."
+    cfg, problems = get_config(), []
+    nbs = cfg.nbs_path
+    if (nbs/'_quarto.yml').read_text(encoding='utf-8') != (cfg.config_path/'_quarto.yml').read_text(encoding='utf-8'):
+        problems.append('nbs/_quarto.yml differs from _quarto.yml, which is the one to edit: run `make docs`')
+    if (nbs/'nbdev.yml').read_text(encoding='utf-8') != nbdev_yml():
+        problems.append('nbs/nbdev.yml differs from settings.ini: run `make docs`')
+    have = {p.as_posix() for p in pages(nbs)}
+    named = listed(yaml.safe_load((nbs/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents'])
+    problems += [f'nbs/sidebar.yml lacks {n}' for n in sorted(have - set(named))]
+    problems += [f'nbs/sidebar.yml names {n}, which is not there' for n in sorted(set(named) - have)]
+    problems += [f'nbs/sidebar.yml names {n} twice' for n in sorted({n for n in named if named.count(n) > 1})]
+    return problems
+
+
+def write_settings():
+    "Copy the one _quarto.yml to where nbdev looks for it; refresh what comes from settings.ini."
+    cfg = get_config()
+    shutil.copyfile(cfg.config_path/'_quarto.yml', cfg.nbs_path/'_quarto.yml')
+    (cfg.nbs_path/'nbdev.yml').write_text(nbdev_yml(), encoding='utf-8')
+
+
+def rename(text): return LINK.sub(lambda m: f']({m[1]}{NUMBER.sub("", m[2])}{m[3] or ""})', text)
+
+
+def stage(folder):
+    "Processed notebooks under their page names: nbdev's links expect `model.html`, smalldocs names a page after its file."
+    from nbdev.serve import proc_nbs
+    cfg = get_config()
+    processed = proc_nbs(force=True, n_workers=0)  # in this process: heavy imports are paid once
+    for source in sorted(p for p in processed.rglob('*') if p.is_file()):
+        target = folder/plain(source.relative_to(processed))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == '.ipynb':
+            nb = json.loads(source.read_text(encoding='utf-8'))
+            for cell in nb['cells']:
+                if cell['cell_type'] == 'markdown': cell['source'] = rename(''.join(cell['source']))
+            target.write_text(json.dumps(nb), encoding='utf-8')
+        elif source.suffix == '.qmd': target.write_text(rename(source.read_text(encoding='utf-8')), encoding='utf-8')
+        else: shutil.copyfile(source, target)
+    sidebar = (cfg.nbs_path/'sidebar.yml').read_text(encoding='utf-8')
+    (folder/'sidebar.yml').write_text(re.sub(r'([\w/]*?)\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|qmd))', r'\1\2', sidebar), encoding='utf-8')
+    for name in ('nbdev.yml', 'styles.css'): shutil.copyfile(cfg.nbs_path/name, folder/name)
+    shutil.rmtree(processed)
+
+
+class Page(HTMLParser):
+    "The links of a page and the places in it that can be linked to."
+    def __init__(self, html):
+        super().__init__()
+        self.links, self.anchors = [], set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get('id'): self.anchors.add(attrs['id'])
+        self.links += [attrs[k] for k in ('href', 'src') if attrs.get(k)]
+
+
+def broken_links(site):
+    "Links to pages, files or anchors of this site that are not there."
+    base = get_config().doc_host + get_config().doc_baseurl
+    parsed = {p: Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
+    for page, found in parsed.items():
+        for link in dict.fromkeys(found.links):
+            local = link.removeprefix(base).removeprefix('/') if link.startswith(base) else None
+            url = urlparse(link if local is None else local)
+            if url.scheme or url.netloc: continue
+            path = unquote(url.path)
+            target = page if not path and local is None else (site if local is not None else page.parent)/path
+            if target.is_dir(): target = target/'index.html'
+            where = f'{page.relative_to(site).as_posix()}: {link}'
+            if not target.exists(): yield f'{where}: no such page'
+            elif url.fragment and target.resolve() in parsed and unquote(url.fragment) not in parsed[target.resolve()].anchors:
+                yield f'{where}: no such anchor'
+
+
+def check_site(site):
+    "What is wrong with the built site."
+    problems = []
+    for source in pages(get_config().nbs_path):
+        page = site/plain(source).with_suffix('.html')
+        if not page.exists():
+            problems.append(f'{source.as_posix()} gave no page')
+            continue
+        html = page.read_text(encoding='utf-8')
+        problems += [f'{page.name}: {bad!r} in the page' for bad in ('::: {', 'Traceback') if bad in html]
+    return problems + list(broken_links(site))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--check', action='store_true', help='compare settings and sidebar, build nothing')
+    a = p.parse_args()
+    site = get_config().doc_path
+    if a.check: problems = check_sources()
+    else:
+        write_settings()
+        with tempfile.TemporaryDirectory() as tmp:
+            folder = Path(tmp)/'site'
+            stage(folder)
+            subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', str(folder), '--quiet'], check=True)
+            shutil.rmtree(site, ignore_errors=True)
+            shutil.move(folder/site.name, site)
+        problems = check_sources() + check_site(site)
+    for problem in problems: print(problem)
+    print(f'{len(problems)} problems' if problems else 'the docs sources agree' if a.check else f'{len(pages(get_config().nbs_path))} pages in {site.name}/')
+    sys.exit(bool(problems))
+
+
+if __name__ == '__main__': main()

@@ -35,8 +35,10 @@ class Tally:
         if not ok: self.fail(name, error)
 
     def fail(self, name, error):
-        self.failures.append(f'{name}\n{error.rstrip()[-3000:]}')
-        say(indent(error.rstrip()[-3000:]))
+        "Show the end of an error now; its last line once more at the close."
+        lines = error.strip()[-3000:].splitlines() or ['no output']
+        self.failures.append(f'{name}: {lines[-1].strip()}')
+        say(indent('\n'.join(lines)))
 
     def group(self, name, passed, failed, seconds):
         "The sum of many checks, counted one by one."
@@ -70,7 +72,7 @@ def step(tally, name, *cmds, **kwargs):
     for cmd in cmds:
         ok, code, text = run(cmd, **kwargs)
         if not ok: break
-    tally.add(name, ok, time.monotonic() - began, f'{text}\n(exit code: {code})')
+    tally.add(name, ok, time.monotonic() - began, f'(exit code: {code})\n{text}')
 
 
 def tree(folder):
@@ -114,7 +116,7 @@ def notebooks(tally, name, files, module, flags, timeout):
     results = nbcheck.run_all(files, module, flags, timeout=timeout, show=lambda line: say(indent(line)))
     for r in results:
         tally.skipped += r.notes()
-        if not r.ok: tally.failures.append(f'{name}: {r.name}\n{r.error.rstrip()[-3000:]}')
+        if not r.ok: tally.failures.append(f"{name}: {r.name}: {r.error.strip().splitlines()[-1]}")
     tally.group(name, sum(r.ok and r.ran for r in results), sum(not r.ok for r in results), time.monotonic() - began)
 
 
@@ -136,7 +138,7 @@ def pytest(tally, flags, timeout):
         elif skip is not None: tally.skipped.append(f"{name}: {skip.get('message', '').strip() or 'no reason given'}")
         else: passed += 1
     if not ok and not failed: failed = 1  # stopped before or outside any test
-    if failed: tally.fail('tests', f'{text}\n(exit code: {code})')
+    if failed: tally.fail('tests', f'(exit code: {code})\n{text}')
     else: say(indent('\n'.join(line for line in text.splitlines() if 's call ' in line or 's setup ' in line)))
     tally.group('tests', passed, failed, time.monotonic() - began)
 
@@ -159,8 +161,8 @@ def main():
     if wanted('modules'): notebooks(tally, 'notebooks against the modules', [f for f in files if nbcheck.exports(f)], True, a.flags, a.timeout)
     if wanted('tests'): pytest(tally, a.flags, timeout=1800)
     say(f'\n{time.monotonic() - began:.0f} s in all')
-    if tally.failures: say('\nfailed:\n' + '\n'.join(indent(f) for f in tally.failures))
-    if tally.skipped: say('\nnot run, and not counted as passed:\n' + '\n'.join(f'     {s}' for s in dict.fromkeys(tally.skipped)))
+    if tally.failures: say('\nfailed:\n' + indent('\n'.join(tally.failures)))
+    if tally.skipped: say('\nnot run, and not counted as passed:\n' + indent('\n'.join(dict.fromkeys(tally.skipped))))
     say(f'{tally.passed} passed, {tally.failed} failed')
     sys.exit(bool(tally.failed or not tally.passed))
 

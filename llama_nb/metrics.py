@@ -12,6 +12,7 @@ import math, re, tempfile, unicodedata, uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import evaluate, nltk, numpy as np
 from datasets import Features, Sequence as ListOf, Value
@@ -120,7 +121,7 @@ def rouge_signature(
     tokenizer:str='unicode', # As given to `rouge_scores`
 )->str: # Definition in one line
     "Definition of our ROUGE in one line."
-    return f'rouge|f1|mean over replies|tok:{tokenizer}|case:lc|stem:no|scale:0-1|rouge-score:0.1.2'
+    return f'rouge|f1|mean over replies|tok:{tokenizer}|case:lc|stem:no|scale:0-1|rouge-score:{version("rouge-score")}'
 
 # %% ../nbs/15_metrics.ipynb #f4940772
 def ratio(
@@ -145,7 +146,9 @@ class _OfflineMetric(evaluate.Metric):
 
     def compute(self, *, predictions=None, references=None, **kwargs):
         "Scores of what was given here and added before; raises `DataError` if that is nothing or lengths differ."
-        if predictions is not None and references is not None and self.writer is None: _pairs(predictions, references)
+        given = [v for v in (predictions, references, *(kwargs.get(k) for k in self._feature_names())) if v is not None]
+        if self.writer is None and not any(len(v) for v in given): raise DataError(f"nothing to score: give {' and '.join(self._feature_names())}")
+        if len({len(v) for v in given}) > 1: raise DataError(f'inputs differ in length: {[len(v) for v in given]}; pass one reference for each prediction')
         return super().compute(predictions=predictions, references=references, **kwargs)
 
 def _info(description, citation, *features):

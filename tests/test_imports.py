@@ -1,0 +1,131 @@
+"""What importing costs and who may import whom: the house rules that no single notebook can see."""
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT/'llama_nb'
+CHAPTERS = {}  # module name -> number of its notebook
+for path in sorted((ROOT/'nbs').glob('[0-9][0-9]_*.ipynb')):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    found = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code'), re.M)
+    if found: CHAPTERS[found[1]] = int(path.name[:2])
+MODULES = {name: ast.parse((PACKAGE/f'{name}.py').read_text(encoding='utf-8')) for name in CHAPTERS}
+NO_TORCH = ('config', 'errors', 'views', 'formats', 'runs', 'cli')
+HEAVY = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'accelerate', 'evaluate', 'matplotlib', 'ipywidgets', 'wandb', 'trl', 'numpy')
+
+
+def python(code, **env):
+    "Run code in a fresh process from the project's folder; its stdout as JSON."
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def own_imports(tree):
+    "Our modules that a module imports, anywhere in it: `from .errors import x`, `from llama_nb.errors import x`, `import llama_nb.errors`."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ''
+            if node.level == 1 or module.split('.')[0] == 'llama_nb':
+                parts = module.split('.') if node.level == 1 else module.split('.')[1:]
+                yield from [parts[0]] if parts and parts[0] else [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            yield from [a.name.split('.')[1] for a in node.names if a.name.startswith('llama_nb.')]
+
+
+def declared(tree):
+    "The names of a module's `__all__`."
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(getattr(t, 'id', None) == '__all__' for t in node.targets): return list(ast.literal_eval(node.value))
+    return []
+
+
+PUBLIC = {name: declared(tree) for name,tree in MODULES.items() if name != 'cli'}
+
+
+def test_every_module_has_its_notebook():
+    stems = {p.stem for p in PACKAGE.glob('*.py')} - {'__init__', '__main__', '_modidx'}
+    assert stems == set(CHAPTERS)
+    assert len(set(CHAPTERS.values())) == len(CHAPTERS), 'two notebooks share a number'
+
+
+def test_a_lower_number_never_imports_a_higher_one():
+    wrong = [f'{name} ({CHAPTERS[name]:02}) imports {other} ({CHAPTERS[other]:02})' for name,tree in MODULES.items()
+             for other in own_imports(tree) if other in CHAPTERS and CHAPTERS[other] >= CHAPTERS[name]]
+    assert not wrong, '; '.join(wrong)
+
+
+def test_the_package_and_the_light_modules_import_nothing_heavy_and_open_no_socket():
+    found = python(f'''
+import json, socket, sys
+asked = []
+class Refused(socket.socket):
+    def connect(self, address): asked.append(str(address)); raise OSError('no network while importing')
+    connect_ex = connect
+socket.socket = Refused
+def refuse(*a, **k): asked.append(str(a[:2])); raise OSError('no network while importing')
+socket.create_connection = socket.getaddrinfo = refuse
+import llama_nb
+after = dict(package=sorted(set({HEAVY!r}) & sys.modules.keys()))
+for name in {NO_TORCH!r}:
+    __import__('llama_nb.' + name)
+    after[name] = sorted(set({HEAVY[:-1]!r}) & sys.modules.keys())
+light = sorted({NO_TORCH!r})
+from llama_nb import *
+owners = {{n: getattr(sys.modules.get('llama_nb.' + m), n, None) for m,names in {PUBLIC!r}.items() for n in names}}
+wrong = [n for n,owned in owners.items() if getattr(llama_nb, n, None) is not owned or globals().get(n) is not owned]
+print(json.dumps([after, asked, [n for n in llama_nb.__all__ if n not in globals()], wrong]))''')
+    after, asked, missing, wrong = found
+    assert after == dict.fromkeys(['package', *NO_TORCH], [])
+    assert asked == []  # star import loads every module: none of them calls home
+    assert missing == []
+    assert wrong == []  # a module named like its function must not hide it
+
+
+def test_star_import_gives_every_public_name():
+    listed = python('import json, llama_nb; print(json.dumps([llama_nb.__all__, {n: getattr(llama_nb, n).__module__ for n in ("ModelConfig", "load_config", "LlamaNbError")}]))')
+    names, owners = set(listed[0]), listed[1]
+    lacking = {name: sorted(set(public) - names) for name,public in PUBLIC.items()}
+    assert not {k: v for k,v in lacking.items() if v}
+    assert owners == {'ModelConfig': 'llama_nb.config', 'load_config': 'llama_nb.config', 'LlamaNbError': 'llama_nb.errors'}
+
+
+def test_no_two_modules_share_a_public_name():
+    owners = {}
+    for name,names in PUBLIC.items():
+        for public in names: owners.setdefault(public, []).append(name)
+    assert not {k: v for k,v in owners.items() if len(v) > 1}
+
+
+RULES = {'weights_only=False': r'weights_only\s*=\s*False', 'trust_remote_code=True': r'trust_remote_code\s*=\s*True', 'pickle.load': r'\bpickle\.loads?\b',
+         'eval(': r'(?<![\w.])eval\(', 'shell=True': r'shell\s*=\s*True', '0.0.0.0': r'0\.0\.0\.0', 'evaluate.load': r'\bevaluate\.load\b', 'nltk.download': r'\bnltk\.download\b'}
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_static_rule(rule):
+    hits = []
+    for path in PACKAGE.rglob('*.py'):
+        for i,line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+            code = re.sub(r'(\'\'\'|""").*?\1', '', line)
+            if re.search(RULES[rule], code): hits.append(f'{path.name}:{i}: {line.strip()[:80]}')
+    assert not hits, '\n'.join(hits)
+
+
+def test_exported_code_does_not_print_or_change_the_process():
+    "Printing belongs to the command line, global switches to the user's program; `main` of cli owns its process."
+    hits = []
+    for name,tree in MODULES.items():
+        for node in tree.body:  # module level only: importing changes nothing
+            for call in [n for n in ast.walk(node) if isinstance(n, ast.Call)] if isinstance(node, (ast.Expr, ast.Assign)) else []:
+                text = ast.unparse(call.func)
+                if text in ('print', 'random.seed', 'torch.manual_seed', 'np.random.seed', 'warnings.filterwarnings', 'warnings.simplefilter', 'torch.set_default_dtype', 'os.putenv'): hits.append(f'{name}: {text}')
+            if isinstance(node, ast.Assign) and any(ast.unparse(t).startswith('os.environ[') for t in node.targets): hits.append(f'{name}: {ast.unparse(node)}')
+        hits += [f'{name}: print' for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == 'print' and not n.keywords]
+    assert not hits, '\n'.join(hits)

@@ -46,6 +46,17 @@ def nbdev_yml():
                                     doc_path=cfg.doc_path.name)
 
 
+def title_cells(folder):
+    "Notebooks whose title cell says more than title and subtitle: nbdev makes front matter of it and drops the rest."
+    for path in pages(folder):
+        if path.suffix != '.ipynb': continue
+        cells = json.loads((folder/path).read_text(encoding='utf-8'))['cells']
+        texts = (''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        title = next((t for t in texts if t.startswith('# ')), '')
+        if any(line.strip() and not re.match(r'# |> |- \S+: ', line) for line in title.splitlines()):
+            yield f'{path.as_posix()}: the title cell says more than title and subtitle, which the site would not show; split it'
+
+
 def check_sources():
     "What is wrong with the settings and the sidebar; nothing is built."
     cfg, problems = get_config(), []
@@ -56,6 +67,7 @@ def check_sources():
         problems.append('nbs/nbdev.yml differs from settings.ini: run `make docs`')
     have = {p.as_posix() for p in pages(nbs)}
     named = listed(yaml.safe_load((nbs/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents'])
+    problems += title_cells(nbs)
     problems += [f'nbs/sidebar.yml lacks {n}' for n in sorted(have - set(named))]
     problems += [f'nbs/sidebar.yml names {n}, which is not there' for n in sorted(set(named) - have)]
     problems += [f'nbs/sidebar.yml names {n} twice' for n in sorted({n for n in named if named.count(n) > 1})]

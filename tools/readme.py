@@ -7,6 +7,7 @@ import base64
 import re
 import sys
 
+import yaml
 from execnb.nbio import read_nb
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
@@ -45,9 +46,8 @@ def render():
         source = text(cell.source).strip()
         if not source: continue
         if cell.cell_type == 'raw':
-            meta = dict(re.findall(r'^(title|description): (.*)$', source, re.M))
-            if 'title' in meta: parts.append('# ' + meta['title'].strip('\'"'))
-            if 'description' in meta: parts.append('> ' + meta['description'].strip('\'"'))
+            meta = yaml.safe_load(source.strip('-\n'))  # nbdev's form of `# title` and `> description`
+            parts += [f'{mark} {meta[key]}' for mark, key in (('#', 'title'), ('>', 'description')) if key in meta]
         elif cell.cell_type == 'markdown': parts.append(RELATIVE.sub(rf']({cfg.nbs_path.name}/\1)', source))
         else: parts += code_parts(cell, number, images)
     return '\n\n'.join(parts) + '\n', images

@@ -96,6 +96,7 @@ def _dynamic_levels():
         levels += [middles, -middles]
     return torch.cat(levels).sort().values
 
+# %% ../nbs/03_quantization.ipynb #791a704b
 def quantize_blockwise(
     weight:Tensor, # Any shape and float dtype
     quant_type:str='nf4', # `'nf4'` or `'fp4'`

@@ -155,7 +155,7 @@ def main():
         step(tally, 'pip check', [python, '-m', 'pip', 'check', '--disable-pip-version-check'])
         export_and_clean(tally)
         step(tally, 'README.md is what the index notebook says', [python, 'tools/readme.py', '--check'])
-        step(tally, 'docs: one _quarto.yml, every page in the sidebar', [python, 'tools/docs.py', '--check'])
+        step(tally, 'docs: one _quarto.yml, every page built and listed, no broken link', [python, 'tools/docs.py', '--check'])
     files = nbcheck.notebooks()
     if wanted('notebooks'): notebooks(tally, 'notebooks as written', files, False, a.flags, a.timeout)
     if wanted('modules'): notebooks(tally, 'notebooks against the modules', [f for f in files if nbcheck.exports(f)], True, a.flags, a.timeout)

@@ -2,9 +2,11 @@
 
     python tools/docs.py [--check]
 
-nbdev processes the notebooks, smalldocs renders them with the settings Quarto would use. Fails on a missing page, an
-unprocessed `::: {`, a Traceback, or a broken link. `--check` builds nothing: it compares the settings and the sidebar."""
+nbdev processes the notebooks, smalldocs renders them with the settings Quarto would use. Fails on settings or a sidebar that
+disagree, a missing page, an unprocessed `::: {`, a Traceback, or a broken link. `--check` leaves nothing behind."""
 import argparse
+import ast
+import importlib
 import json
 import re
 import shutil
@@ -16,7 +18,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import yaml
+from execnb.nbio import read_nb, write_nb
 from nbdev.config import get_config
+from nbdev.processors import FilterDefaults, _show_docs, exec_show_docs
 
 NUMBER = re.compile(r'^\d+[a-zA-Z0-9]*_')  # nbdev names the page of 05_model.ipynb model.html
 LINK = re.compile(r'\]\((?!\w+:)([^)\s#]*?)([^/)\s#]+\.(?:ipynb|qmd))(#[^)]*)?\)')  # folder, page, anchor
@@ -81,28 +85,55 @@ def write_settings():
     (cfg.nbs_path/'nbdev.yml').write_text(nbdev_yml(), encoding='utf-8')
 
 
-def rename(text): return LINK.sub(lambda m: f']({m[1]}{NUMBER.sub("", m[2])}{m[3] or ""})', text)
+def relink(text):
+    "Links between notebooks lead to the pages; names that no page shows (private ones, which nbdev links as well) lead nowhere."
+    text = LINK.sub(lambda m: f']({m[1]}{NUMBER.sub("", m[2])}{m[3] or ""})', text)
+    return re.sub(r'\[(`[^`\]]+`)\]\(' + re.escape(base_url()) + r'[^)#]*#(?:\w+\.)?_[^)]*\)', r'\1', text)
+
+
+def base_url(): return get_config().doc_host + get_config().doc_baseurl
+
+
+class ShowModule(exec_show_docs):
+    """Fills `show_doc` cells from the exported module.
+
+    nbdev's own step runs exported cells and every cell with an import again, and stops at one that needs more than these."""
+    def begin(self):
+        super().begin()
+        cells = (c for c in self.nb.cells if c.cell_type == 'code' and c.directives_)
+        name = next((c.directives_['default_exp'][0] for c in cells if 'default_exp' in c.directives_), None)
+        if name: self.k.user_ns.update(vars(importlib.import_module(f'{get_config().lib_path.name}.{name}')))
+
+    def __call__(self, cell):
+        if not self.nb.has_docs_ or cell.cell_type != 'code' or not (tree := cell.parsed_()): return
+        imports = not cell.directives_ and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree)
+        if not (imports or _show_docs(tree)): return
+        self.k.cell(cell)
+        if self.k.exc: raise RuntimeError(f'{self.nb.path_}: this cell can not be shown:\n{cell.source}') from self.k.exc
+
+
+class Pages(FilterDefaults):
+    "What nbdev does to a notebook for its page, with our step for `show_doc`."
+    def base_procs(self): return [ShowModule if p is exec_show_docs else p for p in super().base_procs()]
 
 
 def stage(folder):
     "Processed notebooks under their page names: nbdev's links expect `model.html`, smalldocs names a page after its file."
-    from nbdev.serve import proc_nbs
-    cfg = get_config()
-    processed = proc_nbs(force=True, n_workers=0)  # in this process: heavy imports are paid once
-    for source in sorted(p for p in processed.rglob('*') if p.is_file()):
-        target = folder/plain(source.relative_to(processed))
+    nbs = get_config().nbs_path
+    files = (p for p in nbs.rglob('*') if p.is_file() and not any(part[0] == '.' for part in p.relative_to(nbs).parts))
+    for source in sorted(files):
+        target = folder/plain(source.relative_to(nbs))
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == '.ipynb':
-            nb = json.loads(source.read_text(encoding='utf-8'))
-            for cell in nb['cells']:
-                if cell['cell_type'] == 'markdown': cell['source'] = rename(''.join(cell['source']))
-            target.write_text(json.dumps(nb), encoding='utf-8')
-        elif source.suffix == '.qmd': target.write_text(rename(source.read_text(encoding='utf-8')), encoding='utf-8')
+            nb = read_nb(source)
+            Pages()(nb)
+            for cell in nb.cells:
+                if cell.cell_type == 'markdown': cell.source = relink(''.join(cell.source))
+            write_nb(nb, target)
+        elif source.suffix == '.qmd': target.write_text(relink(source.read_text(encoding='utf-8')), encoding='utf-8')
         else: shutil.copyfile(source, target)
-    sidebar = (cfg.nbs_path/'sidebar.yml').read_text(encoding='utf-8')
-    (folder/'sidebar.yml').write_text(re.sub(r'([\w/]*?)\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|qmd))', r'\1\2', sidebar), encoding='utf-8')
-    for name in ('nbdev.yml', 'styles.css'): shutil.copyfile(cfg.nbs_path/name, folder/name)
-    shutil.rmtree(processed)
+    sidebar = (nbs/'sidebar.yml').read_text(encoding='utf-8')
+    (folder/'sidebar.yml').write_text(re.sub(r'\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|qmd))', r'\1', sidebar), encoding='utf-8')
 
 
 class Page(HTMLParser):
@@ -120,7 +151,7 @@ class Page(HTMLParser):
 
 def broken_links(site):
     "Links to pages, files or anchors of this site that are not there."
-    base = get_config().doc_host + get_config().doc_baseurl
+    base = base_url()
     parsed = {p: Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
     for page, found in parsed.items():
         for link in dict.fromkeys(found.links):
@@ -149,23 +180,30 @@ def check_site(site):
     return problems + list(broken_links(site))
 
 
+def build(folder):
+    "Process and render everything; returns the folder of the site, inside `folder`."
+    stage(folder)
+    done = subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', str(folder), '--quiet'], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f'smalldocs ended with {done.returncode}\n{done.stdout}{done.stderr}')
+    return folder/get_config().doc_path.name
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--check', action='store_true', help='compare settings and sidebar, build nothing')
+    p.add_argument('--check', action='store_true', help='build into a temporary folder and change nothing')
     a = p.parse_args()
     site = get_config().doc_path
-    if a.check: problems = check_sources()
-    else:
-        write_settings()
+    if not a.check: write_settings()
+    problems = check_sources()
+    if not problems:
         with tempfile.TemporaryDirectory() as tmp:
-            folder = Path(tmp)/'site'
-            stage(folder)
-            subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', str(folder), '--quiet'], check=True)
-            shutil.rmtree(site, ignore_errors=True)
-            shutil.move(folder/site.name, site)
-        problems = check_sources() + check_site(site)
+            built = build(Path(tmp)/'site')
+            problems = check_site(built)
+            if not a.check:
+                shutil.rmtree(site, ignore_errors=True)
+                shutil.move(built, site)
     for problem in problems: print(problem)
-    print(f'{len(problems)} problems' if problems else 'the docs sources agree' if a.check else f'{len(pages(get_config().nbs_path))} pages in {site.name}/')
+    print(f'{len(problems)} problems' if problems else f'{len(pages(get_config().nbs_path))} pages{"" if a.check else f" in {site.name}/"}, no problems')
     sys.exit(bool(problems))
 
 

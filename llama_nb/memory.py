@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['GiB', 'CARDS', 'CUDA_CONTEXT_BYTES', 'matrix_shapes', 'parameter_counts', 'linear_bytes', 'weight_bytes',
-           'trained_numbers', 'activation_bytes', 'logits_bytes', 'MemoryPlan', 'plan']
+           'trained_numbers', 'activation_bytes', 'logits_bytes', 'backward_bytes', 'MemoryPlan', 'plan',
+           'cheapest_changes', 'resolve_auto']
 
 # %% ../nbs/11_memory.ipynb #06e05023
 import dataclasses
+import os
 from dataclasses import dataclass, field
 
 from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
@@ -103,7 +105,7 @@ def activation_bytes(
         groups = [(('q_proj', 'k_proj', 'v_proj'), d), (('o_proj',), q), (('gate_proj', 'up_proj'), d), (('down_proj',), f)]
         copies = lambda names: len(adapted & set(names)) if not use_4bit and e == 2 else bool(adapted & set(names))
         layer = 8*d + 8 + sum(e*size*copies(names) for names,size in groups) + 4*e*q + 4*H + 3*e*f + e*lora_config.r*len(adapted)
-    return tokens*(L*e*d + layer if checkpointing else L*layer)
+    return tokens*L*(e*d if checkpointing else layer)
 
 # %% ../nbs/11_memory.ipynb #ab30099f
 def logits_bytes(
@@ -115,6 +117,19 @@ def logits_bytes(
     return tokens*shape.vocab_size*(12 if fast_path else 14)
 
 # %% ../nbs/11_memory.ipynb #66f83f5d
+def backward_bytes(
+    shape, # `transformers.LlamaConfig`
+    lora_config:LoRAConfig, # What is adapted
+    tokens:int, # Tokens in a micro-batch
+    checkpointing:bool=False, # The layer's own activations are made again
+    element_bytes:int=2, # 2 under bf16, 4 in float32
+    use_4bit:bool=True, # As in `activation_bytes`
+)->int: # Bytes on top of what is kept
+    "What one layer holds while it runs backwards."
+    again = activation_bytes(shape, lora_config, tokens, False, element_bytes, use_4bit)//shape.num_hidden_layers if checkpointing else 0
+    return again + tokens*element_bytes*(3*shape.intermediate_size + 6*shape.hidden_size)
+
+# %% ../nbs/11_memory.ipynb #e33895dc
 CARDS = {f'{size} GB': int(0.95*size*GiB) for size in (8, 16, 24, 40, 80, 141)} # usable bytes
 CUDA_CONTEXT_BYTES = GiB//2 # CUDA's own memory, kernels and cuBLAS workspace; differs by driver
 
@@ -129,14 +144,16 @@ def _settings(model_config, training_config, shape):
 def _parts(shape, model_config, training_config, lora_config, context_bytes):
     "Bytes by part."
     s = _settings(model_config, training_config, shape)
-    e, four = 4 if s['compute'] == 'fp32' else 2, s['use_4bit']
+    e, four, checkpointing = 4 if s['compute'] == 'fp32' else 2, s['use_4bit'], s['gradient_checkpointing']
+    logits = logits_bytes(shape, s['tokens'], s['fast_path'])
+    layer = backward_bytes(shape, lora_config, s['tokens'], checkpointing, e, four)
     linears, other = weight_bytes(shape, four, s['use_nested_quant'], e)
     trained, largest = trained_numbers(shape, lora_config), max(o*i for o,i in matrix_shapes(shape).values())
     ranks = 2 if training_config.num_processes > 1 else 1 # buckets in which processes exchange gradients
     return {f"{'4' if four else 8*e}-bit linears": linears, 'other weights': other, 'trained weights': 4*trained, 'gradients': 4*trained*ranks,
             'optimizer': int(_STATE_BYTES[s['optim']]*trained),
-            'activations': activation_bytes(shape, lora_config, s['tokens'], s['gradient_checkpointing'], e, four),
-            'logits and loss': logits_bytes(shape, s['tokens'], s['fast_path']),
+            'activations': activation_bytes(shape, lora_config, s['tokens'], checkpointing, e, four),
+            'logits and loss': logits, 'one layer backwards': max(0, layer - logits), # never at the same time: what it needs beyond the loss
             'workspace': largest*e*(int(four) + (2 if lora_config.use_dora else 0)), 'CUDA context': context_bytes}
 
 # %% ../nbs/11_memory.ipynb #a7975093
@@ -184,13 +201,14 @@ class MemoryPlan:
 
 # %% ../nbs/11_memory.ipynb #08b9b7a9
 def plan(
-    model_config, # `ModelConfig`, or a whole `RunConfig`
+    model_config, # `ModelConfig`, a model's name, or a whole `RunConfig`
     training_config:TrainingConfig|None=None, # `None` takes the defaults
     lora_config:LoRAConfig|None=None, # `None` takes the defaults
     shape=None, # `transformers.LlamaConfig` to plan for; `None` finds the one of `model_config`
     context_bytes:int=CUDA_CONTEXT_BYTES, # CUDA's own memory; 0 for a CPU
 )->MemoryPlan: # Bytes by part
     "What a run needs, from its config alone; raises `ResourceError` if the model's shape can not be found without a download."
+    if isinstance(model_config, (str, os.PathLike)): model_config = ModelConfig(model_config)
     if isinstance(model_config, RunConfig):
         training_config, lora_config = training_config or model_config.training, lora_config or model_config.lora
         model_config = model_config.model
@@ -201,3 +219,61 @@ def plan(
     counts = {**parameter_counts(shape), 'trained': trained_numbers(shape, lora_config)}
     return MemoryPlan(_parts(shape, model_config, training_config, lora_config, context_bytes), _settings(model_config, training_config, shape), counts,
                       (shape, model_config, training_config, lora_config, context_bytes))
+
+# %% ../nbs/11_memory.ipynb #9f2092fc
+def _variations(shape, model, training, lora):
+    "Changes that save memory, the cheapest first: setting, cost, changed configs."
+    s = _settings(model, training, shape)
+    new = dataclasses.replace
+    if not s['fast_path']: yield 'training.fast_path=true', 'no cost', (model, new(training, fast_path=True), lora)
+    if s['use_4bit'] and not s['use_nested_quant']: yield 'model.use_nested_quant=true', 'no cost worth naming', (new(model, use_nested_quant=True), training, lora)
+    if s['rows'] > 1:
+        rows, steps = s['rows']//2, training.gradient_accumulation_steps*2
+        yield (f'training.per_device_train_batch_size={rows} training.gradient_accumulation_steps={steps}', 'a little slower, same result',
+               (model, new(training, per_device_train_batch_size=rows, gradient_accumulation_steps=steps), lora))
+    if not s['gradient_checkpointing']: yield 'training.gradient_checkpointing=true', 'about a third slower, same result', (model, new(training, gradient_checkpointing=True), lora)
+    if s['compute'] == 'fp32': yield 'training.compute=bf16', 'coarser numbers, on GPUs much faster', (model, new(training, compute='bf16'), lora)
+    if not s['use_4bit']: yield 'model.use_4bit=true', 'coarser frozen weights', (new(model, use_4bit=True), training, lora)
+    if s['optim'] in ('adamw_torch_fused', 'adamw_torch'): yield 'training.optim=adamw_8bit', 'coarser optimizer state', (model, new(training, optim='adamw_8bit'), lora)
+    if s['max_length'] >= 512: yield f"model.max_length={s['max_length']//2}", 'longer conversations do not fit', (new(model, max_length=s['max_length']//2), training, lora)
+    if lora.modules_to_save: yield 'lora.modules_to_save=null', 'these modules are not trained whole', (model, training, new(lora, modules_to_save=None))
+    if lora.r >= 8: yield f'lora.r={lora.r//2}', 'a smaller update', (model, training, new(lora, r=lora.r//2))
+
+def cheapest_changes(
+    memory_plan:MemoryPlan, # A plan that is too large
+    memory_bytes:int, # What it has to fit in
+)->list[dict]: # `setting`, `cost`, `saves_bytes`, `total_bytes` of each step; empty if it fits already
+    "Changes that make a plan fit, the cheapest first; the last `total_bytes` may still be too large."
+    shape, *configs, context = memory_plan.inputs
+    steps, total = [], memory_plan.total
+    while total > memory_bytes:
+        for setting,cost,changed in _variations(shape, *configs):
+            smaller = plan(*changed, shape=shape, context_bytes=context).total
+            if smaller < total - 0.002*memory_bytes: break # a change that saves nothing is no advice
+        else: break
+        steps.append({'setting': setting, 'cost': cost, 'saves_bytes': total - smaller, 'total_bytes': smaller})
+        configs, total = changed, smaller
+    return steps
+
+# %% ../nbs/11_memory.ipynb #7cfb79b0
+def resolve_auto(
+    model_config:ModelConfig, # The model
+    training_config:TrainingConfig, # Settings with `"auto"`
+    lora_config:LoRAConfig|None=None, # `None` takes the defaults
+    memory_bytes:int|None=None, # Free memory of the device; `None` for a CPU: one row, no checkpointing
+    shape=None, # `transformers.LlamaConfig`; `None` finds it
+    max_tokens:int=16384, # Larger micro-batches gain nothing
+)->TrainingConfig: # The same settings without `"auto"`
+    "Replace `auto` by the fastest that fits in 92 % of the memory; raises `ResourceError` with the cheapest change if nothing does."
+    rows, checkpointing = training_config.per_device_train_batch_size, training_config.gradient_checkpointing
+    if rows != 'auto' and checkpointing != 'auto': return training_config
+    sizes = [rows] if rows != 'auto' else [1] if memory_bytes is None else [n for n in (16, 8, 4, 2, 1) if n == 1 or n*model_config.max_length <= max_tokens]
+    for again in ([checkpointing] if checkpointing != 'auto' else [False, True]):
+        for n in sizes:
+            choice = dataclasses.replace(training_config, per_device_train_batch_size=n, gradient_checkpointing=again)
+            if memory_bytes is None: return choice
+            found = plan(model_config, choice, lora_config, shape=shape)
+            if found.fits(int(0.92*memory_bytes)): return choice
+    steps = cheapest_changes(found, int(0.92*memory_bytes))
+    advice = '; '.join(s['setting'] for s in steps) or 'a smaller model'
+    raise ResourceError(f'does not fit: needs {found.total/GiB:.1f} GiB, {memory_bytes/GiB:.1f} GiB are there; try {advice}')

@@ -56,7 +56,8 @@ def _fail(error, as_json=False):
     if os.environ.get('LLAMA_NB_DEBUG') == '1': traceback.print_exception(error)
     code, text = exit_code(error), one_line(error, 400)
     if not isinstance(error, (LlamaNbError, KeyboardInterrupt)): text += ' (LLAMA_NB_DEBUG=1 shows where)'
-    if isinstance(error, KeyboardInterrupt) and not isinstance(error, RunInterrupted): text = 'interrupted'
+    if isinstance(error, RunInterrupted) and error.checkpoint: text = f'interrupted, nothing is lost; go on with: llama-nb train --resume {redact(Path(error.checkpoint).parent)}'
+    elif isinstance(error, KeyboardInterrupt): text = 'interrupted'
     if as_json:
         faults = {'faults': [redact(f) for f in error.faults]} if isinstance(error, DataError) else {}
         _say(json.dumps({'error': text, 'exit_code': code, **faults}, ensure_ascii=False))
@@ -202,22 +203,17 @@ def _train(
     as_json:_Json=False,
 ):
     "Train a model on conversations, from a config file or a preset."
-    if resume is not None: cfg = _at_home(_run_config(resume, overrides), resume)
-    else: cfg = _resolve(config, preset, overrides, needed='train')
+    if resume is not None and (config or preset): raise ConfigError('--resume goes on with the settings of the run; leave --config and --preset out')
+    cfg = _resolve(config, preset, overrides, needed='train') if resume is None else _run_config(resume, overrides)
     if dry_run: return _dry_run(cfg)
     from llama_nb.train import LLAMATrainer
-    trainer = LLAMATrainer(cfg.model, cfg.lora, cfg.data, cfg.training, cfg.evaluation)
-    run = trainer.train(resume=resume is not None)
+    trainer = LLAMATrainer.from_config(cfg)
+    run = trainer.train(resume=resume or False)
     data, text = {'run': str(run.folder), 'status': run.status}, [f'trained: {redact(run.folder)}']
     if evaluate_after:
         report = trainer.evaluate()
         data['evaluation'], text = report.to_dict(), [*text, repr(report)]
     return _Answer(data, '\n'.join([*text, f'next: llama-nb chat {redact(run.folder)}']))
-
-def _at_home(cfg, run):
-    "The config with output folder and name of the run it belongs to, wherever that folder was moved."
-    home = Path(run).resolve()
-    return dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, output_dir=str(home.parent), run_name=home.name))
 
 # %% ../nbs/24_cli.ipynb #16e0d4af
 @app.command('evaluate')
@@ -233,12 +229,20 @@ def _evaluate(
     from llama_nb.evaluation import EvaluationFramework
     from llama_nb.model import load_model, load_tuned
     held_out = load_data(cfg.data).validation
+    if not len(held_out): raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
     model, tokenizer = load_tuned(run)
-    base_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False))
-    report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit).evaluate(held_out)
+    base_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False)) if cfg.model.use_4bit else None
+    rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow)
+    report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out)
     report.save(Path(run)/'eval'/'validation')
-    if max_perplexity is not None: _hold(report, max_perplexity)
-    return _Answer(report.to_dict(), repr(report))
+    return _judged(report, max_perplexity)
+
+def _judged(report, max_perplexity=None):
+    "A report as an answer; above the threshold its exit code is that of `ThresholdError`."
+    found = report.scores.get('tuned', {}).get('perplexity')
+    missed = max_perplexity is not None and not (found and found.value <= max_perplexity)
+    if missed: logger.info('threshold not met: tuned perplexity is %s, asked for at most %g', f'{found.value:.2f}' if found else 'not measured', max_perplexity)
+    return _Answer(report.to_dict(), repr(report), ThresholdError.exit_code if missed else 0)
 
 # %% ../nbs/24_cli.ipynb #2ffbc28b
 def _load_chat(model):

@@ -88,7 +88,18 @@ class DataReport:
 
     def to_dict(self)->dict: # Plain values, ready for JSON
         "All numbers, without the rows."
-        return {k: v for k,v in asdict(replace(self, words=(), bad=())).items() if k not in ('words', 'bad')}
+        return {**{k: v for k,v in asdict(replace(self, words=(), bad=())).items() if k not in ('words', 'bad')}, 'warnings': self.warnings}
+
+    @property
+    def warnings(self)->list[str]: # Sentences, empty if all is well
+        "What deserves a look before training."
+        n = sum(self.num_conversations.values())
+        found = [f'{self.num_bad_rows:,} of {self.num_rows:,} rows were left out as bad'] if self.num_bad_rows else []
+        if self.duplicates > n/100: found.append(f'{self.duplicates:,} of {n:,} conversations repeat another word for word')
+        if self.duplicates_across_split: found.append(f'{self.duplicates_across_split:,} validation conversations also stand in train')
+        if self.control_strings: found.append(f'{self.control_strings:,} conversations hold text that looks like a control token')
+        if self.num_conversations['train'] < 2: found.append('there is one conversation to train on')
+        return found
 
     def _lines(self):
         n, q = self.num_conversations, self.words_per_conversation
@@ -102,6 +113,7 @@ class DataReport:
         yield 'repeat another word for word', f'{self.duplicates:,}'
         yield 'validation also in train', f'{self.duplicates_across_split:,}'
         yield 'look like control tokens', f'{self.control_strings:,}'
+        yield from (('warning', w) for w in self.warnings)
         yield 'settings', ', '.join(f'{k}={v}' for k,v in self.settings.items())
         yield 'fingerprint', self.fingerprint[:16]
 
@@ -177,18 +189,29 @@ class DatasetLoader:
         self.data_path, self.assistant_speaker, self.on_bad = data_path, assistant_speaker, on_bad
         self.val_size, self.max_samples, self.seed, self.notes = val_size, max_samples, seed, Counter()
 
+    @property
+    def source(self)->str: # Such as `'alpaca (sample)'`
+        "The set and where it is read from, for messages and reports."
+        place = Path(self.data_path).name if isinstance(self.data_path, (str, os.PathLike)) else ''
+        return f'{self.name} ({place})' if place and place != self.name else self.name
+
+    @property
+    def settings(self)->dict: # Plain values
+        "What the numbers of the report depend on."
+        return {k: getattr(self, k) for k in ('val_size', 'max_samples', 'seed', 'assistant_speaker', 'on_bad')}
+
     def rows(self, split:str):
         "Rows of one split: dicts in one of the `FORMATS`, or pairs of a `Source` and a dict."
         raise NotImplementedError(f'{type(self).__name__} must define rows(split)')
 
     def read(self, split:str='train')->Conversations:
         "All checked conversations of one split of the source, before sampling and splitting."
-        return check_rows(self.rows(split), self.format, self.on_bad, None, self.assistant_speaker, self.name)
+        return check_rows(self.rows(split), self.format, self.on_bad, None, self.assistant_speaker, self.source)
 
     @cached_property
     def data(self)->DataSplits:
         "Both parts and the report."
-        every, settings = self.read('train'), dict(val_size=self.val_size, max_samples=self.max_samples, seed=self.seed, assistant_speaker=self.assistant_speaker, on_bad=self.on_bad)
+        every, settings = self.read('train'), self.settings
         if not (self.val_size and 'validation' in self.splits):
             train, held = split_conversations(_sample(every, self.max_samples, self.seed), self.val_size, self.seed)
             return DataSplits(_take(every, train), _take(every, held), data_report(train, held, [every], settings, self.notes))
@@ -236,17 +259,17 @@ def _part(path):
     name = found[1].lower() if found else 'train'
     return 'validation' if name in ('valid', 'val', 'dev') else name
 
-def _hub(hub_id, name):
+def _hub(hub_id, name, choices="data_path='sample' for the shipped sample, data_path=<file or folder>"):
     "All splits of a Hub set as a dict; raises `DataError` in one line if it can not be had."
-    import datasets
-    get = lambda **kw: datasets.load_dataset(hub_id, download_config=datasets.DownloadConfig(max_retries=1), **kw)
+    import datasets, huggingface_hub
     try:
-        try: return get()
+        if not huggingface_hub.constants.HF_HUB_OFFLINE: huggingface_hub.HfApi().dataset_info(hub_id, timeout=10) # asks once; load_dataset would try for half a minute
+        try: return datasets.load_dataset(hub_id)
         except RuntimeError as e: # sets that are a script: take the Hub's own conversion, never run code
             if 'script' not in str(e): raise
-            return get(revision='refs/convert/parquet')
+            return datasets.load_dataset(hub_id, revision='refs/convert/parquet')
     except Exception as e: # the libraries underneath raise dozens of kinds; each means that the set is not to be had
-        raise DataError(f"{name}: the Hub set {shorten(hub_id, 50)} can not be had ({type(e).__name__}); give data_path='sample' for the shipped sample, data_path=<file or folder>, or go online") from None
+        raise DataError(f"{name}: the Hub set {shorten(hub_id, 50)} can not be had ({type(e).__name__}); give {choices}, or go online") from None
 
 def _chain(sources):
     "Rows of several sources, one behind the other."
@@ -257,6 +280,9 @@ def _each(splits): return {split: partial(_chain, [rows]) for split,rows in spli
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
     hub_id = sample = None
+
+    @property
+    def source(self): return f'{self.name} ({self.hub_id})' if self.data_path is None else super().source
 
     @cached_property
     def _places(self):
@@ -327,6 +353,9 @@ class DailyDialogDatasetLoader(_PlaceLoader):
         super().__init__(data_path, **options)
         self.detokenize = detokenize
 
+    @property
+    def settings(self): return {**super().settings, 'detokenize': self.detokenize}
+
     def _files(self, path):
         if path.suffix == '.txt': return dict(train=partial(self._release_rows, path))
         found = _release(path) if path.is_dir() or path.suffix == '.zip' else {}
@@ -377,7 +406,7 @@ class ChatDatasetLoader(_PlaceLoader):
         if not isinstance(source, (str, os.PathLike)): return _each(dict(train=source))
         path = Path(source).expanduser()
         if path.exists(): return self._files(path)
-        if isinstance(source, str) and _HUB_ID.fullmatch(source) and not path.parent.exists() and not re.search(r'\.(jsonl?|csv|parquet|gz|zip|txt)$', source): return _each(_hub(source, 'data'))
+        if isinstance(source, str) and _HUB_ID.fullmatch(source) and not path.parent.exists() and not re.search(r'\.(jsonl?|csv|parquet|gz|zip|txt)$', source): return _each(_hub(source, 'data', 'a file or folder'))
         raise DataError(f'{shorten(source, 60)}: no such file or folder (give a path, a Hub id like owner/name, or one of {", ".join(DATASETS)}{did_you_mean(source, DATASETS)})')
 
 # %% ../nbs/08_data.ipynb #d70b053d
@@ -407,6 +436,9 @@ class CombinedDatasetLoader(DatasetLoader):
     ):
         super().__init__(None, **options)
         self.loaders, self.mix_weights = loaders, mix_weights
+
+    @property
+    def settings(self): return {**super().settings, 'mix_weights': self.mix_weights}
 
     @cached_property
     def _parts(self): return {k: loader.read('train') for k,loader in self.loaders.items()}

@@ -7,7 +7,7 @@ __all__ = ['MAX_ROW_BYTES', 'SHAREGPT_ROLES', 'FORMATS', 'RowFault', 'BadRow', '
            'source_rows', 'sniff_shape', 'row_to_conversation', 'Conversations', 'check_rows', 'read_conversations']
 
 # %% ../nbs/07_formats.ipynb #9e02cfc8
-import csv, gzip, json, os, re, zlib
+import csv, gzip, json, math, os, re, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,9 +70,11 @@ def _decoder():
         if len(digits) <= 40: return int(digits)
         faults.append(RowFault('', f'integer too long: {len(digits)} digits', 'write it as a string'))
         return 0
-    def constant(name):
-        faults.append(RowFault('', f'not a JSON number: {name}', 'use null or a number'))
-    return json.JSONDecoder(object_pairs_hook=pairs, parse_int=integer, parse_constant=constant), faults
+    def constant(name): faults.append(RowFault('', f'not a JSON number: {shorten(name, 20)}', 'use null or a finite number'))
+    def real(digits):
+        number = float(digits)
+        return number if math.isfinite(number) else constant(digits)
+    return json.JSONDecoder(object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant), faults
 
 # %% ../nbs/07_formats.ipynb #080d0bc1
 def _syntax_fault(text, e):
@@ -199,11 +201,12 @@ def _json_rows(f, path, name):
     if text[pos+1:].strip(): raise DataError(f'{name}: text behind the closing ] (one array per file)')
 
 # %% ../nbs/07_formats.ipynb #f487240b
-_LISTS = ('messages', 'conversations', 'conversation', 'dialog', 'dialogue', 'utterances', 'history', 'prompt', 'completion', 'act', 'emotion')
+_LIST_CELL = {**dict.fromkeys(('messages', 'conversations', 'conversation', 'dialog', 'dialogue', 'utterances', 'history', 'act', 'emotion'), re.compile(r'\s*\[')),
+              **dict.fromkeys(('prompt', 'completion'), re.compile(r'\s*\[\s*\{'))} # a prompt may be a text that starts with a bracket
 
 def _cells(row):
-    "Columns as fields: nulls are absent, and text that starts a JSON list or object in a list field is read."
-    return {k: strict_json(v) if k in _LISTS and isinstance(v, str) and re.match(r'\s*\[\s*[\]{["\'\d]', v) else v for k,v in row.items() if v is not None}
+    "Columns as fields: nulls are absent, and a JSON list in a column that may hold a list is read."
+    return {k: strict_json(v) if isinstance(v, str) and k in _LIST_CELL and _LIST_CELL[k].match(v) else v for k,v in row.items() if v is not None}
 
 def _from_cells(here, row):
     try: return here, _cells(row)
@@ -223,7 +226,7 @@ def _csv_rows(f, path, name):
         try: cells = next(reader)
         except StopIteration: return
         except csv.Error as e:
-            yield here, BadRow(here, '', f'broken CSV: {e}', 'quote the cell and double the quotes inside it')
+            yield here, BadRow(here, '', f'broken CSV: {e}', 'quote the cell and double the quotes inside it, or use .jsonl')
             continue
         if cells and len(cells) != len(header):
             yield here, BadRow(here, '', f'{len(cells)} cells under {len(header)} columns', 'quote cells that hold commas or line ends')
@@ -303,6 +306,8 @@ def _flags(m, at):
     if None not in (m.get('train'), m.get('weight')) and m['train'] != bool(m['weight']): raise RowFault(f'{at}.train', 'train contradicts weight', 'give one of them')
     return dict(train=m.get('train'), weight=m.get('weight'))
 
+_KIND = {dict: 'an object', str: 'a text', list: 'a pair'}
+
 def _list_of(row, field, of=dict):
     "A field that must be a list of objects (or texts) with something in it."
     items = row.get(field)
@@ -310,12 +315,12 @@ def _list_of(row, field, of=dict):
     if not isinstance(items, list): raise RowFault(field, f'{field} is not a list: {type(items).__name__}', 'give a list')
     if not items: raise RowFault(field, f'{field} is empty', 'give at least one question and one answer')
     for i,item in enumerate(items):
-        if not isinstance(item, of): raise RowFault(f'{field}[{i}]', f'not an object: {type(item).__name__}' if of is dict else f'not a text: {type(item).__name__}', 'give one entry per message')
+        if not isinstance(item, of): raise RowFault(f'{field}[{i}]', f'not {_KIND[of]}: {type(item).__name__}', 'give one entry per message')
     return items
 
 def _keys(row): return shorten(', '.join(map(str, row)) or 'no keys', 60)
 
-def _near(field, row): return next((f"; did you mean '{field}' where it says {_quote(k)}?" for k in row if did_you_mean(k, [field])), '')
+def _near(field, row): return '' if field in row else next((f"; did you mean '{field}' where it says {_quote(k)}?" for k in row if did_you_mean(k, [field])), '')
 
 # %% ../nbs/07_formats.ipynb #2373e453
 def _messages(row, field='messages', speaker=None):
@@ -323,7 +328,7 @@ def _messages(row, field='messages', speaker=None):
     out = []
     for i,m in enumerate(_list_of(row, field)):
         at, role, calls = f'{field}[{i}]', m.get('role'), m.get('tool_calls')
-        if 'role' not in m: raise RowFault(f'{at}.role', f'role is missing: found {_keys(m)}', f'use {", ".join(ROLES)}')
+        if 'role' not in m: raise RowFault(f'{at}.role', f'role is missing: found {_keys(m)}', "ShareGPT fields; read it with format='sharegpt'" if 'from' in m else f'use {", ".join(ROLES)}')
         if role not in ROLES: raise RowFault(f'{at}.role', f'unknown role: {_quote(role)}', f'use {", ".join(ROLES)}' + _alias(role))
         if 'content' not in m and not calls: raise RowFault(f'{at}.content', f'content is missing: found {_keys(m)}', 'give a text')
         flags = _flags(m, at)
@@ -359,8 +364,8 @@ def _alpaca(row, field=None, speaker=None):
     for k in ('instruction', 'output'):
         if k not in row: raise RowFault(k, f'{k} is missing: found {_keys(row)}', f'give instruction and output{_near(k, row)}')
     out = [Message('system', _content(row['system'], 'system', 'system'))] if row.get('system') else []
-    for i,pair in enumerate(row.get('history') or ()):
-        if not (isinstance(pair, list) and len(pair) == 2): raise RowFault(f'history[{i}]', 'not a pair', 'give [question, answer]')
+    for i,pair in enumerate(_list_of(row, 'history', list) if row.get('history') else ()):
+        if len(pair) != 2: raise RowFault(f'history[{i}]', 'not a pair', 'give [question, answer]')
         out += [Message(role, _content(text, f'history[{i}]', role)) for role,text in zip(('user', 'assistant'), pair)]
     instruction, extra = _content(row['instruction'], 'instruction', 'user'), row.get('input')
     extra = '' if extra is None else _content(extra, 'input', 'user', may_be_empty=True)
@@ -395,6 +400,7 @@ def _utterances(row, field='dialog', speaker='second'):
 _SHAPES = dict(messages=_messages, sharegpt=_sharegpt, alpaca=_alpaca, prompt_completion=_prompt_completion, utterances=_utterances)
 FORMATS = tuple(_SHAPES)
 _FIELDS = dict(messages=('messages', 'conversations', 'conversation'), sharegpt=('conversations', 'messages', 'conversation'), utterances=('dialog', 'utterances', 'dialogue'))
+_PAIRS = dict(alpaca={'instruction', 'output'}, prompt_completion={'prompt', 'completion'})
 
 def sniff_shape(
     row:dict, # One row
@@ -406,12 +412,11 @@ def sniff_shape(
             inner = next((m for m in items if isinstance(m, dict)), {})
             if 'from' in inner or 'value' in inner: return 'sharegpt'
             return 'messages' if inner or field == 'messages' else 'sharegpt'
-    if {'instruction', 'output'} <= row.keys(): return 'alpaca'
-    if {'prompt', 'completion'} <= row.keys(): return 'prompt_completion'
+    for shape,names in _PAIRS.items():
+        if names <= row.keys(): return shape
     return 'utterances' if row.keys() & set(_FIELDS['utterances']) else None
 
 def _no_shape(row):
-    if {'chosen', 'rejected'} <= row.keys(): return RowFault('', 'a preference pair', 'not a conversation; keep the chosen answer as completion')
     near = next((hint for k in row if (hint := did_you_mean(k, ('messages', 'conversations', 'instruction', 'output', 'prompt', 'completion', 'dialog', 'utterances')))), '')
     return RowFault('', f'no known shape: found {_keys(row)}', f'needs messages, conversations, instruction + output, prompt + completion, or dialog{near}')
 
@@ -454,11 +459,17 @@ def row_to_conversation(
         messages, notes = _finish(row.messages)
         return replace(row, messages=messages, row=row.row or source), 'messages', notes
     if isinstance(row, list) and row and all(isinstance(m, dict) and m.keys() & {'role', 'from'} for m in row): row = dict(messages=row)
-    if not isinstance(row, dict): raise RowFault('', f'not an object: {type(row).__name__}', 'expected an object with named fields')
-    shape = sniff_shape(row) if format == 'auto' else format
+    if not isinstance(row, dict):
+        fix = 'expected an object with named fields' if not isinstance(row, list) else 'expected one object a line; an array of rows belongs in a .json file'
+        raise RowFault('', f'not an object: {type(row).__name__}', fix)
+    if {'chosen', 'rejected'} <= row.keys(): raise RowFault('', 'a preference pair', 'not one conversation; keep prompt and chosen answer as prompt and completion')
+    found = sniff_shape(row)
+    shape = found if format == 'auto' else format
     if shape is None: raise _no_shape(row)
     fields = _FIELDS.get(shape, (None,))
     field = next((f for f in fields if f in row), fields[0])
+    if found and found != shape and not (field in row or _PAIRS.get(shape, {None}) <= row.keys()):
+        raise RowFault('', f'another shape: {found} instead of {shape}', "one shape per file; format='auto' reads any")
     messages, used, notes, *rest = _SHAPES[shape](row, field, assistant_speaker)
     if not messages: return None, shape, notes
     messages, more = _finish(messages)

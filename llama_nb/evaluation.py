@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'TITLES', 'measuring', 'adapter_off', 'ConversationLoss', 'PerplexityEvaluator', 'QualitativeEvaluator',
-           'EvaluationReport', 'report_dict', 'report_table', 'plot_report', 'report_html', 'save_report', 'Measured',
-           'EvaluationFramework', 'make_report', 'Comparison', 'compare']
+           'EvaluationReport', 'Measured', 'EvaluationFramework', 'Comparison', 'compare']
 
 # %% ../nbs/16_evaluation.ipynb #341903f7
 import gc, hashlib, json, math, os
@@ -20,7 +19,7 @@ import numpy as np, torch
 from torch import Tensor, nn
 
 from .config import EvaluationConfig
-from .dialogue import Conversation, Example, IGNORE_INDEX, as_conversation, encode, get_template
+from .dialogue import Conversation, Example, IGNORE_INDEX, as_conversation, encode, encode_prompt, get_template
 from .errors import DataError, NonFiniteError, exit_code, logger, one_line, redact
 from .fastpath import apply_fast_path_, token_nlls
 from .generate import Reply, generate_replies
@@ -225,7 +224,7 @@ class QualitativeEvaluator:
         return self.score([r.text for r in replies], references) | _score(_reply_tables(replies)) | dict(num_conversations=len(replies))
 
 # %% ../nbs/16_evaluation.ipynb #e380c303
-LABELS = dict(tuned='tuned', model='model', base='base', base_4bit='4-bit base', base_16bit='16-bit base')
+LABELS = dict(base_16bit='16-bit base', base_4bit='4-bit base', base='base', tuned='tuned', model='model') # in the order of columns
 
 @dataclass(repr=False)
 class EvaluationReport:
@@ -253,21 +252,21 @@ class EvaluationReport:
 
     def to_dict(self)->dict: # Plain data, the same for the same seed
         "Scores, differences, what was skipped, and every setting."
-        return report_dict(self)
+        return _report_dict(self)
 
     def view(self)->View: # A row per metric; a column per model and per difference
         "The headline table."
-        return report_table(self)
+        return _report_table(self)
 
     def plot(self)->View: # One panel per metric: each model's score with its interval
         "Draw the scores."
-        return plot_report(self)
+        return _plot_report(self)
 
     def save(self,
         folder, # Folder to make, e.g. `<run>/eval/validation`
     )->Path: # The folder
         "Write `metrics.json`, `samples.jsonl` and `report.html`."
-        return save_report(self, folder)
+        return _save_report(self, folder)
 
     def __repr__(self): return repr(self.view())
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
@@ -285,9 +284,7 @@ def _plain(interval):
     keys = ('value', 'low', 'high', 'p_value', 'measurable') if isinstance(interval, Difference) else ('value', 'low', 'high')
     return {k: getattr(interval, k) for k in keys}
 
-def report_dict(
-    report:EvaluationReport, # What to write
-)->dict: # JSON types only
+def _report_dict(report):
     "A report as plain data."
     groups = lambda found: {group: {name: _plain(i) for name,i in metrics.items()} for group,metrics in found.items()}
     scores = groups(report.scores)
@@ -307,24 +304,24 @@ TITLES = dict(perplexity='perplexity', perplexity_without_eot='perplexity withou
 def _number(x): return f'{x:#.3g}'.rstrip('.')
 
 def _with_interval(i):
-    "A score for a table cell."
+    "A score for a table cell; one conversation gives no interval."
+    if math.isnan(i.low): return _number(i.value)
     return f'{_number(i.value)} [{_number(i.low)}, {_number(i.high)}]'
 
 def _change(d):
     "A paired difference for a table cell."
-    if not d.measurable: return f'no measurable change ({d.value:+.2g})'
-    return f'{d.value:+.3g} [{d.low:+.3g}, {d.high:+.3g}], p = {d.p_value:.2g}'
+    text = f'{d.value:+.3g}' + ('' if math.isnan(d.low) else f' [{d.low:+.3g}, {d.high:+.3g}]')
+    return f'{text}, p = {d.p_value:.2g}' if d.measurable else f'{text}: no measurable change'
 
-def report_table(
-    report:EvaluationReport, # What to show
-)->View: # A row per metric; a column per model and per difference
-    "The headline table of a report."
+def _report_table(report):
+    "The headline table: a row per metric, a column per model and per difference."
     title = lambda group: ' − '.join(LABELS.get(part, part) for part in group.split(' - '))
     rows = {}
     for groups,show in [(report.scores, _with_interval), (report.points, _number), (report.differences, _change)]:
         for group,metrics in groups.items():
             for name,value in metrics.items(): rows.setdefault(name, {'metric': TITLES.get(name, name)})[title(group)] = show(value)
-    columns = ['metric', *map(title, [*report.scores, *report.differences])]
+    systems = sorted(report.scores, key=lambda k: [*LABELS, k].index(k))
+    columns = ['metric', *map(title, [*systems, *report.differences])]
     n = max((s.n for metrics in report.scores.values() for s in metrics.values()), default=0)
     order = sorted(rows, key=lambda name: [*TITLES, name].index(name))
     view = table([rows[name] for name in order], columns, f"{n} conversations; {report.settings.get('confidence', 0.95):.0%} intervals and p-values by conversation")
@@ -337,10 +334,8 @@ def _picture(figure, alt):
     png = View('', '', figure)._repr_mimebundle_(include=['image/png'])['image/png']
     return f'<img alt="{escape(alt)}" style="max-width:100%;background:white" src="data:image/png;base64,{png}">'
 
-def plot_report(
-    report:EvaluationReport, # What to show
-)->View: # One panel per metric
-    "Draw each model's scores with their intervals."
+def _plot_report(report):
+    "Draw each model's scores with their intervals, one panel per metric."
     from matplotlib.figure import Figure # no pyplot: no global state
     names = [name for name in TITLES if any(name in metrics for metrics in report.scores.values())]
     lines = max(1, math.ceil(len(names)/3))
@@ -354,7 +349,7 @@ def plot_report(
         panel.set(yticks=range(len(rows)), yticklabels=[label for label,_ in rows], ylim=(len(rows) - .5, -.5))
         panel.set_title(TITLES[name], fontsize=9)
     for panel in panels[len(names):]: panel.axis('off')
-    return View(_picture(fig, 'scores with intervals'), repr(report_table(report)), fig)
+    return View(_picture(fig, 'scores with intervals'), repr(_report_table(report)), fig)
 
 # %% ../nbs/16_evaluation.ipynb #8c1de3bb
 def _chosen(report, k=20):
@@ -385,15 +380,13 @@ def _setting_rows(settings, prefix=''):
         else: yield [f'{prefix}{k}', ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)]
 
 # %% ../nbs/16_evaluation.ipynb #d1dbdaf1
-def report_html(
-    report:EvaluationReport, # What to write
-)->View: # The whole page
-    "A report as one page: headline, picture, settings, samples."
-    parts = ['<h1>Evaluation</h1>', report_table(report).html, plot_report(report).html]
+def _report_page(report):
+    "A report as one page: headline, picture, samples, settings."
+    parts = ['<h1>Evaluation</h1>', _report_table(report).html, _plot_report(report).html]
     for reason,indices in _chosen(report).items() if report.samples else ():
         parts += [f'<h2>{len(indices)} conversations, {escape(reason)}</h2>', table(list(_sample_rows(report, indices))).html]
     parts += ['<h2>Settings</h2>', table(list(_setting_rows(_clean(report.settings))), columns=['setting', 'value']).html]
-    return View('\n'.join(parts), repr(report_table(report)))
+    return View('\n'.join(parts), repr(_report_table(report)))
 
 def _write(path, text):
     "Write a file all at once."
@@ -401,16 +394,13 @@ def _write(path, text):
     stage.write_bytes(text.encode('utf-8', 'replace'))
     os.replace(stage, path)
 
-def save_report(
-    report:EvaluationReport, # What to write
-    folder, # Folder to make
-)->Path: # The folder
+def _save_report(report, folder):
     "Write `metrics.json`, `samples.jsonl` and `report.html`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder/'metrics.json', json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + '\n')
     _write(folder/'samples.jsonl', ''.join(json.dumps(_clean(s), ensure_ascii=False, allow_nan=False) + '\n' for s in report.samples))
-    report_html(report).save(folder/'report.html')
+    _report_page(report).save(folder/'report.html')
     return folder
 
 # %% ../nbs/16_evaluation.ipynb #370f666a
@@ -464,7 +454,12 @@ class EvaluationFramework:
         conversations, c = [as_conversation(x) for x in conversations], self.config
         if len(conversations) > c.num_samples:
             conversations = [conversations[i] for i in sorted(np.random.default_rng(c.seed).choice(len(conversations), c.num_samples, replace=False))]
-        fits = [self._perplexity(self.model).encode(x) is not None for x in conversations]
+        evaluator, room = self._perplexity(self.model), getattr(_causal_lm(self.model).config, 'max_position_embeddings', None) or 1 << 30
+        def fit(x):
+            example = evaluator.encode(x)
+            if example is None or self.on_overflow == 'raise' or not {'bleu', 'rouge'} & set(c.metrics): return example is not None
+            return len(encode_prompt(_with_reference(x)[0], self.tokenizer, self.template)) + c.max_new_tokens <= room
+        fits = [fit(x) for x in conversations]
         if not any(fits): raise DataError('no conversation to measure: none was given, or all were dropped for their length')
         return [x for x,ok in zip(conversations, fits) if ok], [str(x.row or i) for i,(x,ok) in enumerate(zip(conversations, fits)) if not ok]
 
@@ -500,7 +495,7 @@ class EvaluationFramework:
         measured, why = self._measure_16bit(chosen)
         if measured: found['base_16bit'] = measured
         else: skipped['base_16bit'] = why
-        return make_report(self, chosen, dropped, found, skipped)
+        return _make_report(self, chosen, dropped, found, skipped)
 
     def _measure_16bit(self, chosen):
         "The 16-bit base's numbers, or the reason why there are none."
@@ -531,14 +526,8 @@ def _settings(framework, chosen, dropped, found):
         num_tokens=sum(l.num_tokens for l in first.losses), data=dict(sha256=_fingerprint(chosen), dropped=dropped), models={k: m.facts for k,m in found.items()},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__))
 
-def make_report(
-    framework:EvaluationFramework, # Who measured
-    chosen:Sequence[Conversation], # What was measured
-    dropped:Sequence[str], # Rows that were too long
-    found:dict[str,Measured], # model → numbers
-    skipped:dict[str,str], # model → why there are none
-)->EvaluationReport: # Everything together
-    "Put tables, samples and settings together."
+def _make_report(framework, chosen, dropped, found, skipped):
+    "Tables, samples and settings of what was measured, as an `EvaluationReport`."
     samples = []
     for i,conversation in enumerate(chosen):
         cut, reference = _with_reference(conversation) if any(m.replies for m in found.values()) else (conversation, None)

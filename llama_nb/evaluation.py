@@ -313,20 +313,23 @@ def _change(d):
     text = f'{d.value:+.3g}' + ('' if math.isnan(d.low) else f' [{d.low:+.3g}, {d.high:+.3g}]')
     return f'{text}, p = {d.p_value:.2g}' if d.measurable else f'{text}: no measurable change'
 
+def _in_order(names, order): return sorted(names, key=lambda name: [*order, name].index(name))
+
 def _report_table(report):
-    "The headline table: a row per metric, a column per model and per difference."
+    "Scores by model, then paired differences: a row per metric."
     title = lambda group: ' − '.join(LABELS.get(part, part) for part in group.split(' - '))
-    rows = {}
-    for groups,show in [(report.scores, _with_interval), (report.points, _number), (report.differences, _change)]:
-        for group,metrics in groups.items():
-            for name,value in metrics.items(): rows.setdefault(name, {'metric': TITLES.get(name, name)})[title(group)] = show(value)
-    systems = sorted(report.scores, key=lambda k: [*LABELS, k].index(k))
-    columns = ['metric', *map(title, [*systems, *report.differences])]
+    def rows(*found):
+        cells = {}
+        for groups,show in found:
+            for group,metrics in groups.items():
+                for name,value in metrics.items(): cells.setdefault(name, {'metric': TITLES.get(name, name)})[title(group)] = show(value)
+        return [cells[name] for name in _in_order(cells, TITLES)]
     n = max((s.n for metrics in report.scores.values() for s in metrics.values()), default=0)
-    order = sorted(rows, key=lambda name: [*TITLES, name].index(name))
-    view = table([rows[name] for name in order], columns, f"{n} conversations; {report.settings.get('confidence', 0.95):.0%} intervals and p-values by conversation")
+    top = f"{n} conversations, with {report.settings.get('confidence', 0.95):.0%} intervals resampled by conversation"
+    parts = [table(rows((report.scores, _with_interval), (report.points, _number)), ['metric', *map(title, _in_order(report.scores, LABELS))], top)]
+    if report.differences: parts.append(table(rows((report.differences, _change)), ['metric', *map(title, report.differences)], 'Paired differences, with permutation p-values'))
     notes = [f'{LABELS.get(k, k)}: not measured: {why}' for k,why in report.skipped.items()]
-    return View(view.html + ''.join(f'<p>{escape(note)}</p>' for note in notes), '\n'.join([view.text, *notes]))
+    return View(''.join(p.html for p in parts) + ''.join(f'<p>{escape(note)}</p>' for note in notes), '\n\n'.join(p.text for p in parts) + ''.join(f'\n{note}' for note in notes))
 
 # %% ../nbs/16_evaluation.ipynb #cb97941a
 def _picture(figure, alt):
@@ -342,7 +345,7 @@ def _plot_report(report):
     fig = Figure(figsize=(9, 0.3 + lines*(0.5 + 0.28*len(report.scores))), layout='constrained')
     panels = fig.subplots(lines, 3, squeeze=False).ravel()
     for panel,name in zip(panels, names):
-        rows = [(LABELS.get(k, k), metrics[name]) for k,metrics in report.scores.items() if name in metrics]
+        rows = [(LABELS.get(k, k), report.scores[k][name]) for k in _in_order(report.scores, LABELS) if name in report.scores[k]]
         for i,((_,s),color) in enumerate(zip(rows, PALETTE.values())):
             panel.plot([s.low, s.high], [i, i], color=color, lw=2)
             panel.plot(s.value, i, 'o', color=color)
@@ -369,9 +372,10 @@ def _sample_rows(report, indices, max_chars=800):
     for i in indices:
         s = report.samples[i]
         asked = '\n'.join(f"{m['role']}: {m['content']}" for m in s['prompt'][-3:])
-        loss = '\n'.join(f'{LABELS.get(k, k)} {v:.3f}' for k,v in (s.get('loss') or {}).items())
+        replies, nats = s.get('replies') or {}, s.get('loss') or {}
+        loss = '\n'.join(f'{LABELS.get(k, k)} {nats[k]:.3f}' for k in _in_order(nats, LABELS))
         yield {'row': str(s['row'] or i), 'asked': cut(asked), 'reference': cut(s['reference'] or ''),
-               **{LABELS.get(k, k): cut(r['text']) + ('' if r['ended'] else ' [cut at max_new_tokens]') for k,r in s.get('replies', {}).items()}, 'nats per token': loss}
+               **{LABELS.get(k, k): cut(replies[k]['text']) + ('' if replies[k]['ended'] else ' [cut at max_new_tokens]') for k in _in_order(replies, LABELS)}, 'nats per token': loss}
 
 def _setting_rows(settings, prefix=''):
     "Nested settings as flat name-value rows."

@@ -198,7 +198,7 @@ class TrainingConfig:
     gradient_accumulation_steps: AtLeast1 = 1 # Micro-batches per optimizer step
     packing: StrictBool = True # Fill rows with whole conversations, isolated from one another
     gradient_checkpointing: StrictBool|Literal['auto'] = 'auto' # Recompute activations: less memory, a third more time
-    compute: Literal['bf16', 'fp32', 'fp8'] = 'bf16' # Kind of number the layers work in; falls back to fp32 where bf16 is not able
+    compute: Literal['bf16', 'fp32'] = 'bf16' # Kind of number the layers work in; falls back to fp32 where bf16 is not able
     fast_path: StrictBool = True # Packed attention and the loss on taught tokens only; false is the plain twin
     optim: Literal[OPTIMIZERS] = 'adamw_torch_fused' # Optimizer, as transformers names it
     weight_decay: NotNegative = 0.0 # Decoupled weight decay
@@ -206,8 +206,8 @@ class TrainingConfig:
     warmup_ratio: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.03 # Share of the steps that warms up
     max_grad_norm: NotNegative = 1.0 # Longest gradient; 0 does not clip
     logging_steps: AtLeast1 = 1 # Log every so many steps
-    save_steps: AtLeast1|Literal['auto'] = 'auto' # Checkpoint every so many steps; `"auto"` is about ten per run
-    eval_steps: AtLeast1|Literal['auto'] = 'auto' # Validate every so many steps; `"auto"` is about ten per run
+    save_steps: AtLeast1|Literal['auto'] = 'auto' # Checkpoint every so many steps; `"auto"` is about five per run
+    eval_steps: AtLeast1|Literal['auto'] = 'auto' # Validate every so many steps; `"auto"` is about eight per run
     save_total_limit: AtLeast1 = 2 # Checkpoints kept, at least 2
     num_processes: AtLeast1 = 1 # Processes (GPUs) to train on
     allow_changes: Names = () # Settings that may differ from the run that is resumed, as `"section.key"`
@@ -252,6 +252,8 @@ class EvaluationConfig:
         if self.num_bootstrap < 100: yield 'num_bootstrap', f'found {self.num_bootstrap}, allowed: an integer >= 100 (fewer resamples give no interval worth printing)'
 
 # %% ../nbs/01_config.ipynb #e5f75edc
+_WHOLE_WEIGHT_STARTS = ('pissa', 'loftq', 'olora', 'eva')
+
 @_settings('')
 class RunConfig:
     "Everything that defines a run; its fields are the sections of the YAML file."
@@ -263,10 +265,9 @@ class RunConfig:
     preference: dict[str, Any]|None = None # Settings of preference training; `None` for supervised runs
 
     def _rules(self):
-        if self.training.compute == 'fp8' and not self.model.use_4bit:
-            yield 'training.compute', 'fp8 works on frozen 4-bit weights; set model.use_4bit=true or training.compute=bf16'
-        if self.training.compute == 'fp8' and self.lora.use_dora:
-            yield 'training.compute', 'fp8 does not know DoRA; set lora.use_dora=false or training.compute=bf16'
+        start = self.lora.init_lora_weights
+        if self.model.use_4bit and isinstance(start, str) and start.startswith(_WHOLE_WEIGHT_STARTS):
+            yield 'lora.init_lora_weights', f'{start} reads the base weights in full, and this base is in 4 bits; set model.use_4bit=false or lora.init_lora_weights=true'
 
 def _sections():
     "Class of each section."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GiB', 'CARDS', 'CUDA_CONTEXT_BYTES', 'matrix_shapes', 'parameter_counts', 'linear_bytes', 'weight_bytes',
            'trained_numbers', 'activation_bytes', 'logits_bytes', 'backward_bytes', 'MemoryPlan', 'plan',
-           'cheapest_changes', 'resolve_auto']
+           'cheapest_changes']
 
 # %% ../nbs/11_memory.ipynb #06e05023
 import dataclasses
@@ -13,7 +13,6 @@ import os
 from dataclasses import dataclass, field
 
 from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
-from .errors import ResourceError
 from .views import View, bars, table
 
 # %% ../nbs/11_memory.ipynb #383435d3
@@ -254,26 +253,3 @@ def cheapest_changes(
         steps.append({'setting': setting, 'cost': cost, 'saves_bytes': total - smaller, 'total_bytes': smaller})
         configs, total = changed, smaller
     return steps
-
-# %% ../nbs/11_memory.ipynb #7cfb79b0
-def resolve_auto(
-    model_config:ModelConfig, # The model
-    training_config:TrainingConfig, # Settings with `"auto"`
-    lora_config:LoRAConfig|None=None, # `None` takes the defaults
-    memory_bytes:int|None=None, # Free memory of the device; `None` for a CPU: one row, no checkpointing
-    shape=None, # `transformers.LlamaConfig`; `None` finds it
-    max_tokens:int=16384, # Larger micro-batches gain nothing
-)->TrainingConfig: # The same settings without `"auto"`
-    "Replace `auto` by the fastest that fits in 92 % of the memory; raises `ResourceError` with the cheapest change if nothing does."
-    rows, checkpointing = training_config.per_device_train_batch_size, training_config.gradient_checkpointing
-    if rows != 'auto' and checkpointing != 'auto': return training_config
-    sizes = [rows] if rows != 'auto' else [1] if memory_bytes is None else [n for n in (16, 8, 4, 2, 1) if n == 1 or n*model_config.max_length <= max_tokens]
-    for again in ([checkpointing] if checkpointing != 'auto' else [False, True]):
-        for n in sizes:
-            choice = dataclasses.replace(training_config, per_device_train_batch_size=n, gradient_checkpointing=again)
-            if memory_bytes is None: return choice
-            found = plan(model_config, choice, lora_config, shape=shape)
-            if found.fits(int(0.92*memory_bytes)): return choice
-    steps = cheapest_changes(found, int(0.92*memory_bytes))
-    advice = '; '.join(s['setting'] for s in steps) or 'a smaller model'
-    raise ResourceError(f'does not fit: needs {found.total/GiB:.1f} GiB, {memory_bytes/GiB:.1f} GiB are there; try {advice}')

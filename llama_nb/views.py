@@ -128,7 +128,7 @@ def table(
     rows, # Dicts (keys are columns) or lists of cells
     columns=None, # Names of the columns, in order; `None` takes the dicts' keys, or none for lists
     caption=None, # One line above the table
-    marks=None, # Colours (names in `PALETTE`) of a square in front of each row; `None` shows none
+    marks=None, # Colours (names in `PALETTE`, with a `/` behind: striped) of a square in front of each row; `None` shows none
 )->View: # The table as HTML and text
     "A small table; cells may be anything with a `str`."
     header, values = _cells(rows, columns)
@@ -139,7 +139,7 @@ def table(
     edge = f"padding:.25em .7em;border-bottom:1px solid {_fill('grey', .45)}"
     style = [f"{edge};text-align:{'right' if n else 'left'};vertical-align:top;white-space:pre-wrap" for n in numeric]
     head = ''.join(f'<th style="{s}">{escape(c)}</th>' for s,c in zip(style, header))
-    squares = [f'<span style="color:{PALETTE[m]}">■</span> ' for m in marks or ()]
+    squares = [f'<span style="color:{PALETTE[m.rstrip("/")]}">{"▨" if m.endswith("/") else "■"}</span> ' for m in marks or ()]
     lines = ''.join('<tr>' + ''.join(f'<td style="{s}">{square if i == 0 else ""}{escape(c)}</td>' for i,(s,c) in enumerate(zip(style, row))) + '</tr>'
                     for row,square in itertools.zip_longest(body, squares[:len(body)], fillvalue=''))
     top = f'<caption style="caption-side:top;text-align:left;font-weight:600;padding:.3em 0">{escape(caption)}</caption>' if caption else ''
@@ -166,14 +166,19 @@ def _bar_figure(parts, limits, right, unit, title):
     axes.set(yticks=[], xlim=(0, right), ylim=(-.5, .7), xlabel=_label(unit))
     if title: axes.set_title(_label(title), fontsize=10, color=PALETTE['grey'])
     names = [f'{_label(name)}  {size:.2f}' for name,size in parts.items()]
-    if names: axes.legend(handles, names, loc='upper center', bbox_to_anchor=(.5, -.32), ncol=3, fontsize=8, frameon=False, labelcolor=PALETTE['grey'])
+    if names: axes.legend(handles, names, loc='upper center', bbox_to_anchor=(.5, -.38), ncol=3, fontsize=8, frameon=False, labelcolor=PALETTE['grey'])
     return figure
 
 # %% ../nbs/02_views.ipynb #9fda0b0d
+def _pattern(i):
+    "A CSS background: plain for the first round of hues, striped for the next."
+    color, faint = PALETTE[_HUES[i % len(_HUES)]], _fill(_HUES[i % len(_HUES)], .45)
+    return color if i < len(_HUES) else f'repeating-linear-gradient(45deg,{color} 0 5px,{faint} 5px 10px)'
+
 def _bar_html(parts, limits, right, unit):
     "The bar as boxes with inline styles."
-    boxes = ''.join(f'<div title="{escape(name)}: {size:.2f} {escape(unit)}" style="width:{100*size/right:.3f}%;background:{PALETTE[hue]};border-right:1px solid {_fill("grey")};box-sizing:border-box"></div>'
-                    for (name,size),hue in zip(parts.items(), itertools.cycle(_HUES)))
+    boxes = ''.join(f'<div title="{escape(name)}: {size:.2f} {escape(unit)}" style="width:{100*size/right:.3f}%;background:{_pattern(i)};border-right:1px solid {_fill("grey")};box-sizing:border-box"></div>'
+                    for i,(name,size) in enumerate(parts.items()))
     marks = ''.join(f'<div style="position:absolute;left:{100*x/right:.3f}%;top:0;bottom:0;border-left:2px dashed {PALETTE["grey"]}"><span style="position:absolute;right:.3em;top:0;white-space:nowrap;font-size:.75em;opacity:.8">{escape(name)}</span></div>'
                     for name,x in limits.items())
     return f'<div style="position:relative;padding-top:1.2em;max-width:48em"><div style="display:flex;height:1.6em">{boxes}</div>{marks}</div>'
@@ -189,7 +194,7 @@ def bars(
     total, limits = sum(parts.values()), limits or {}
     near = {name: x for name,x in limits.items() if x <= 1.6*total} # a far limit would squeeze the bar
     right = max([total, *near.values()], default=0)*1.02 or 1
-    twin = table([{'part': name, unit: f'{size:.2f}'} for name,size in [*parts.items(), ('total', total)]], marks=[*itertools.islice(itertools.cycle(_HUES), len(parts))])
+    twin = table([{'part': name, unit: f'{size:.2f}'} for name,size in [*parts.items(), ('total', total)]], marks=[hue + '/'*(i >= len(_HUES)) for i,hue in zip(range(len(parts)), itertools.cycle(_HUES))])
     fits = ', '.join(f"{name}: {'fits' if total <= x else 'too small'}" for name,x in limits.items())
     head = f'<div style="font-weight:600">{escape(title)}</div>' if title else ''
     foot = f'<div style="font-size:.85em">{escape(fits)}</div>' if fits else ''

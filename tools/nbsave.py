@@ -27,6 +27,12 @@ def skipped(source, flags):
     return 'nbdev_export(' in source or bool(off & found.keys()) or found.get('eval', '').replace(' ', '') == 'eval:false'
 
 
+def lasting(output):
+    "Whether an output belongs on the page: no warnings, log lines or progress bars."
+    bar = '%|' in ''.join(output.get('data', {}).get('text/plain', ''))
+    return output.get('name') != 'stderr' and not (bar and 'application/vnd.jupyter.widget-view+json' in output['data'])
+
+
 def run(path, flags):
     "Execute one notebook in a fresh kernel, in its own folder, and write its outputs back."
     nb = nbformat.read(path, as_version=4)
@@ -41,6 +47,8 @@ def run(path, flags):
                 ok = False
                 break
     if ok:
+        for cell in nb.cells:
+            if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if lasting(o)]
         nbformat.write(nb, path)
         nb = read_nb(path)
         clean_nb(nb)

@@ -7,6 +7,12 @@ __all__ = ['SafeTrainer', 'new_window', 'save_adapter', 'Guard', 'describe_rows'
            'same_random_state', 'SampleGuard', 'can_show_progress', 'ProgressBar', 'tracked_config', 'Tracker',
            'guards']
 
+# %% ../nbs/13_guards.ipynb #30ea902f
+from .quantization import _bitsandbytes
+
+# %% ../nbs/13_guards.ipynb #bb638a98
+_bitsandbytes() # first, and quietly: importing transformers' trainer imports it too, with a note on a kernel nobody asked for
+
 # %% ../nbs/13_guards.ipynb #b87d7fdd
 import json
 import os

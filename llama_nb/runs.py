@@ -442,6 +442,18 @@ def _base_name(name):
     name = str(name)
     return (name, True) if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists() else (Path(name).name, False)
 
+def _scores(folder):
+    "Main figures of the evaluation reports below `eval/`, as texts by name."
+    found = {}
+    for path in sorted(Path(folder).glob('eval/*/metrics.json')):
+        try: systems = json.loads(path.read_text())['scores']
+        except (OSError, ValueError, KeyError): continue
+        for metric in ('perplexity', 'bleu', 'rougeL'):
+            parts = [f"{s.replace('_', ' ')} {m['value']:.4g}" + (f" ({m['low']:.4g} to {m['high']:.4g})" if m.get('low') is not None else '')
+                     for s,values in systems.items() if (m := values.get(metric)) and m.get('value') is not None]
+            if parts: found[f'{metric}, {path.parent.name}'] = '; '.join(parts)
+    return found
+
 def card_facts(
     run, # A `Run`
 )->dict: # Whatever the folder tells, by name
@@ -453,14 +465,14 @@ def card_facts(
     loss, held = run.metrics('loss'), run.metrics('eval_loss')
     taught = sum(v for _,v in run.metrics('taught_tokens'))
     model, lora, training = (config.get(k) or {} for k in ('model', 'lora', 'training'))
-    return {'base_model': model.get('model_name', 'unknown'), 'use_4bit': model.get('use_4bit'), 'config': config, 'data': data,
+    return {'base_model': model.get('model_name', 'unknown'), 'use_4bit': model.get('use_4bit'), 'compute_dtype': env.get('compute_dtype', 'bfloat16'), 'config': config, 'data': data,
             'settings': {'4-bit base': f"{model.get('bnb_4bit_quant_type')}, nested {model.get('use_nested_quant')}" if model.get('use_4bit') else None,
                          'LoRA': f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}, on {lora.get('target_modules')}" if lora else None,
                          'learning rate': training.get('learning_rate'), 'seed': training.get('seed')},
             'curves': {'steps': last_step(run), 'taught tokens': f'{int(taught):,}' if taught else None,
                        'first and last training loss': f'{loss[0][1]:.3f} → {smooth([v for _,v in loss])[-1]:.3f} nats per token (last smoothed)' if loss else None,
                        'validation loss': f'{held[0][1]:.3f} → {held[-1][1]:.3f} nats per token' if held else None},
-            'scores': {}, 'packages': {k: env.get('packages', {}).get(k) for k in ('llama_nb', 'transformers', 'peft', 'bitsandbytes', 'torch')}}
+            'scores': _scores(run.folder), 'packages': {k: env.get('packages', {}).get(k) for k in ('llama_nb', 'transformers', 'peft', 'bitsandbytes', 'torch')}}
 
 # %% ../nbs/12_runs.ipynb #15682985
 _LOAD = '''```python
@@ -480,9 +492,10 @@ def write_card(
     f = {**card_facts(run), **(facts or {})}
     (base, on_hub), data = _base_name(f['base_model']), f['data']
     bnb = {'bnb_4bit_quant_type': 'nf4', 'use_nested_quant': True, **f['config'].get('model', {})} if f['use_4bit'] else None
-    quant = ('dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True, '
-             f"bnb_4bit_quant_type={bnb.get('bnb_4bit_quant_type')!r}, bnb_4bit_use_double_quant={bnb.get('use_nested_quant')}, "
-             'bnb_4bit_compute_dtype=torch.bfloat16)') if bnb else 'dtype=torch.bfloat16'
+    dtype = f"torch.{f['compute_dtype']}"
+    quant = (f'dtype={dtype}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, '
+             f"bnb_4bit_quant_type={bnb['bnb_4bit_quant_type']!r}, bnb_4bit_use_double_quant={bnb['use_nested_quant']}, "
+             f'bnb_4bit_compute_dtype={dtype})') if bnb else f'dtype={dtype}'
     head = {'base_model': base, 'library_name': 'peft', 'pipeline_tag': 'text-generation', 'tags': ['llama_nb', 'lora', *(['qlora'] if bnb else [])]}
     about = [('base model', f'`{base}`' + ('' if on_hub else ' (a local folder, not a Hub id)')), *f['settings'].items()]
     body = [f'# {run.name}', f'A LoRA adapter for `{base}`, trained with llama_nb. The licence of the base model applies to it too.', _rows(about),
@@ -529,7 +542,8 @@ def list_runs(
     output_dir = Path(output_dir)
     if not output_dir.is_dir(): raise ResourceError(f'{output_dir} is not there; runs are made by train()')
     folders = [p for p in output_dir.iterdir() if (p/'events.jsonl').is_file()]
-    return RunList(Run(p) for p in sorted(folders, key=lambda p: ((p/'config.yaml').stat().st_mtime if (p/'config.yaml').exists() else 0, p.name)))
+    def born(p): return next((e.get('time', 0) for e in read_events(p/'events.jsonl')[:1]), 0)
+    return RunList(Run(p) for p in sorted(folders, key=lambda p: (born(p), p.name)))
 
 # %% ../nbs/12_runs.ipynb #2004ebf5
 def watch(

@@ -19,6 +19,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+from .guards import InterruptGuard, SafeTrainer, guards, save_adapter # before transformers' trainer, see there
 import torch
 from torch import nn
 from torch.utils.data import Sampler
@@ -29,7 +30,6 @@ from .data import load_data
 from .dialogue import IGNORE_INDEX, Example, encode, get_template
 from .errors import CheckpointError, ConfigError, DataError, ResourceError, RunInterrupted, logger, one_line
 from .fastpath import apply_fast_path_, batch_loss, token_nlls
-from .guards import InterruptGuard, SafeTrainer, guards, save_adapter
 from .memory import plan
 from .model import load_model, load_tokenizer, pick_device
 from .packing import PackedCollator, PackedRow, pack
@@ -423,7 +423,8 @@ def train_run(
     hf = trainer.hf_trainer = _make_trainer(trainer, run, facts, callbacks, size, total)
     trainer._chat = None
     write_json(run.folder/'data.json', data_facts)
-    write_json(run.folder/'environment.json', environment(device=torch.cuda.get_device_name() if trainer.device.type == 'cuda' else 'cpu'))
+    write_json(run.folder/'environment.json', environment(device=torch.cuda.get_device_name() if trainer.device.type == 'cuda' else 'cpu',
+        compute_dtype=str(compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)).removeprefix('torch.')))
     at = int(checkpoint.name.split('-')[1]) if checkpoint else 0
     run.log('resume' if resume else 'start', step=at, total_steps=total, rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
     interrupt = next(g for g in callbacks if isinstance(g, InterruptGuard))
@@ -495,7 +496,9 @@ def evaluate_run(
     c = trainer.config
     if not len(trainer.data.validation): raise DataError('no conversations were held out; set data.val_size above 0')
     plain = (lambda: load_model(replace(c.model, use_4bit=False), device=trainer.device)) if c.evaluation.include_16bit and c.model.use_4bit else None
-    report = EvaluationFramework(trainer.model, trainer.tokenizer, c.evaluation, base_16bit=plain).evaluate(trainer.data.validation)
+    framework = EvaluationFramework(trainer.model, trainer.tokenizer, c.evaluation, base_16bit=plain, template=c.data.template,
+                                    max_length=c.model.max_length, on_overflow=c.data.on_overflow)
+    report = framework.evaluate(trainer.data.validation)
     if trainer.run is not None:
         report.save(trainer.run.folder/'eval'/name)
         write_card(trainer.run)

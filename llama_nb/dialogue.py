@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'PINNED_DATE', 'TEMPLATES', 'Message', 'Source', 'Conversation', 'as_conversation',
-           'ChatTemplate', 'Span', 'Example', 'get_template', 'stop_ids', 'encode', 'encode_prompt', 'MaskFailure',
-           'MaskProof', 'verify_masks']
+           'ChatTemplate', 'toy_tokenizer', 'get_template', 'stop_ids', 'Span', 'Example', 'encode', 'encode_prompt',
+           'show_mask', 'MaskFailure', 'MaskProof', 'verify_masks']
 
 # %% ../nbs/06_dialogue.ipynb #dc118025
 import hashlib
@@ -15,10 +15,12 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from .errors import ConfigError, DataError, did_you_mean, one_line, shorten
+from .views import View, token_strip
 
 # %% ../nbs/06_dialogue.ipynb #1315b51c
 IGNORE_INDEX = -100 # A label with this value does not count in the loss: `torch.nn.functional.cross_entropy`'s default
@@ -212,6 +214,55 @@ def _program(text:str, date:str):
     env.globals.update(raise_exception=refuse, strftime_now=day.strftime, date_string=date)
     return env.from_string(text)
 
+# %% ../nbs/06_dialogue.ipynb #fdee42f7
+_TOY_TEXT = ('The quick brown fox jumps over the lazy dog. How was your day? Long, but good. What did you do? I baked bread. '
+             'Hello there. I see, 42! Is it far? yes. Sure, here it is. You are a helpful assistant; be brief. Thank you, 3 times. '
+             'user assistant system tool Instruction Response Below is an instruction that describes a task. Write a response that appropriately completes the request.')
+_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+def _toy_byte():
+    "Byte-level BPE with Llama 3's control tokens."
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    toy = Tokenizer(models.BPE())
+    toy.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    toy.decoder = decoders.ByteLevel()
+    toy.train_from_iterator([_TOY_TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    toy.add_special_tokens(['<|begin_of_text|>', '<|end_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|im_start|>', '<|im_end|>'])
+    toy.add_tokens([AddedToken('<tool_call>', normalized=False)])
+    return toy
+
+def _toy_piece():
+    "SentencePiece-like BPE with byte fallback and a dummy space."
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    toy = Tokenizer(models.BPE())
+    toy.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always')
+    toy.train_from_iterator([_TOY_TEXT], trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    state = json.loads(toy.to_str())
+    first = ['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256))]
+    learned = sorted(state['model']['vocab'], key=state['model']['vocab'].get)
+    state['model'] |= dict(vocab={t: i for i,t in enumerate([*first, *learned])}, unk_token='<unk>', fuse_unk=True, byte_fallback=True)
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    state['added_tokens'] = [dict(id=i, content=t, **plain) for i,t in enumerate(first[:3])]
+    space = lambda a, b: {'type': 'Replace', 'pattern': {'String': a}, 'content': b}
+    state['pre_tokenizer'] = None
+    state['normalizer'] = {'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}, space(' ', '▁')]}
+    state['decoder'] = {'type': 'Sequence', 'decoders': [space('▁', ' '), {'type': 'ByteFallback'}, {'type': 'Fuse'}, {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}]}
+    return Tokenizer.from_str(json.dumps(state))
+
+# %% ../nbs/06_dialogue.ipynb #c7226d91
+def toy_tokenizer(
+    kind:str='byte', # `'byte'`: as Llama 3; `'piece'`: as Llama 1 and 2
+    template:str|None='auto', # Template to carry as its own: a name of `TEMPLATES`, `None` for none, `'auto'` for the family's
+): # A Hugging Face tokenizer of a few hundred tokens, trained in milliseconds
+    "A throwaway tokenizer for examples and tests. Raises `ValueError` for another kind."
+    from transformers import PreTrainedTokenizerFast
+    if kind not in ('byte', 'piece'): raise ValueError(f"kind must be 'byte' or 'piece', got {kind!r}")
+    names = dict(bos_token='<|begin_of_text|>', eos_token='<|end_of_text|>') if kind == 'byte' else dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    toy = PreTrainedTokenizerFast(tokenizer_object=_toy_byte() if kind == 'byte' else _toy_piece(), clean_up_tokenization_spaces=False, **names)
+    if template == 'auto': template = 'llama-3' if kind == 'byte' else 'llama-2'
+    if template: toy.chat_template = TEMPLATES[template].text
+    return toy
+
 # %% ../nbs/06_dialogue.ipynb #a273e5f4
 def _steps(node:dict|None)->list[dict]:
     "The members of a normalizer, pre-tokenizer or decoder that may be a sequence."
@@ -251,47 +302,48 @@ class _Tokens:
         if backend is None: raise ConfigError(f'tokenizer {type(tokenizer).__name__} has no fast backend; load it with AutoTokenizer from a folder with tokenizer.json')
         state = json.loads(backend.to_str())
         decoder = [{**s, 'prepend_scheme': 'never'} if s['type'] == 'Metaspace' else s for s in _steps(state['decoder']) if s['type'] != 'Strip']
-        state = {**state, 'truncation': None, 'padding': None, 'post_processor': None, 'decoder': _rebuilt(state['decoder'], decoder)}
+        state |= dict(truncation=None, padding=None, post_processor=None, decoder=_rebuilt(state['decoder'], decoder))
         self.control = {t['id']: t['content'] for t in state['added_tokens']}
+        self.eos, self.unk = tokenizer.eos_token_id, tokenizer.unk_token_id
         self.special = {k: v for k,v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        schemes = {s.get('prepend_scheme') for s in _steps(state['pre_tokenizer']) if s['type'] == 'Metaspace'}
-        self.spaced = bool(schemes) or any(s['type'] == 'Replace' and s['content'] == '▁' for s in _steps(state['normalizer']))
         content = _without_control(state, set(self.control.values()))
-        self.full = Tokenizer.from_str(json.dumps(state))
-        self.plain = Tokenizer.from_str(json.dumps(_without_prefix(content)))
-        # `first` puts the dummy space at the start of a text only, which is never after a control token
-        self.after = self.plain if 'first' in schemes else Tokenizer.from_str(json.dumps(content))
-        self.prefixes = self.after.encode('x', add_special_tokens=False).ids != self.plain.encode('x', add_special_tokens=False).ids
-        self.bar = [self.full.token_to_id(f'<0x{b:02X}>') for b in '▁'.encode()] if self.spaced else [None]
-        self.eos = tokenizer.eos_token_id
-
-    def content(self, text:str, after:bool=False)->list[int]:
-        "Ids of a message's text; `after`: it follows a control token."
-        if self.spaced and '▁' in text and None not in self.bar:
-            first, *rest = text.split('▁')
-            return sum((self.bar + self.content(t) for t in rest), self.content(first, after) if first else [])
-        try: ids = (self.after if after else self.plain).encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError): raise DataError('content: not valid Unicode (a lone surrogate); repair or remove it') from None
-        if not self.control.keys().isdisjoint(ids):
-            bad = self.control[next(i for i in ids if i in self.control)]
-            raise DataError(f'content: {shorten(bad, 40)} would become a control token of this tokenizer; remove it from the text')
-        return ids
-
-    def first_control(self, text:str)->tuple[int,int,int|None]:
-        "Start, end and id of the first control token in template text; `(len, len, None)` if there is none."
-        e = self.full.encode(text, add_special_tokens=False)
-        return next(((*o, i) for i,o in zip(e.ids, e.offsets) if i in self.control), (len(text), len(text), None))
-
-    def template(self, text:str, after:bool|None)->list[int]:
-        "Ids of template text; `after`: it follows a control token (`None`: nothing precedes it)."
-        if after is None: return self.full.encode(text, add_special_tokens=False).ids
-        lead = self.first_control(text)[0]
-        ids = self.content(text[:lead], after) if lead else []
-        return ids + self.full.encode(text[lead:], add_special_tokens=False).ids
+        bare = _without_prefix(content)
+        self.full, self.plain = (Tokenizer.from_str(json.dumps(s)) for s in (state, bare))
+        # the scheme `first` puts the dummy space at the start of a text only, which is never after a control token
+        first = any(s.get('prepend_scheme') == 'first' for s in _steps(state['pre_tokenizer']))
+        self.after = self.plain if first or bare == content else Tokenizer.from_str(json.dumps(content))
+        bars = any(s['type'] == 'Metaspace' or s.get('content') == '▁' for k in ('normalizer', 'pre_tokenizer') for s in _steps(state[k]))
+        self.bar = [self.full.token_to_id(f'<0x{b:02X}>') for b in '▁'.encode()] if bars else [None]
 
     def decode(self, ids:list[int])->str:
         "Exactly the text the ids stand for, dummy spaces included."
         return self.full.decode(ids, skip_special_tokens=False)
+
+# %% ../nbs/06_dialogue.ipynb #e60a644c
+def _content_ids(tokens:_Tokens, text:str, after:bool=False)->list[int]:
+    "Ids of a message's text, never a control id; `after`: it follows a control token."
+    if '▁' in text and None not in tokens.bar: # a typed U+2581, in bytes: the character itself means a space here
+        first, *rest = text.split('▁')
+        return sum((tokens.bar + _content_ids(tokens, t) for t in rest), _content_ids(tokens, first, after) if first else [])
+    try: ids = (tokens.after if after else tokens.plain).encode(text, add_special_tokens=False).ids
+    except (TypeError, UnicodeEncodeError): raise DataError('content: not valid Unicode (a lone surrogate); repair or remove it') from None
+    if not tokens.control.keys().isdisjoint(ids):
+        bad = next(i for i in ids if i in tokens.control)
+        if bad == tokens.unk: raise DataError('content: holds a character this tokenizer has no token for; remove it or use another model')
+        raise DataError(f'content: {shorten(tokens.control[bad], 40)} would become a control token of this tokenizer; remove it from the text')
+    return ids
+
+# %% ../nbs/06_dialogue.ipynb #e9909742
+def _first_control(tokens:_Tokens, text:str)->tuple[int,int,int|None]:
+    "Start, end and id of the first control token in template text; `(len, len, None)` if there is none."
+    e = tokens.full.encode(text, add_special_tokens=False)
+    return next(((*o, i) for i,o in zip(e.ids, e.offsets) if i in tokens.control), (len(text), len(text), None))
+
+def _template_ids(tokens:_Tokens, text:str, after:bool|None)->list[int]:
+    "Ids of template text; `after`: it follows a control token (`None`: nothing precedes it)."
+    lead = 0 if after is None else _first_control(tokens, text)[0]
+    head = _content_ids(tokens, text[:lead], bool(after)) if lead else []
+    return head + tokens.full.encode(text[lead:], add_special_tokens=False).ids
 
 # %% ../nbs/06_dialogue.ipynb #93f8c535
 _LOCK, _CACHE = threading.RLock(), WeakKeyDictionary()
@@ -318,11 +370,11 @@ class _Fixed(NamedTuple):
 class _Slot(NamedTuple):
     "The place of one message's content."
     message:int
-    lstrip:bool
-    rstrip:bool
-    json:bool # Quoted as JSON
-    glue:str # A space of the template that tokenizers join to the first word
-    after:bool # Follows a control token
+    lstrip:bool=False
+    rstrip:bool=False
+    json:bool=False # Quoted as JSON
+    glue:str='' # A space of the template that tokenizers join to the first word
+    after:bool=False # Follows a control token
 
     def text(self, content:str)->str:
         "What the template writes for this content, with the joined space."
@@ -339,119 +391,156 @@ def _placeholders(n:int, text:str)->list[str]:
     return [f'{salt}{i}: "a\\b" É\'s <T&t> {{{{c}}}}\n|{i}{salt[::-1]}' for i in range(n)]
 
 # %% ../nbs/06_dialogue.ipynb #04375757
+def _refuse(name:str, why:str): raise ConfigError(f"template '{name}' {why}; choose another one")
+
+def _pieces(name:str, marks:list[str], text:str, spaced:str)->tuple[list[str],list[_Slot]]:
+    "Cut a rendering at its placeholders: the text before, between and after them, and what happens to content."
+    forms = [q if (q := json.dumps(m, ensure_ascii=False)) in text else m for m in marks]
+    for form in forms:
+        if text.count(form) != 1: _refuse(name, f"{'repeats' if form in text else 'changes or leaves out'} the text of a message")
+    if sorted(forms, key=text.index) != forms: _refuse(name, 'changes the order of the messages')
+    pieces, slots, pos, at = [], [], 0, 0
+    for i,(mark,form) in enumerate(zip(marks, forms)):
+        piece, pos = text[pos:text.index(form)], text.index(form) + len(form)
+        wide = form if form == mark else json.dumps(_SPACE + mark + _SPACE, ensure_ascii=False)
+        ok = spaced.startswith(piece, at)
+        at += len(piece)
+        left = spaced.startswith(_SPACE, at)
+        at += left*len(_SPACE)
+        ok = ok and spaced.startswith(wide, at)
+        at += len(wide)
+        right = spaced.startswith(_SPACE, at)
+        at += right*len(_SPACE)
+        if not ok: _refuse(name, 'changes white space around a message in a way that can not be followed')
+        pieces.append(piece)
+        slots.append(_Slot(i, lstrip=not left, rstrip=not right, json=form != mark))
+    if spaced[at:] != text[pos:]: _refuse(name, 'changes white space around a message in a way that can not be followed')
+    return [*pieces, text[pos:]], slots
+
+# %% ../nbs/06_dialogue.ipynb #ff2e053b
+def _close(enc, piece:str, i:int, role:str, fix)->str:
+    "Split off what closes message `i`; what is left opens the next."
+    _, stop, control = _first_control(enc.tokens, piece)
+    if role == 'assistant':
+        if control is None: _refuse(enc.template.name, 'writes no control token after an answer, so that a model could not learn to stop')
+        enc.end_ids[control] = None
+    if control is None: return piece
+    fix(piece[:stop], i, True)
+    return piece[stop:]
+
+def _parts(enc, roles:tuple)->list:
+    "Fixed pieces with their ids, and slots between them."
+    marks = _placeholders(len(roles), enc.template.text)
+    pieces, slots = _pieces(enc.template.name, marks, enc.probe(roles, marks), enc.probe(roles, [_SPACE + m + _SPACE for m in marks]))
+    parts, after = [], None
+    def fix(text, message, end=False):
+        nonlocal after
+        if not text: return
+        ids = _template_ids(enc.tokens, text, after)
+        parts.append(_Fixed(text, ids, message, end))
+        after = bool(ids) and ids[-1] in enc.tokens.control
+    for i,(piece,slot) in enumerate(zip(pieces, slots)):
+        if i: piece = _close(enc, piece, i-1, roles[i-1], fix)
+        glue = ' ' if piece.endswith(' ') else ''
+        fix(piece[:len(piece)-len(glue)], i)
+        parts.append(slot._replace(glue=glue, after=after is not False))
+        after = False
+    last = len(roles) - 1
+    fix(_close(enc, pieces[-1], last, roles[last], fix), last)
+    return parts
+
+# %% ../nbs/06_dialogue.ipynb #5ad1ba4c
 class _Encoder:
-    "One template on one tokenizer: role sequences turned into parts, and parts into ids."
+    "One template on one tokenizer."
 
     def __init__(self, tokens:_Tokens, template:ChatTemplate):
-        self.tokens, self.shapes, self.lock, self.end_ids = tokens, OrderedDict(), threading.RLock(), {}
-        self.program = _program(template.text, template.date)
         names = set(tokens.control.values())
         if missing := [t for t in template.required if t not in names]:
             raise ConfigError(f"template '{template.name}' needs the control token {missing[0]}, which this tokenizer does not have; use template='auto'")
-        if template.name == 'tokenizer': # plain-text markers can not be told from content by any tokenizer
+        if template.name == 'tokenizer': # markers in plain text can not be told from content by any tokenizer
             template = replace(template, markers=tuple(m for m in TEMPLATES['llama-2'].markers if m in template.text and m not in names))
-        self.template = template
+        self.tokens, self.template, self.shapes, self.lock, self.end_ids = tokens, template, OrderedDict(), threading.RLock(), {}
+        self.program = _program(template.text, template.date)
         self._check_prompt()
-        known = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>')
-        stops = [*self.end_ids, tokens.eos, *(i for i,t in tokens.control.items() if t in known)]
-        self.template = replace(self.template, stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)))
+        stops = [*self.end_ids, tokens.eos, *(i for i,t in tokens.control.items() if t in _STOPS)]
+        self.template = replace(template, stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)))
 
     def render(self, messages:list[dict], ask:bool=False)->str:
         "The conversation as the template writes it; `ask` adds the start of an answer."
         return self.program.render(messages=messages, add_generation_prompt=ask, tools=None, documents=None, **self.tokens.special)
 
-    def refuse(self, why:str): raise ConfigError(f"template '{self.template.name}' {why}; choose another with template=...")
-
-    def _check_prompt(self):
-        "What asks for an answer must be what stands before an answer in training."
-        head = ''.join(p.text for p in self.shape(('user', 'assistant'))[:-3] if isinstance(p, _Fixed)) if False else None
-        ask, plain = (self.render([{'role': 'user', 'content': 'Hi'}], a) for a in (True, False))
-        full = self.render([{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes'}])
-        self.shape(('user', 'assistant'))
-        before = full[:full.rindex('Yes')]
-        if before.rstrip(' ') != ask.rstrip(' ') and ask != plain:
-            self.refuse('asks for an answer with other text than it trains an answer with')
-
-    def shape(self, roles:tuple)->list:
-        "The parts for this sequence of roles, made once."
-        with self.lock:
-            if roles in self.shapes: self.shapes.move_to_end(roles)
-            else:
-                self.shapes[roles] = self._make_shape(roles)
-                if len(self.shapes) > 4096: self.shapes.popitem(last=False)
-            return self.shapes[roles]
-
-    def _probe(self, roles:tuple, contents:list[str])->str:
-        "Render watched contents; raises if the template refuses the roles or looks into a text."
+    def probe(self, roles:tuple, contents:list[str])->str:
+        "Render watched contents. Raises `DataError` if the template refuses the roles, `ConfigError` if it looks into a text."
         from jinja2 import TemplateError
         seen, texts = set(), [_Watched(c) for c in contents]
         for t in texts: t.seen = seen
         try: text = str(self.render([{'role': r, 'content': c} for r,c in zip(roles, texts)]))
         except TemplateError as e:
             raise DataError(f"template '{self.template.name}' refuses the roles {shorten(', '.join(roles), 60)}: {shorten(e, 90)}") from None
-        if seen: self.refuse(f"looks into the messages' text ({', '.join(sorted(seen))}), which can not be followed")
+        if seen: _refuse(self.template.name, f"looks into the messages' text ({', '.join(sorted(seen))}), which can not be followed")
         return text
 
-    def _pieces(self, roles:tuple)->tuple[list[str],list[_Slot]]:
-        "The template's text before, between and after the messages, and what it does to each of them."
-        marks = _placeholders(len(roles), self.template.text)
-        text, spaced = self._probe(roles, marks), self._probe(roles, [_SPACE + m + _SPACE for m in marks])
-        pieces, slots, pos, at = [], [], 0, 0
-        for i,mark in enumerate(marks):
-            quoted = json.dumps(mark, ensure_ascii=False)
-            form = quoted if quoted in text else mark
-            if text.count(form) != 1:
-                self.refuse(f"{'changes or leaves out' if form not in text else 'repeats'} the text of a {roles[i]} message")
-            piece, found = text[pos:text.index(form)], text.index(form)
-            if found < pos: self.refuse('changes the order of the messages')
-            pieces.append(piece); pos = found + len(form)
-            wide = json.dumps(_SPACE + mark + _SPACE, ensure_ascii=False) if form == quoted else mark
-            ok = spaced.startswith(piece, at); at += len(piece)
-            keeps_left = spaced.startswith(_SPACE, at); at += keeps_left*len(_SPACE)
-            ok = ok and spaced.startswith(wide, at); at += len(wide)
-            keeps_right = spaced.startswith(_SPACE, at); at += keeps_right*len(_SPACE)
-            if not ok: self.refuse(f'changes white space in a {roles[i]} message in a way that can not be followed')
-            slots.append(_Slot(i, not keeps_left, not keeps_right, form == quoted, '', False))
-        if spaced[at:] != text[pos:]: self.refuse('changes white space after the last message in a way that can not be followed')
-        return [*pieces, text[pos:]], slots
+    def shape(self, roles:tuple)->list:
+        "The parts for this sequence of roles, made and proved once."
+        with self.lock:
+            if roles not in self.shapes:
+                self.shapes[roles] = self._prove(roles, _parts(self, roles))
+                if len(self.shapes) > 4096: self.shapes.popitem(last=False)
+            return self.shapes[roles]
 
-    def _make_shape(self, roles:tuple)->list:
-        "Fixed pieces with their ids, and slots between them."
-        pieces, slots = self._pieces(roles)
-        parts, after = [], None
-        def fix(text, message, end=False):
-            nonlocal after
-            if not text: return
-            ids = self.tokens.template(text, after)
-            parts.append(_Fixed(text, ids, message, end))
-            after = bool(ids) and ids[-1] in self.tokens.control
-        for i,(piece,slot) in enumerate(zip(pieces, slots)):
-            if i: piece = self._close(piece, i-1, roles, fix)
-            glue = ' ' if piece.endswith(' ') else ''
-            fix(piece[:len(piece)-len(glue)], i)
-            parts.append(slot._replace(glue=glue, after=after is not False))
-            after = False
-        fix(self._close(pieces[-1], len(roles)-1, roles, fix), len(roles)-1)
-        self._prove(roles, parts)
-        return parts
-
-    def _close(self, piece:str, i:int, roles:tuple, fix)->str:
-        "Split off what closes message `i`; what is left opens the next."
-        _, stop, control = self.tokens.first_control(piece)
-        if roles[i] == 'assistant':
-            if control is None: self.refuse('writes no control token after an answer, so that a model could not learn to stop')
-            self.end_ids[control] = None
-        if control is None: return piece
-        fix(piece[:stop], i, True)
-        return piece[stop:]
-
-    def _prove(self, roles:tuple, parts:list):
+    def _prove(self, roles:tuple, parts:list)->list:
         "On clean content the parts must give the ids of the whole rendered text."
         clean = [('Hello there.', 'I see, 42!', 'Is it far?', 'yes')[i % 4] for i in range(len(roles))]
-        whole = self.render([{'role': r, 'content': c} for r,c in zip(roles, clean)])
-        ids = [i for p in parts for i in (p.ids if isinstance(p, _Fixed) else self.tokens.content(p.text(clean[p.message]), p.after))]
-        if ids != self.tokens.full.encode(whole, add_special_tokens=False).ids and self.template.name != 'alpaca':
-            self.refuse("is written so that this tokenizer joins its text to the messages' text")
+        whole = self.tokens.full.encode(self.render([{'role': r, 'content': c} for r,c in zip(roles, clean)]), add_special_tokens=False).ids
+        ids = [i for p in parts for i in (p.ids if isinstance(p, _Fixed) else _content_ids(self.tokens, p.text(clean[p.message]), p.after))]
+        if ids != whole and self.template.text != _ALPACA: _refuse(self.template.name, "is written so that this tokenizer joins its text to the messages' text")
+        return parts
+
+    def _check_prompt(self):
+        "What asks for an answer must be what stands before an answer in training, or nothing."
+        user, answer = {'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes'}
+        shape, (ask, plain) = self.shape(('user', 'assistant')), [self.render([user], a) for a in (True, False)]
+        before = ''.join(p.text if isinstance(p, _Fixed) else p.text('Hi') for p in shape[:next(i for i,p in enumerate(shape) if isinstance(p, _Slot) and p.message)])
+        if ask not in (before, before + ' ', plain): _refuse(self.template.name, 'asks for an answer with other text than it trains an answer with')
+
+_STOPS = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>')
+
+# %% ../nbs/06_dialogue.ipynb #c26f2037
+def _choose(tokenizer, template)->ChatTemplate:
+    "The template that a name stands for on this tokenizer."
+    if isinstance(template, ChatTemplate): return template
+    names = ['auto', *TEMPLATES, 'tokenizer']
+    if template in TEMPLATES: return replace(TEMPLATES[template], reason='asked for by name')
+    if template not in names: raise ConfigError(f"template: {shorten(repr(template), 40)} is unknown{did_you_mean(template, names)} (one of {', '.join(names)})")
+    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if own: # one of ours, as a run stores it, keeps its name
+        known = next((t for t in TEMPLATES.values() if t.text == own), ChatTemplate('tokenizer', own))
+        return replace(known, reason="the tokenizer's own")
+    if template == 'auto': return replace(TEMPLATES['alpaca'], reason='the tokenizer has none of its own')
+    raise ConfigError("template 'tokenizer': this tokenizer has no chat template; use template='auto' or a named one")
+
+def _encoder(tokenizer, template='auto')->_Encoder:
+    "The encoder of a template on a tokenizer, made once."
+    tokens, made = _cached(tokenizer)
+    if template not in made:
+        with _LOCK:
+            if template not in made: made[template] = _Encoder(tokens, _choose(tokenizer, template))
+    return made[template]
+
+# %% ../nbs/06_dialogue.ipynb #6e999cb7
+def get_template(
+    tokenizer, # A Hugging Face tokenizer with a fast backend
+    template:str|ChatTemplate='auto', # A name of `TEMPLATES`, `'tokenizer'` for its own, or `'auto'`: its own if it has one, else Alpaca
+)->ChatTemplate: # With `stop_ids` and `reason` filled in
+    "The template as it works on this tokenizer; raises `ConfigError` if it can not be followed or needs tokens that are missing."
+    return _encoder(tokenizer, template).template
+
+def stop_ids(
+    tokenizer, # A Hugging Face tokenizer with a fast backend
+    template:str|ChatTemplate='auto', # As in `get_template`
+)->tuple[int,...]: # The trained end of turn first
+    "Every id that ends an answer: the trained one, the tokenizer's end of text, and the family's other end tokens."
+    return get_template(tokenizer, template).stop_ids
 
 # %% ../nbs/06_dialogue.ipynb #1ddf3d60
 class Span(NamedTuple):
@@ -479,82 +568,52 @@ class Example:
         return sum(l != IGNORE_INDEX for l in self.labels)
 
 # %% ../nbs/06_dialogue.ipynb #1f9ea14c
-def _encoder(tokenizer, template='auto')->_Encoder:
-    "The encoder of a template on a tokenizer, made once."
-    tokens, made = _cached(tokenizer)
-    with _LOCK:
-        if template not in made:
-            chosen = template
-            if template in ('auto', 'tokenizer'):
-                own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-                if own: chosen = ChatTemplate('tokenizer', own, reason="the tokenizer's own")
-                elif template == 'auto': chosen = replace(TEMPLATES['alpaca'], reason='the tokenizer has no template of its own')
-                else: raise ConfigError("template 'tokenizer': this tokenizer has no chat template; use template='auto' or a named one")
-            elif not isinstance(template, ChatTemplate):
-                names = ['auto', *TEMPLATES, 'tokenizer']
-                if template not in TEMPLATES: raise ConfigError(f"template: {shorten(repr(template), 40)} is unknown{did_you_mean(template, names)} (one of {', '.join(names)})")
-                chosen = replace(TEMPLATES[template], reason='asked for by name')
-            made[template] = _Encoder(tokens, chosen)
-        return made[template]
-
-def get_template(
-    tokenizer, # A Hugging Face tokenizer with a fast backend
-    template:str|ChatTemplate='auto', # A name of `TEMPLATES`, `'tokenizer'` for its own, or `'auto'`: its own if it has one, else Alpaca
-)->ChatTemplate: # With `stop_ids` and `reason` filled in
-    "The template as it works on this tokenizer; raises `ConfigError` if it can not be followed or needs tokens that are missing."
-    return _encoder(tokenizer, template).template
-
-def stop_ids(
-    tokenizer, # A Hugging Face tokenizer with a fast backend
-    template:str|ChatTemplate='auto', # As in `get_template`
-)->tuple[int,...]: # The trained end of turn first
-    "Every id that ends an answer."
-    return get_template(tokenizer, template).stop_ids
-
-# %% ../nbs/06_dialogue.ipynb #4642969d
 def _taught(messages:tuple, train_on:str)->list[bool]:
-    "Which messages are taught. A tool's words never are."
+    "Which messages are taught."
     answers = [i for i,m in enumerate(messages) if m.role == 'assistant']
     chosen = set({'assistant': answers, 'last': answers[-1:], 'all': range(len(messages))}[train_on])
     return [m.role != 'tool' and (i in chosen if m.taught is None else m.taught) for i,m in enumerate(messages)]
 
-def _encode(enc:_Encoder, messages:tuple, taught:list[bool], train_all:bool=False)->tuple[list,list,list]:
-    "Ids, labels and spans grown together, part by part."
+def _grow(enc:_Encoder, messages:list, taught:list[bool], train_all:bool)->tuple[list,list,list]:
+    "Ids, labels and spans, part by part."
     ids, labels, spans = [], [], []
     for part in enc.shape(tuple(m.role for m in messages)):
         i = part.message
-        if isinstance(part, _Fixed): new, state = part.ids, 'taught' if taught[i] and (part.end or train_all) else 'template'
-        else: new, state = enc.tokens.content(part.text(messages[i].content), part.after), 'taught' if taught[i] else 'context'
-        if new: spans.append(Span(len(ids), len(ids) + len(new), messages[i].role, i, state))
+        if isinstance(part, _Fixed): new, teach, state = part.ids, taught[i] and (part.end or train_all), 'template'
+        else: new, teach, state = _content_ids(enc.tokens, part.text(messages[i].content), part.after), taught[i], 'context'
+        if new: spans.append(Span(len(ids), len(ids) + len(new), messages[i].role, i, 'taught' if teach else state))
         ids += new
-        labels += new if state == 'taught' else [IGNORE_INDEX]*len(new)
-    if labels: labels[0] = IGNORE_INDEX # nothing comes before it that could predict it
+        labels += new if teach else [IGNORE_INDEX]*len(new)
+    labels[0] = IGNORE_INDEX # nothing stands before it that could predict it
     return ids, labels, spans
 
-def _check_content(enc:_Encoder, conv:Conversation):
-    "Refuse plain text that this template would read as the border of a turn."
-    for i,m in enumerate(conv.messages):
+# %% ../nbs/06_dialogue.ipynb #54444d32
+def _fit(enc:_Encoder, conv:Conversation, train_on:str, max_length:int|None, on_overflow:str)->Example|None:
+    "Encode, leaving out whole oldest exchanges if asked to; `None` if it does not fit and may be dropped."
+    messages, head = conv.messages, int(conv.messages[0].role == 'system')
+    taught, first = _taught(messages, train_on), head
+    starts = [i for i in range(head + 1, len(messages)) if messages[i].role == 'user']
+    while True:
+        kept = [*range(head), *range(first, len(messages))]
+        ids, labels, spans = _grow(enc, [messages[i] for i in kept], [taught[i] for i in kept], train_on == 'all')
+        if max_length is None or len(ids) <= max_length:
+            return Example(ids, labels, tuple(s._replace(message=kept[s.message]) for s in spans), conv.row, len(messages) - len(kept))
+        if on_overflow == 'raise': raise DataError(f'{len(ids)} tokens are more than max_length {max_length}; raise max_length, or set on_overflow to drop or drop_turns')
+        first = next((s for s in starts if s > first), None)
+        if on_overflow == 'drop' or first is None: return None
+
+def _check_content(enc:_Encoder, messages:tuple, taught:list[bool]):
+    "Refuse what would teach nonsense, or what this template would read as the border of a turn."
+    for i,(m,t) in enumerate(zip(messages, taught)):
         if bad := next((k for k in enc.template.markers if k in m.content), None):
             raise DataError(f"messages[{i}].content: holds {bad}, which template '{enc.template.name}' writes as plain text and no tokenizer can tell apart; remove it or use another template")
+        if t and not m.content.strip(): raise DataError(f'messages[{i}].content: empty, and teaching it would teach to stop at once')
 
-# %% ../nbs/06_dialogue.ipynb #717ba571
-def _fit(enc, conv, train_on, max_length, on_overflow):
-    "Encode; leave out whole oldest exchanges if asked to. `None` if it can not fit and may be dropped."
-    messages, keep = conv.messages, int(conv.messages[0].role == 'system')
-    taught, first = _taught(messages, train_on), 0
-    starts = [i for i in range(keep, len(messages)) if messages[i].role == 'user' and i > keep]
-    while True:
-        kept = [*range(keep), *range(max(first, keep), len(messages))]
-        ids, labels, spans = _encode(enc, tuple(messages[i] for i in kept), [taught[i] for i in kept], train_on == 'all')
-        if max_length is None or len(ids) <= max_length:
-            spans = tuple(s._replace(message=kept[s.message]) for s in spans) if first else tuple(spans)
-            return Example(ids, labels, spans, conv.row, len(messages) - len(kept))
-        if on_overflow == 'raise':
-            raise DataError(f'{len(ids)} tokens are more than max_length {max_length}; raise max_length, or set on_overflow to drop or drop_turns')
-        later = [s for s in starts if s > first]
-        if on_overflow == 'drop' or not later: return None
-        first = later[0]
+def _named(conv:Conversation, error:DataError)->DataError:
+    "The error with the row it belongs to."
+    return DataError(f'{conv.row} {error.message}') if conv.row else error
 
+# %% ../nbs/06_dialogue.ipynb #5b2ceb6e
 def encode(
     conversation, # A `Conversation` or a list of `{"role", "content"}`
     tokenizer, # A Hugging Face tokenizer with a fast backend; it is not changed
@@ -563,97 +622,122 @@ def encode(
     max_length:int|None=None, # Most tokens; `None`: no limit
     on_overflow:str='raise', # Too long: `'raise'`, `'drop'` the conversation, or `'drop_turns'`: whole oldest exchanges, keeping the system message
 )->Example|None: # `None` if it was dropped for its length
-    "Token ids and labels of one conversation. Raises `DataError` if it can not be encoded, is too long, or teaches nothing."
+    "Token ids and labels of one conversation. Raises `DataError` if it can not be encoded, is too long, or teaches nothing; `ConfigError` for settings."
     for name,value,allowed in (('train_on', train_on, ('assistant', 'last', 'all')), ('on_overflow', on_overflow, ('raise', 'drop', 'drop_turns'))):
         if value not in allowed: raise ConfigError(f"{name}: {shorten(repr(value), 40)} is not one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
     conv, enc = as_conversation(conversation), _encoder(tokenizer, template)
     try:
-        _check_content(enc, conv)
-        if empty := [i for i,(m,t) in enumerate(zip(conv.messages, _taught(conv.messages, train_on))) if t and m.role == 'assistant' and not m.content.strip()]:
-            raise DataError(f'messages[{empty[0]}].content: an empty answer would teach the model to stop at once')
+        _check_content(enc, conv.messages, _taught(conv.messages, train_on))
         example = _fit(enc, conv, train_on, max_length, on_overflow)
-        if example is not None and not any(s.state == 'taught' for s in example.spans):
-            raise DataError('nothing to train on: no answer is taught')
-    except DataError as e: raise DataError(f"{f'{conv.row} ' if conv.row else ''}{e.message}") from None
+        if example and not any(s.state == 'taught' for s in example.spans): raise DataError('nothing to train on: no answer is taught')
+    except DataError as e: raise _named(conv, e) from None
     return example
 
-# %% ../nbs/06_dialogue.ipynb #f22b8a65
+# %% ../nbs/06_dialogue.ipynb #61021b60
 def encode_prompt(
     conversation, # Ends with the message to answer, or with an answer that is left out
     tokenizer, # A Hugging Face tokenizer with a fast backend
     template:str|ChatTemplate='auto', # As in `get_template`
 )->list[int]: # Ids up to where the answer starts
-    "The prompt of the last answer: exactly the ids that stand before that answer in training."
-    conv, enc = as_conversation(conversation), _encoder(tokenizer, template)
-    messages = conv.messages if conv.messages[-1].role == 'assistant' else (*conv.messages, Message('assistant', 'x'))
-    try: _check_content(enc, replace(conv, messages=messages[:-1]))
-    except DataError as e: raise DataError(f"{f'{conv.row} ' if conv.row else ''}{e.message}") from None
-    ids, last = [], len(messages) - 1
-    for part in enc.shape(tuple(m.role for m in messages)):
-        if isinstance(part, _Fixed): ids += part.ids
-        elif part.message == last: return ids
-        else: ids += enc.tokens.content(part.text(messages[part.message].content), part.after)
+    "The prompt of the last answer: exactly the ids that stand before that answer in training. Raises `DataError` if it can not be encoded."
+    conv, enc, ids = as_conversation(conversation), _encoder(tokenizer, template), []
+    messages = conv.messages if conv.messages[-1].role == 'assistant' else (*conv.messages, Message('assistant', ''))
+    try:
+        _check_content(enc, messages[:-1], [False]*len(messages))
+        for part in enc.shape(tuple(m.role for m in messages)):
+            if isinstance(part, _Fixed): ids += part.ids
+            elif part.message == len(messages) - 1: break
+            else: ids += _content_ids(enc.tokens, part.text(messages[part.message].content), part.after)
+    except DataError as e: raise _named(conv, e) from None
+    return ids
 
-# %% ../nbs/06_dialogue.ipynb #5b2ceb6e
+# %% ../nbs/06_dialogue.ipynb #8698e1c0
+def show_mask(
+    conversation, # A conversation, or an `Example`
+    tokenizer, # A Hugging Face tokenizer with a fast backend
+    template:str|ChatTemplate='auto', # As in `get_template`; an `Example` is shown as it is
+    train_on:str='assistant', # As in `encode`
+    detail:bool=False, # One box per token, with its id, position and label on hovering
+)->View: # HTML, with the taught text in brackets as plain text
+    "Which tokens of a conversation are taught."
+    tokens = _cached(tokenizer)[0]
+    if isinstance(conversation, Example): example = conversation
+    else:
+        enc, conv = _encoder(tokenizer, template), as_conversation(conversation)
+        example = _fit(enc, conv, train_on, None, 'raise')
+    n, pieces, message = example.num_taught, [], None
+    spans = example.spans or [Span(i, i + 1, '', 0, 'context' if l == IGNORE_INDEX else 'taught') for i,l in enumerate(example.labels)]
+    pieces.append((f'{n} of {len(example)} tokens taught ({n/max(len(example), 1):.0%})', ('role', str(example.row or 'conversation'))))
+    for s in spans:
+        if s.message != message and s.role: pieces.append(('', ('role', s.role)))
+        message, ids = s.message, example.input_ids[s.start:s.end]
+        if not detail: pieces.append((tokens.decode(ids), s.state)); continue
+        pieces += [(tokens.decode([i]), s.state, f'id {i}, position {s.start + k}, label {example.labels[s.start + k]}') for k,i in enumerate(ids)]
+    return token_strip(pieces)
+
+# %% ../nbs/06_dialogue.ipynb #d2229626
 class MaskFailure(NamedTuple):
     "One conversation whose encoding is not what it should be."
-    row:Any # Its `Source`, or its place in the set
+    row:Any # Its `Source`, or its place in the set counted from 0
     problem:str # What differs
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskProof:
     "How many conversations teach exactly their answers."
     exact:int # Conversations that passed
     total:int # Conversations looked at
     failures:tuple[MaskFailure,...]=() # The others
-    def __str__(self):
-        lines = [f'{self.exact:,} / {self.total:,} exact', *(f'  {f.row}: {f.problem}' for f in self.failures[:5])]
-        return '\n'.join(lines)
-    __repr__ = __str__
 
-def _runs(labels:list[int])->list[list[int]]:
+    def __repr__(self): return '\n'.join([f'{self.exact:,} / {self.total:,} exact', *(f'  {f.row}: {f.problem}' for f in self.failures[:5])])
+
+def _taught_runs(labels:list[int])->list[list[int]]:
     "The stretches of taught labels."
-    runs, open_ = [], False
-    for l in labels:
-        if l != IGNORE_INDEX:
-            if not open_: runs.append([])
-            runs[-1].append(l)
-        open_ = l != IGNORE_INDEX
-    return runs
+    return [list(g) for taught,g in groupby(labels, lambda l: l != IGNORE_INDEX) if taught]
 
-def _check_mask(enc:_Encoder, conv:Conversation, example:Example, train_on:str)->str:
+def _same(got:str, want:str, slot:_Slot)->bool:
+    "Equal texts; a tokenizer may put its dummy space after a control token."
+    return got == want or slot.after and got == ' ' + want
+
+# %% ../nbs/06_dialogue.ipynb #0f3d6332
+def _check_mask(enc:_Encoder, conv:Conversation, example:Example, train_on:str='assistant')->str:
     "What is wrong with one encoded conversation; empty if nothing is."
-    messages, tokens, parts = conv.messages, enc.tokens, enc.shape(conv.roles)
-    texts = {p.message: p.text(messages[p.message].content) for p in parts if isinstance(p, _Slot)}
+    messages, parts, ids, labels = conv.messages, enc.shape(conv.roles), example.input_ids, example.labels
+    slots = {p.message: p for p in parts if isinstance(p, _Slot)}
+    texts = {i: p.text(messages[i].content) for i,p in slots.items()}
     ends = {p.message: p.text for p in parts if isinstance(p, _Fixed) and p.end}
-    written = ''.join(p.text if isinstance(p, _Fixed) else texts[p.message] for p in parts)
-    if written != enc.render(conv.to_dicts()): return 'the text is not what the template writes'
-    if len(example.labels) != len(example.input_ids) or any(l not in (IGNORE_INDEX, i) for l,i in zip(example.labels, example.input_ids)):
-        return 'a label is neither its id nor ignored'
-    for s in example.spans:
-        if s.state == 'context' and not tokens.control.keys().isdisjoint(example.input_ids[s.start:s.end]): return f'messages[{s.message}]: a control token came from content'
-    want = [texts[i] + ends.get(i, '') for i,t in enumerate(_taught(messages, train_on)) if t]
-    got = [tokens.decode(r) for r in _runs(example.labels)]
-    if got != want:
-        a, b = next(((a, b) for a,b in zip(got, want) if a != b), (f'{len(got)} taught stretches', f'{len(want)}'))
-        return f'taught {shorten(repr(a), 60)}, expected {shorten(repr(b), 60)}'
-    if any(r[-1] not in enc.template.stop_ids for r in _runs(example.labels)): return 'a taught answer does not end on a stop id'
+    if ''.join(p.text if isinstance(p, _Fixed) else texts[p.message] for p in parts) != enc.render(conv.to_dicts()): return 'the text is not what the template writes'
+    spans = iter(example.spans)
+    for p in parts:
+        fixed = isinstance(p, _Fixed)
+        if not fixed and not texts[p.message]: continue # an empty message has no tokens
+        s = next(spans)
+        found, where = ids[s.start:s.end], f'messages[{p.message}]: '
+        if fixed and found != p.ids: return where + 'the ids around it are not the template\'s'
+        if not fixed and not enc.tokens.control.keys().isdisjoint(found): return where + 'a control token came from content'
+        if not fixed and not _same(enc.tokens.decode(found), texts[p.message], p): return where + f'decodes to {shorten(repr(enc.tokens.decode(found)), 60)}'
+    if len(labels) != len(ids) or any(l not in (IGNORE_INDEX, i) for l,i in zip(labels, ids)): return 'a label is neither its id nor ignored'
+    runs, taught = _taught_runs(labels), [i for i,t in enumerate(_taught(messages, train_on)) if t]
+    if len(runs) != len(taught): return f'{len(runs)} taught stretches, expected {len(taught)}'
+    for run,i in zip(runs, taught):
+        got, want = enc.tokens.decode(run), texts[i] + ends.get(i, '')
+        if not _same(got, want, slots[i]): return f'messages[{i}]: taught {shorten(repr(got), 60)}, expected {shorten(repr(want), 60)}'
+        if messages[i].role == 'assistant' and run[-1] not in enc.template.stop_ids: return f'messages[{i}]: does not end on a stop id'
     return ''
 
-# %% ../nbs/06_dialogue.ipynb #fbe309b1
 def verify_masks(
-    conversations, # An iterable of conversations
+    conversations, # An iterable of conversations; it is gone through once, nothing is kept
     tokenizer, # A Hugging Face tokenizer with a fast backend
     template:str|ChatTemplate='auto', # As in `get_template`
     train_on:str='assistant', # `'assistant'` or `'last'`
 )->MaskProof: # Prints as "4,812 / 4,812 exact", with the first counter-examples
-    "Encode every conversation and check its taught tokens against its answers, decoded anew."
+    "Check the taught tokens of every conversation against its answers; a conversation that can not be encoded counts as a failure."
+    if train_on not in ('assistant', 'last'): raise ConfigError(f"train_on: {shorten(repr(train_on), 40)} can not be verified; use 'assistant' or 'last'")
     enc, total, failures = _encoder(tokenizer, template), 0, []
-    for n,x in enumerate(conversations):
+    for place,x in enumerate(conversations):
         total += 1
         try:
             conv = as_conversation(x)
             problem = _check_mask(enc, conv, encode(conv, tokenizer, template, train_on), train_on)
         except DataError as e: problem = one_line(e)
-        if problem: failures.append(MaskFailure(getattr(x, 'row', None) or n, problem))
+        if problem: failures.append(MaskFailure(getattr(x, 'row', None) or place, problem))
     return MaskProof(total - len(failures), total, tuple(failures))

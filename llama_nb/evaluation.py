@@ -101,7 +101,7 @@ def _batches(examples, batch_size, max_tokens):
 
 # %% ../nbs/16_evaluation.ipynb #b99403cb
 class PerplexityEvaluator:
-    "Token-weighted perplexity of the answers in conversations; the same for every batch size."
+    "Token-weighted perplexity of the answers in conversations; no batch size changes its definition, only (below float32) the rounding."
     def __init__(self,
         model:nn.Module, # A causal LM, or a PEFT model around one; quantised or not
         tokenizer, # Its tokenizer
@@ -109,7 +109,7 @@ class PerplexityEvaluator:
         max_length:int|None=None, # Longest conversation in tokens; `None`: what the model has positions for
         train_on:str='assistant', # Which tokens count, as in `encode`
         on_overflow:str='raise', # Longer conversations: as in `encode`; dropped ones are not counted
-        batch_size:int=8, # Conversations at a time; never changes a number
+        batch_size:int=8, # Conversations at a time; in float32 no number depends on it
         max_tokens:int=8192, # About how many tokens at a time: bounds the memory
     ):
         self.model, self.tokenizer, self.template, self.train_on, self.on_overflow = model, tokenizer, template, train_on, on_overflow

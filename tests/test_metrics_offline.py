@@ -77,6 +77,27 @@ def test_rouge_is_rouge_score():
             assert math.isclose(mean, sum(row[t].fmeasure for row in expected)/200, rel_tol=1e-12)
 
 
+def test_on_200_real_replies():
+    "Each second turn of a real dialogue as the prediction for the one before it: unlike texts of natural lengths."
+    if not os.environ.get('LLAMA_NB_TEST_DATA'): pytest.skip('real data: LLAMA_NB_TEST_DATA is not set')
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+    from llama_nb.config import DataConfig
+    from llama_nb.data import load_data
+    from llama_nb.metrics import ROUGE_TYPES, bootstrap_interval, bleu_from_stats, bleu_stats, corpus_bleu, rouge_scores
+    source = os.path.join(os.environ['LLAMA_NB_TEST_DATA'], 'data', 'dailydialog', 'validation.zip')
+    talks = load_data(DataConfig(dataset_name='dailydialog', data_path=source, max_samples=300, val_size=0.1)).train[:200]
+    predictions, references = [t.messages[1].content for t in talks], [t.messages[0].content for t in talks]
+    assert len(talks) == 200
+    expected = sacrebleu.corpus_bleu(predictions, [references]).score
+    assert abs(100*corpus_bleu(predictions, references) - expected) < 0.01
+    table = [bleu_stats(p, r) for p, r in zip(predictions, references)]
+    assert abs(100*bootstrap_interval(table, bleu_from_stats).value - expected) < 0.01
+    stock, got = RougeScorer(list(ROUGE_TYPES)), rouge_scores(predictions, references, tokenizer='rouge_score')
+    for i, (p, r) in enumerate(zip(predictions, references)):
+        assert {t: got[t][i] for t in ROUGE_TYPES} == {t: s.fmeasure for t, s in stock.score(r, p).items()}
+
+
 SCRIPT = """
 import json, socket, sys
 def refuse(*args, **kwargs): raise AssertionError('network')

@@ -45,6 +45,8 @@ def _plain(value):
 # %% ../nbs/24_cli.ipynb #7fda9810
 _terminal = contextvars.ContextVar('terminal', default=None)
 
+def _debug(): return os.environ.get('LLAMA_NB_DEBUG', '0') not in ('0', '')
+
 def _say(text='', end='\n'):
     "Write to the real stdout from inside a command."
     out = _terminal.get() or sys.stdout
@@ -53,7 +55,9 @@ def _say(text='', end='\n'):
 
 def _fail(error, as_json=False):
     "One line on stderr (and the object on stdout); returns the exit code."
-    if os.environ.get('LLAMA_NB_DEBUG') == '1': traceback.print_exception(error)
+    if _debug(): traceback.print_exception(error)
+    if not isinstance(error, LlamaNbError) and 'No space left' in str(error): # some libraries say it in words only
+        error = ResourceError(f'disk full: {one_line(error, 120)}; make room, then go on with llama-nb train --resume RUN')
     code, text = exit_code(error), one_line(error, 400)
     if not isinstance(error, (LlamaNbError, KeyboardInterrupt)): text += ' (LLAMA_NB_DEBUG=1 shows where)'
     if isinstance(error, RunInterrupted) and error.checkpoint: text = f'interrupted, nothing is lost; go on with: llama-nb train --resume {redact(Path(error.checkpoint).parent)}'
@@ -66,13 +70,14 @@ def _fail(error, as_json=False):
 
 # %% ../nbs/24_cli.ipynb #92ad2726
 @contextlib.contextmanager
-def _log_on_stderr():
-    "Our own log lines on stderr while a command works."
+def _clean_streams():
+    "While a command works: our log lines on stderr, what libraries print nowhere."
     handler, level = logging.StreamHandler(sys.stderr), logger.level
     handler.setFormatter(logging.Formatter('%(message)s'))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    try: yield
+    try:
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(sys.stderr if _debug() else nowhere): yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -86,7 +91,7 @@ def _command(
         as_json = kwargs.get('as_json', False)
         token = _terminal.set(sys.stdout)
         try:
-            with contextlib.redirect_stdout(sys.stderr), _log_on_stderr(): answer = body(*args, **kwargs)
+            with _clean_streams(): answer = body(*args, **kwargs)
             text = json.dumps(_plain(answer.data), ensure_ascii=False) if as_json else answer.text
             if text: _say(text)
             code = answer.code
@@ -159,11 +164,10 @@ def _config_presets(as_json:_Json=False):
     return _Answer({'presets': {n: to_dict(c) for n,c in found.items()}}, table(rows).text)
 
 # %% ../nbs/24_cli.ipynb #67fe5152
-def _memory(cfg, card=None):
-    "The memory plan of a config as data."
-    from llama_nb.memory import plan as memory_plan
-    found = memory_plan(cfg.model, cfg.training, cfg.lora)
-    return found, {'model': cfg.model.model_name, 'parts': dict(found.parts), 'total': found.total, **({} if card is None else {'card': card, 'fits': bool(found.fits(card*2**30))})}
+def _memory(cfg):
+    "The memory plan of a config."
+    from llama_nb.memory import plan
+    return plan(cfg.model, cfg.training, cfg.lora)
 
 def _masks(conversations, cfg, show=1):
     "Proof of the masks of all conversations, and the first few as text."
@@ -180,11 +184,10 @@ def _masks(conversations, cfg, show=1):
 def _dry_run(cfg):
     "Everything that can be known before training."
     from llama_nb.data import load_data
-    planned, memory = _memory(cfg)
-    data = load_data(cfg.data)
+    planned, data = _memory(cfg), load_data(cfg.data)
     masks, views = _masks([*data.train, *data.validation], cfg)
     text = [to_yaml(cfg).rstrip(), repr(data.report), f"masks exact: {masks['exact']} of {masks['total']}", *views, repr(planned), 'dry run: nothing was trained']
-    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'masks': masks, 'memory': memory}, '\n\n'.join(text))
+    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
 
 # %% ../nbs/24_cli.ipynb #b3075ad6
 def _run_config(run, overrides=None):
@@ -317,9 +320,15 @@ def _plan(
     names, overrides = [a for a in arguments or [] if '=' not in a], [a for a in arguments or [] if '=' in a]
     if len(names) > 1: raise ConfigError(f'one model at a time, found {", ".join(map(shorten, names))}')
     cfg = _resolve(config, preset, [*(f'model.model_name={json.dumps(n)}' for n in names), *overrides])
-    planned, found = _memory(cfg, card)
-    verdict = [] if card is None else [f"{'fits' if found['fits'] else 'does not fit'} a card of {card:g} GB"]
-    return _Answer(found, '\n'.join([repr(planned), *verdict]), 0 if found.get('fits', True) else 3)
+    planned = _memory(cfg)
+    found = {'model': cfg.model.model_name, **planned.to_dict()}
+    if card is None: return _Answer(found, repr(planned))
+    from llama_nb.memory import GiB, cheapest_changes
+    room = int(0.95*card*GiB) # 5 % is never free, as in the table
+    found |= {'card': card, 'fits': planned.fits(room), 'changes': cheapest_changes(planned, room)}
+    verdict = f"{'fits' if found['fits'] else 'does not fit'} a card of {card:g} GB" + ('; what would help, cheapest first:' if found['changes'] else '')
+    lines = [f"  {c['setting']}: saves {c['saves_bytes']/GiB:.1f} GiB ({c['cost']})" for c in found['changes']]
+    return _Answer(found, '\n'.join([repr(planned), verdict, *lines]), 0 if found['fits'] else ResourceError.exit_code)
 
 # %% ../nbs/24_cli.ipynb #4bd82a2d
 @app.command('runs')
@@ -360,7 +369,15 @@ def _doctor(as_json:_Json=False):
     "Say what is wrong here, and what to do."
     from llama_nb.doctor import doctor as examine
     report = examine()
-    return _Answer(report.to_dict(), repr(report), getattr(report, 'exit_code', 0))
+    return _Answer(report.to_dict(), repr(report), report.exit_code)
+
+@app.command('selfcheck')
+@_command
+def _selfcheck(as_json:_Json=False):
+    "Prove on this machine that packing, accumulation, 4-bit gradients, saving and masks are right."
+    from llama_nb.doctor import selfcheck
+    report = selfcheck()
+    return _Answer(report.to_dict(), repr(report), report.exit_code)
 
 # %% ../nbs/24_cli.ipynb #79c1ccf6
 def _quiet():
@@ -377,7 +394,7 @@ def main(
     args=None, # Words after `llama-nb`; `None` takes them from the process
 ):
     "Run the command line and exit the process with its code."
-    if os.environ.get('LLAMA_NB_DEBUG') != '1': _quiet()
+    if not _debug(): _quiet()
     try: code = app(args, prog_name='llama-nb', standalone_mode=False)
     except Exception as e: code = _usage(e)
     except KeyboardInterrupt as e: code = _fail(e)

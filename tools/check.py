@@ -145,7 +145,7 @@ def pytest(tally, flags, timeout):
     if not list((ROOT/'tests').rglob('test_*.py')): return say('     tests: none yet')
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp)/'report.xml'
-        cmd = [sys.executable, '-m', 'pytest', 'tests', '-q', '--durations=10', f'--junitxml={report}', f'--flags={flags}', '-p', 'no:cacheprovider']
+        cmd = [sys.executable, '-m', 'pytest', 'tests', '-q', '--durations=10', f'--junitxml={report}', f'--flags={flags}', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
         ok, code, text = run(cmd, timeout=timeout)
         cases = list(ET.parse(report).iter('testcase')) if report.exists() else []
     passed = failed = 0

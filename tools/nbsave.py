@@ -29,6 +29,7 @@ def skipped(source, flags):
 
 def lasting(output):
     "Whether an output belongs on the page: no warnings, log lines or progress bars."
+    if ''.join(output.get('text', '')).startswith('[INFO] Running in WANDB'): return False  # transformers prints it on import
     bar = '%|' in ''.join(output.get('data', {}).get('text/plain', ''))
     return output.get('name') != 'stderr' and not (bar and 'application/vnd.jupyter.widget-view+json' in output['data'])
 

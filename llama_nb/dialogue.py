@@ -597,7 +597,8 @@ def _fit(enc:_Encoder, conv:Conversation, train_on:str, max_length:int|None, on_
         kept = [*range(head), *range(first, len(messages))]
         ids, labels, spans = _grow(enc, [messages[i] for i in kept], [taught[i] for i in kept], train_on == 'all')
         if max_length is None or len(ids) <= max_length:
-            return Example(ids, labels, tuple(s._replace(message=kept[s.message]) for s in spans), conv.row, len(messages) - len(kept))
+            if first > head: spans = [s._replace(message=kept[s.message]) for s in spans]
+            return Example(ids, labels, tuple(spans), conv.row, len(messages) - len(kept))
         if on_overflow == 'raise': raise DataError(f'{len(ids)} tokens are more than max_length {max_length}; raise max_length, or set on_overflow to drop or drop_turns')
         first = next((s for s in starts if s > first), None)
         if on_overflow == 'drop' or first is None: return None

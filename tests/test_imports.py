@@ -22,10 +22,10 @@ HEAVY = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'accelerat
 
 
 def python(code, **env):
-    "Run code in a fresh process from the project's folder; its stdout as JSON."
+    "Run code in a fresh process from the project's folder; its last line as JSON."
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def own_imports(tree):
@@ -79,7 +79,7 @@ for name in {NO_TORCH!r}:
     after[name] = sorted(set({HEAVY[:-1]!r}) & sys.modules.keys())
 light = sorted({NO_TORCH!r})
 from llama_nb import *
-owners = {{n: getattr(sys.modules.get('llama_nb.' + m), n, None) for m,names in {PUBLIC!r}.items() for n in names}}
+owners = {{n: getattr(sys.modules['llama_nb.' + m], n) for n,m in llama_nb._OWNER.items()}}
 wrong = [n for n,owned in owners.items() if getattr(llama_nb, n, None) is not owned or globals().get(n) is not owned]
 print(json.dumps([after, asked, [n for n in llama_nb.__all__ if n not in globals()], wrong]))''')
     after, asked, missing, wrong = found
@@ -89,19 +89,21 @@ print(json.dumps([after, asked, [n for n in llama_nb.__all__ if n not in globals
     assert wrong == []  # a module named like its function must not hide it
 
 
-def test_star_import_gives_every_public_name():
-    listed = python('import json, llama_nb; print(json.dumps([llama_nb.__all__, {n: getattr(llama_nb, n).__module__ for n in ("ModelConfig", "load_config", "LlamaNbError")}]))')
-    names, owners = set(listed[0]), listed[1]
-    lacking = {name: sorted(set(public) - names) for name,public in PUBLIC.items()}
-    assert not {k: v for k,v in lacking.items() if v}
-    assert owners == {'ModelConfig': 'llama_nb.config', 'load_config': 'llama_nb.config', 'LlamaNbError': 'llama_nb.errors'}
+CONTRACT = """ModelConfig LoRAConfig DataConfig TrainingConfig EvaluationConfig RunConfig load_config preset
+LlamaNbError ConfigError ResourceError DataError View nf4_levels fp4_levels quantize_blockwise dequantize_blockwise bnb_config add_lora trainable_parameters check_adapter
+load_tokenizer load_model demo_model tiny_llama Message Conversation ChatTemplate Example encode show_mask verify_masks read_conversations BadRow
+AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader load_data DataReport pack PackedCollator apply_fast_path_ packed_attention
+supervised_loss plan MemoryPlan Run list_runs watch generate_replies ChatSession Perplexity Bleu Rouge PerplexityEvaluator QualitativeEvaluator EvaluationFramework
+EvaluationReport compare LLAMATrainer selfcheck""".split()
 
 
-def test_no_two_modules_share_a_public_name():
-    owners = {}
-    for name,names in PUBLIC.items():
-        for public in names: owners.setdefault(public, []).append(name)
-    assert not {k: v for k,v in owners.items() if len(v) > 1}
+def test_the_package_offers_the_promised_names_and_each_is_public_where_it_lives():
+    listed = ast.literal_eval(python('import json, llama_nb; print(json.dumps(repr([llama_nb.__all__, llama_nb._OWNER])))'))
+    names, owners = listed
+    assert sorted(set(CONTRACT) - set(names)) == []
+    stray = {n: m for n,m in owners.items() if n not in PUBLIC.get(m, ())}
+    assert not stray, f'not in the __all__ of its module: {stray}'
+    assert not [n for n in names if n in CHAPTERS], 'a public name that is also a module: importing the module would hide it'
 
 
 RULES = {'weights_only=False': r'weights_only\s*=\s*False', 'trust_remote_code=True': r'trust_remote_code\s*=\s*True', 'pickle.load': r'\bpickle\.loads?\b',

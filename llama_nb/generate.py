@@ -9,12 +9,12 @@ __all__ = ['Reply', 'generate_replies', 'stream_reply', 'ChatSession']
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .dialogue import Conversation, Message, Source, as_conversation, encode_prompt, stop_ids
+from .dialogue import Source, as_conversation, encode_prompt, stop_ids
 from .errors import ConfigError, DataError, NonFiniteError
 from .fastpath import plain_attention
 

@@ -308,6 +308,7 @@ def _data(
     text = [repr(found.report), *views, *([f"masks exact: {masks['exact']} of {masks['total']}"] if masks else [])]
     return _Answer({'report': found.report.to_dict(), 'masks': masks, 'shown': views}, '\n\n'.join(text))
 
+# %% ../nbs/24_cli.ipynb #c0cbf676
 @app.command('plan')
 @_command
 def _plan(

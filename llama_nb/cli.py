@@ -360,6 +360,7 @@ def _demo(
     as_json:_Json=False,
 ):
     "The whole way once, on a small real model and the shipped conversations."
+    os.environ['HF_HUB_OFFLINE'] = '1' # before anything that reads it is imported: this process never asks the Hub
     from llama_nb.demo import run_demo
     result = run_demo(output_dir, again=again, tell=logger.info if as_json else _say)
     return _Answer(result.to_dict(), '')

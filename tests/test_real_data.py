@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DATA = os.environ.get('LLAMA_NB_TEST_DATA')
 pytestmark = pytest.mark.skipif(not DATA, reason='LLAMA_NB_TEST_DATA is not set: no DailyDialog release and no Alpaca rows here')
+THREADS = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')  # all cores: these runs have the machine to themselves
 SETS = {'dailydialog': ('dailydialog/train.zip', 'Hi! How was your day?'), 'alpaca': ('alpaca/alpaca_data.json', 'Name the three primary colors.')}
 
 
 def llama_nb(*args):
     "Run the command line; its one JSON object."
     done = subprocess.run([sys.executable, '-m', 'llama_nb', *map(str, args), '--json'], capture_output=True, text=True, timeout=1500,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'})
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', **dict.fromkeys(THREADS, str(os.cpu_count()))})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -74,7 +74,7 @@ def exit_code(
     if isinstance(error, LlamaNbError): return error.exit_code
     if isinstance(error, KeyboardInterrupt): return 130
     no_memory = isinstance(error, MemoryError) or any(c.__name__ == 'OutOfMemoryError' for c in type(error).__mro__)
-    no_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    no_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
     return 3 if no_memory or no_disk else 1
 
 # %% ../nbs/00_errors.ipynb #720c6d0a

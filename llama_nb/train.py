@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUTO_TOKENS', 'MIN_STEPS', 'EpochOrder', 'PackedTrainer', 'encode_all', 'to_rows', 'room_bytes', 'auto_batch_size',
            'num_steps', 'training_arguments', 'weights_fingerprint', 'data_fingerprint', 'run_facts',
-           'changed_settings', 'resolve', 'LLAMATrainer', 'open_run', 'find_checkpoint', 'train_run', 'publish',
-           'evaluate_run']
+           'changed_settings', 'resolve', 'LLAMATrainer', 'open_run', 'find_checkpoint', 'set_checkpointing_',
+           'train_run', 'publish', 'evaluate_run']
 
 # %% ../nbs/17_train.ipynb #e0d5edb3
 import hashlib
@@ -381,13 +381,22 @@ def _checkpointing(trainer, batch_size):
     without = replace(t, gradient_checkpointing=False, per_device_train_batch_size=batch_size)
     return not plan(trainer.config.model, without, trainer.config.lora).fits(room_bytes())
 
+def set_checkpointing_(
+    model, # A PEFT model
+    on:bool, # Recompute activations in the backward pass
+):
+    "Switch recomputing on or off, by whichever name this transformers has for it."
+    inner = model.get_base_model()
+    name = 'activation' if hasattr(inner, 'activation_checkpointing_enable') else 'gradient'
+    if on: getattr(inner, f'{name}_checkpointing_enable')(**{f'{name}_checkpointing_kwargs': {'use_reentrant': False}})
+    elif inner.is_gradient_checkpointing: getattr(inner, f'{name}_checkpointing_disable')()
+
 def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     "The `PackedTrainer` of a run."
     rows, held, _ = trainer.rows()
     c, model = trainer.config, trainer.model
     args = training_arguments(c.training, run.folder, total_steps, batch_size, bool(held), trainer.device.type == 'cpu')
-    if _checkpointing(trainer, batch_size): model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
-    else: model.gradient_checkpointing_disable()
+    set_checkpointing_(model, _checkpointing(trainer, batch_size))
     dtype = torch.float32 if c.training.compute == 'fp32' else compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)
     pad = trainer.tokenizer.pad_token_id
     made = PackedTrainer(model, args, PackedCollator(pad if pad is not None else 0), rows, held or None, callbacks=callbacks, run=run, run_facts=facts,

@@ -54,7 +54,7 @@ def _allowed(kind):
     if origin is Literal: return ', '.join(repr(a) for a in args)
     if origin in (Union, types.UnionType): return ' or '.join(_allowed(a) for a in args).replace('an integer or a number', 'a number').replace('true or false or', 'true, false or')
     if origin is tuple: return f'a list of {_allowed(args[0])}'.replace('list of a ', 'list of ') + ('s' if _allowed(args[0]) == 'a text' else '')
-    if origin is dict: return f'names with {_allowed(args[1])} each'
+    if origin is dict: return f"{_allowed(args[0]) if get_origin(args[0]) is Literal else 'names'} with {_allowed(args[1])} each"
     return _KINDS.get(kind, 'a section with keys and values')
 
 # %% ../nbs/01_config.ipynb #102ed0c6

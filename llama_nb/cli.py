@@ -259,7 +259,7 @@ def _load_chat(model):
 @_command
 def _chat(
     model:Annotated[str, typer.Argument(metavar='RUN', help='Folder of a run, or a base model by name.')],
-    prompt:Annotated[Optional[str], typer.Option('--prompt', help='_Answer this once, then stop.', show_default=False)]=None,
+    prompt:Annotated[Optional[str], typer.Option('--prompt', help='Answer this once, then stop.', show_default=False)]=None,
     system:Annotated[Optional[str], typer.Option('--system', help='System message.', show_default=False)]=None,
     max_new_tokens:Annotated[int, typer.Option('--max-new-tokens', min=1, help='Longest reply, in tokens.')]=256,
     sample:Annotated[bool, typer.Option('--sample', help='Draw the reply at random instead of taking the likeliest tokens.')]=False,

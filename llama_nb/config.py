@@ -234,7 +234,7 @@ class EvaluationConfig:
     do_sample: StrictBool = False # Draw replies at random; false takes the likeliest token each time
     temperature: _Positive = 0.7 # Sharpness of the draw; only with `do_sample`
     top_p: _Share = 0.9 # Draw among the likeliest tokens of this total probability; only with `do_sample`
-    batch_size: _AtLeast1 = 8 # Conversations at a time; changes the speed, never a number
+    batch_size: _AtLeast1 = 8 # Conversations at a time; changes the speed, and no number beyond rounding
     include_16bit: StrictBool = True # Compare with the 16-bit base as well as the 4-bit one
     confidence: _Open01 = 0.95 # Level of all intervals
     num_bootstrap: _AtLeast1 = 1000 # Resamples behind an interval

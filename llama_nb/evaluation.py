@@ -27,7 +27,7 @@ from .metrics import (ROUGE_TYPES, Difference, Interval, bleu_from_stats, bleu_s
     paired_difference, perplexity, ratio, rouge_scores, rouge_signature)
 from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
-from .views import PALETTE, View, escape, table
+from .views import PALETTE, View, escape, picture, table
 
 # %% ../nbs/16_evaluation.ipynb #7c7daf99
 def _causal_lm(model): return model.get_base_model() if hasattr(model, 'get_base_model') else model
@@ -332,11 +332,6 @@ def _report_table(report):
     return View(''.join(p.html for p in parts) + ''.join(f'<p>{escape(note)}</p>' for note in notes), '\n\n'.join(p.text for p in parts) + ''.join(f'\n{note}' for note in notes))
 
 # %% ../nbs/16_evaluation.ipynb #cb97941a
-def _picture(figure, alt):
-    "A matplotlib figure as one HTML element, its bytes inside."
-    png = View('', '', figure)._repr_mimebundle_(include=['image/png'])['image/png']
-    return f'<img alt="{escape(alt)}" style="max-width:100%;background:white" src="data:image/png;base64,{png}">'
-
 def _plot_report(report):
     "Draw each model's scores with their intervals, one panel per metric."
     from matplotlib.figure import Figure # no pyplot: no global state
@@ -352,7 +347,7 @@ def _plot_report(report):
         panel.set(yticks=range(len(rows)), yticklabels=[label for label,_ in rows], ylim=(len(rows) - .5, -.5))
         panel.set_title(TITLES[name], fontsize=9)
     for panel in panels[len(names):]: panel.axis('off')
-    return View(_picture(fig, 'scores with intervals'), repr(_report_table(report)), fig)
+    return View(picture(fig, 'scores with intervals'), repr(_report_table(report)), fig)
 
 # %% ../nbs/16_evaluation.ipynb #8c1de3bb
 def _chosen(report, k=20):

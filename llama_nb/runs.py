@@ -44,7 +44,7 @@ def append_event(
     **data, # Anything worth keeping: numbers, short texts
 )->dict: # The event as written, with `kind` and `time` (Unix seconds)
     "Append one event as one flushed line. Raises `OSError` if the disk refuses it."
-    event = _plain({'kind': kind, 'time': round(time.time(), 3), **data})
+    event = _plain({'kind': kind, 'time': round(time.time(), 6), **data})
     with open(path, 'ab+') as f:
         f.seek(0, os.SEEK_END)
         if f.tell(): f.seek(-1, os.SEEK_END)
@@ -480,9 +480,14 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer{more_import}
 folder = "."  # this folder
-model = AutoPeftModelForCausalLM.from_pretrained(folder, {settings})
+model = AutoPeftModelForCausalLM.from_pretrained(folder, {settings}){layout}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```'''
+
+# on such CPUs bitsandbytes repacks weights at the first evaluation, with scales rounded to bfloat16
+_LAYOUT = '''
+for m in model.modules():  # on CPUs with AVX512-BF16: keep the weights' layout of training, which is also the one with gradients
+    if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False'''
 
 def write_card(
     run, # A `Run`
@@ -502,7 +507,7 @@ def write_card(
             *([f'## Data\n\n{_rows((k.replace("_", " "), v) for k,v in data.items() if isinstance(v, (str, int, float)))}'] if data else []),
             f'## Training\n\n{_rows(f["curves"].items())}' + ('\n\n![loss and learning rate](plots/training.png)' if (run.folder/'plots'/'training.png').exists() else ''),
             *([f'## Scores\n\n{_rows(f["scores"].items())}'] if f['scores'] else []),
-            '## How to load it\n\n' + _LOAD.format(settings=quant, more_import=', BitsAndBytesConfig' if bnb else ''),
+            '## How to load it\n\n' + _LOAD.format(settings=quant, more_import=', BitsAndBytesConfig' if bnb else '', layout=_LAYOUT if bnb else ''),
             f'## Made with\n\n{_rows(f["packages"].items())}']
     block = f'{_BEGIN}\n\n' + '\n\n'.join(body) + f'\n\n{_END}\n'
     path = run.folder/'README.md'

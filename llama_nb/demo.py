@@ -133,7 +133,9 @@ def _train(trainer, run, tell):
     tell(f'{told}; a minute or two on two cores')
     run = trainer.train(resume=run.folder if run else False)
     loss, held = run.metrics('loss'), run.metrics('eval_loss')
-    tell(f'loss {loss[0][1]:.2f} → {loss[-1][1]:.2f} in {loss[-1][0]} steps' + (f', on held-out conversations {held[0][1]:.2f} → {held[-1][1]:.2f}' if held else ''))
+    n = max(1, len(loss)//10) # a row is a few conversations, so single steps say little
+    ends = [sum(v for _,v in part)/n for part in (loss[:n], loss[-n:])]
+    tell(f'loss {ends[0]:.2f} → {ends[1]:.2f} nats per token in {loss[-1][0]} steps' + (f'; {held[-1][1]:.2f} on the held-out conversations' if held else ''))
     return run
 
 def _measure(trainer, run):

@@ -120,6 +120,7 @@ class FiniteGuard(Guard):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         window = self.trainer.window
+        if not window['losses']: return
         norm = torch.as_tensor(window['grad_norm'] if window['grad_norm'] is not None else 0.0)
         values = torch.stack([*(x.float() for x in window['losses']), norm.float().to(window['losses'][0].device)]).tolist() # the one wait
         bad = [i for i,x in enumerate(values) if not np.isfinite(x)]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'STALE_S', 'PACKAGES', 'append_event', 'read_events', 'history', 'write_manifest', 'verify_checkpoint',
            'checkpoints', 'check_space', 'stage_checkpoint', 'rotate_checkpoints', 'clean_leftovers', 'is_alive', 'Run',
-           'write_text', 'last_step', 'create_run', 'environment', 'write_json', 'smooth', 'plot_run', 'summary_line',
-           'save_plot', 'card_facts', 'write_card', 'RunList', 'list_runs', 'watch']
+           'write_text', 'last_step', 'check_name', 'create_run', 'environment', 'write_json', 'smooth', 'plot_run',
+           'summary_line', 'save_plot', 'card_facts', 'write_card', 'RunList', 'list_runs', 'watch']
 
 # %% ../nbs/12_runs.ipynb #b52611f2
+import errno
 import hashlib
 import json
 import math
@@ -173,7 +174,7 @@ def check_space(
 # %% ../nbs/12_runs.ipynb #1829b457
 def _no_space(error):
     "Whether an exception means a full disk; safetensors and torch say it in words only."
-    if isinstance(error, OSError) and error.errno in (28, 122): return True # ENOSPC, EDQUOT
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return True
     return any(words in str(error) for words in ('No space left on device', 'Disk quota exceeded', 'inline_container.cc'))
 
 @contextmanager
@@ -195,8 +196,10 @@ def stage_checkpoint(
     except BaseException as e:
         written = _bytes(stage) if stage.exists() else 0
         shutil.rmtree(stage, ignore_errors=True)
-        if _no_space(e): check_space(run.folder, 1 << 62, f'{final.name} (after {written:,} bytes)') # always raises
-        raise
+        if not _no_space(e): raise
+        free = shutil.disk_usage(run.folder).free
+        raise ResourceError(f'disk full: {final.name} in {run.folder} stopped after {written/1e6:,.1f} MB, {free/1e6:,.1f} MB are free; '
+                            'earlier checkpoints are untouched; make room, then resume') from e
     if final.exists(): _remove(final)
     os.rename(stage, final)
     _fsync(run.folder)
@@ -338,22 +341,32 @@ def last_step(run)->int:
     "Last step a run has logged."
     return max((e.get('step', 0) for e in history(run.events())), default=0)
 
+def check_name(
+    output_dir, # Folder of all runs
+    run_name:str|None, # Name for a new run; `None` is always free
+):
+    "Raise `ConfigError` if a name is taken or is not a plain name."
+    if run_name is None: return
+    if not re.fullmatch(r'\w[\w.-]*', run_name):
+        raise ConfigError(f'training.run_name: letters, digits, "_", "-" and "." only, got {shorten(run_name)!r}')
+    if (Path(output_dir)/run_name).exists():
+        raise ConfigError(f'{Path(output_dir)/run_name} exists already; resume it with train(resume=True) or choose another run_name')
+
 def create_run(
     output_dir, # Folder of all runs; made if absent
     run_name:str|None=None, # Name of the new folder; `None` takes the next free `run-1`, `run-2`, ...
     config=None, # A `RunConfig` to keep as `config.yaml`
 )->Run: # The new run
-    "Make a run folder. Raises `ConfigError` if the name is taken or is not a plain name."
+    "Make a run folder. Raises `ConfigError` as `check_name` does."
     output_dir = Path(output_dir)
+    check_name(output_dir, run_name)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if run_name is not None and not re.fullmatch(r'\w[\w.-]*', run_name):
-        raise ConfigError(f'training.run_name: letters, digits, "_", "-" and "." only, got {shorten(run_name)!r}')
     taken = {p.name for p in output_dir.iterdir()}
     name = run_name or next(n for i in range(1, 10**9) if (n := f'run-{i}') not in taken)
     try: (output_dir/name).mkdir()
     except FileExistsError:
-        if run_name is None: return create_run(output_dir, None, config) # another process was faster
-        raise ConfigError(f'{output_dir/name} exists already; resume it with train(resume=True) or choose another run_name') from None
+        check_name(output_dir, run_name)
+        return create_run(output_dir, None, config) # another process was faster
     run = Run(output_dir/name)
     run.log('created', id=uuid.uuid4().hex[:12])
     if config is not None: save_config(config, run.folder/'config.yaml')

@@ -31,10 +31,11 @@ from .dialogue import IGNORE_INDEX, Example, encode, get_template
 from .errors import CheckpointError, ConfigError, DataError, ResourceError, RunInterrupted, logger, one_line
 from .fastpath import apply_fast_path_, batch_loss, token_nlls
 from .memory import plan
+from .lora import trainable_parameters
 from .model import load_model, load_tokenizer, pick_device
 from .packing import PackedCollator, PackedRow, pack
 from .quantization import compute_dtype
-from .runs import Run, clean_leftovers, create_run, environment, list_runs, verify_checkpoint, write_card, write_json
+from .runs import Run, check_name, check_space, clean_leftovers, create_run, environment, list_runs, verify_checkpoint, write_card, write_json
 
 # %% ../nbs/17_train.ipynb #e8c71be6
 class EpochOrder(Sampler):
@@ -405,6 +406,13 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     return made
 
 # %% ../nbs/17_train.ipynb #4857b27e
+def _check_able(training, resume):
+    "Refuse early what would fail late, and what this version would otherwise ignore."
+    if training.num_processes != 1 and int(os.environ.get('WORLD_SIZE', 1)) != training.num_processes:
+        raise ConfigError(f'training.num_processes: this is one process, found {training.num_processes}; set it to 1')
+    if training.compute == 'fp8': raise ConfigError('training.compute: fp8 is not there yet; use bf16 or fp32')
+    if not resume: check_name(training.output_dir, training.run_name)
+
 def train_run(
     trainer:LLAMATrainer, # What to train
     resume=False, # `True` or a run folder: go on from the newest valid checkpoint, to the last bit as if never interrupted
@@ -416,8 +424,11 @@ def train_run(
     Raises `RunInterrupted` (exit code 130) after an interrupt, with a valid checkpoint; `NonFiniteError` before a NaN reaches a weight; `ConfigError` if the
     settings differ from those of the run to resume; `ResourceError` if memory or disk do not suffice; `DataError` for faulty rows."""
     c = trainer.config
+    _check_able(c.training, resume)
     rows, held, data_facts = trainer.rows()
     model = trainer.model
+    need = 12*trainable_parameters(model)[0]*(c.training.save_total_limit + 1) # weights and two moments in float32; one more while a save is under way
+    check_space(next(p for p in Path(c.training.output_dir).absolute().parents if p.is_dir()), need, 'the checkpoints of this run')
     size = c.training.per_device_train_batch_size
     if size == 'auto': size = auto_batch_size(len(rows), c.model, c.training, c.lora, trainer.device)
     facts = run_facts(c, **{'training.per_device_train_batch_size': size, 'data.rows': data_facts['fingerprint'], 'template': data_facts['template']['hash'][:16],

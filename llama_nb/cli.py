@@ -34,7 +34,7 @@ class _Answer(NamedTuple):
     code:int = 0 # Exit code
 
 def _plain(value):
-    "Values that JSON knows: no NaN, paths as text without the home folder."
+    "Values that JSON knows: no NaN, and text for everything else."
     if isinstance(value, dict): return {str(k): _plain(v) for k,v in value.items()}
     if isinstance(value, (list, tuple, set)): return [_plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type): return _plain(dataclasses.asdict(value))
@@ -183,11 +183,17 @@ def _masks(conversations, cfg, show=1):
 
 def _dry_run(cfg):
     "Everything that can be known before training."
-    from llama_nb.data import load_data
-    planned, data = _memory(cfg), load_data(cfg.data)
+    from llama_nb.train import LLAMATrainer, auto_batch_size, num_steps
+    trainer, planned = LLAMATrainer.from_config(cfg), _memory(cfg)
+    rows, _, facts = trainer.rows() # raises as training would, for faulty rows and for too long ones
+    data, size = trainer.data, cfg.training.per_device_train_batch_size
+    steps = num_steps(len(rows), auto_batch_size(len(rows), cfg.model, cfg.training, cfg.lora, trainer.device) if size == 'auto' else size, cfg.training)
     masks, views = _masks([*data.train, *data.validation], cfg)
-    text = [to_yaml(cfg).rstrip(), repr(data.report), f"masks exact: {masks['exact']} of {masks['total']}", *views, repr(planned), 'dry run: nothing was trained']
-    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
+    sizes = {part: {k: facts[part][k] for k in ('conversations', 'rows', 'tokens', 'taught_tokens')} for part in ('train', 'validation')}
+    told = [f'{part}: ' + ', '.join(f"{v:,} {k.replace('_', ' ')}" for k,v in sizes[part].items()) for part in sizes]
+    proof = f"masks exact: {masks['exact']} of {masks['total']}"
+    text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join([*told, f'optimizer steps: {steps:,}', proof]), *views, repr(planned), 'dry run: nothing was trained']
+    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'sizes': sizes, 'steps': steps, 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
 
 # %% ../nbs/24_cli.ipynb #b3075ad6
 def _run_config(run, overrides=None):
@@ -231,6 +237,7 @@ def _evaluate(
     from llama_nb.data import load_data
     from llama_nb.evaluation import EvaluationFramework
     from llama_nb.model import load_model, load_tuned
+    from llama_nb.runs import Run, write_card
     held_out = load_data(cfg.data).validation
     if not len(held_out): raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
     model, tokenizer = load_tuned(run)
@@ -238,6 +245,7 @@ def _evaluate(
     rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow)
     report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out)
     report.save(Path(run)/'eval'/'validation')
+    write_card(Run(run)) # the card shows the newest scores
     return _judged(report, max_perplexity)
 
 def _judged(report, max_perplexity=None):
@@ -259,7 +267,7 @@ def _load_chat(model):
 @_command
 def _chat(
     model:Annotated[str, typer.Argument(metavar='RUN', help='Folder of a run, or a base model by name.')],
-    prompt:Annotated[Optional[str], typer.Option('--prompt', help='Answer this once, then stop.', show_default=False)]=None,
+    prompt:Annotated[Optional[str], typer.Option('--prompt', help='_Answer this once, then stop.', show_default=False)]=None,
     system:Annotated[Optional[str], typer.Option('--system', help='System message.', show_default=False)]=None,
     max_new_tokens:Annotated[int, typer.Option('--max-new-tokens', min=1, help='Longest reply, in tokens.')]=256,
     sample:Annotated[bool, typer.Option('--sample', help='Draw the reply at random instead of taking the likeliest tokens.')]=False,
@@ -396,6 +404,8 @@ def main(
     args=None, # Words after `llama-nb`; `None` takes them from the process
 ):
     "Run the command line and exit the process with its code."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace') # a terminal without Unicode is no reason to fail
     if not _debug(): _quiet()
     try: code = app(args, prog_name='llama-nb', standalone_mode=False)
     except Exception as e: code = _usage(e)

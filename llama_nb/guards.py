@@ -108,7 +108,7 @@ def describe_rows(
     more = f' and {len(known) - 3} more' if len(known) > 3 else ''
     text = f'rows {", ".join(known[:3])}{more}' if known else 'rows of unknown source'
     if tokenizer is None or not isinstance(batch, dict) or 'input_ids' not in batch: return text
-    return f'{text}: {shorten(tokenizer.decode(batch["input_ids"].flatten()[:80].tolist()), 80)!r}'
+    return f'{text}: {shorten(tokenizer.decode(batch["input_ids"].flatten()[:80].tolist(), skip_special_tokens=True), 80)!r}'
 
 class FiniteGuard(Guard):
     """Stops a run in the step in which a loss or the gradient norm is not finite, before the optimizer acts.

@@ -29,7 +29,7 @@ import yaml
 
 from .config import load_config, save_config, to_dict
 from .errors import CheckpointError, ConfigError, ResourceError, logger, redact, shorten
-from .views import View, escape, table
+from .views import View, escape, picture, table
 
 # %% ../nbs/12_runs.ipynb #762a996f
 def _plain(value):
@@ -423,7 +423,7 @@ def plot_run(
     top.set(ylabel='loss (nats per taught token)', title=f'{run.name}: {run.status}')
     low.set(xlabel='optimizer step', ylabel='learning rate')
     text = summary_line(run)
-    return View(f'<p>{escape(text)}</p>', text, fig)
+    return View(f"<p>{escape(text)}</p>{picture(fig, 'loss and learning rate over the steps')}", text, fig)
 
 # %% ../nbs/12_runs.ipynb #304b1723
 def summary_line(

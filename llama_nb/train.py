@@ -311,7 +311,7 @@ class LLAMATrainer:
     def chat(self, text:str)->str:
         "One turn of a conversation with the model as it is now; it remembers the earlier ones."
         from llama_nb.generate import ChatSession
-        if self._chat is None: self._chat = ChatSession(self.model, self.tokenizer, template=self.config.data.template)
+        if self._chat is None: self._chat = ChatSession(self.model, self.tokenizer, template=self.config.data.template, max_new_tokens=self.config.evaluation.max_new_tokens)
         return self._chat.say(text)
 
 # %% ../nbs/17_train.ipynb #caa5d5f3

@@ -390,7 +390,7 @@ def load_model(
     return add_lora(model, lora_config, full and (lambda name: full.get_parameter(f'{name}.weight'))).eval()
 
 # %% ../nbs/05_model.ipynb #7ef7dbe6
-_BLUE, _GREEN, _ORANGE, _GREY = (PALETTE[c] for c in ('blue', 'green', 'orange', 'grey'))
+_BLUE, _GREEN, _ORANGE, _GREY = (PALETTE[name] for name in ('blue', 'green', 'orange', 'grey'))
 
 def _linears(shape):
     "Name -> (out, in) of one layer's linears."
@@ -403,61 +403,64 @@ def _adapted(lora_config):
     names = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
     return names if lora_config.target_modules == 'all-linear' else tuple(n for n in names if n in {t.rpartition('.')[2] for t in lora_config.target_modules})
 
-def _draw(shape, use_4bit, lora_config):
-    "The model as a matplotlib figure, data flowing from left to right."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 3.6))
-    ax = fig.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, 90), ylim=(0, 36)); ax.axis('off')
-    def box(x, y, w, h, text, color, adapter=False):
-        ax.add_patch(_rect((x, y), w, h, color))
-        ax.text(x + w/2, y + h/2 + (0.7 if adapter else 0), text, ha='center', va='center', fontsize=7)
-        if adapter:
-            ax.add_patch(_rect((x, y - 0.1), w, 1.9, _ORANGE, alpha=0.75))
-            ax.text(x + w/2, y + 0.8, f'B·A, r {lora_config.r}', ha='center', va='center', fontsize=6)
-    def arrow(*points):
-        for a, b in zip(points, points[1:]): ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|>' if b == points[-1] else '-', color=_GREY, lw=1, shrinkA=0, shrinkB=0))
-    sizes, adapted, packed = _linears(shape), _adapted(lora_config), _BLUE if use_4bit else _GREEN
-    def linear(name, x, y): box(x, y, 8.5, 6, f'{name}\n{sizes[name][1]:,} → {sizes[name][0]:,}', packed, name in adapted)
-    _draw_layer(ax, shape, box, linear, arrow)
-    box(1, 16, 9, 7, f'embed_tokens\n{shape.vocab_size:,} × {shape.hidden_size:,}', _GREEN)
-    box(80.5, 16, 8.5, 7, 'lm_head' + (' =\nembed_tokens' if shape.tie_word_embeddings else f'\n{shape.hidden_size:,} →\n{shape.vocab_size:,}'), _GREEN)
-    box(74, 17, 4.5, 5, 'norm', _GREEN)
-    arrow((10, 19.5), (13, 19.5)); arrow((71, 19.5), (74, 19.5)); arrow((78.5, 19.5), (80.5, 19.5))
-    for x, color, text in [(14, packed, '4 bits, frozen' if use_4bit else '16 bits, frozen'), (33, _GREEN, '16 bits, frozen'), (52, _ORANGE, 'LoRA, float32, trained')]:
-        if (color == _GREEN and not use_4bit and x == 33) or (color == _ORANGE and not adapted): continue
-        ax.add_patch(_rect((x, 0.7), 2, 1.6, color)); ax.text(x + 2.8, 1.5, text, va='center', fontsize=7)
-    return fig
-
 def _rect(at, w, h, color, alpha=0.3):
     from matplotlib.patches import Rectangle
-    return Rectangle(at, w, h, facecolor=(*_rgb(color), alpha), edgecolor=color, lw=0.8)
+    return Rectangle(at, w, h, facecolor=(*(int(color[i:i + 2], 16)/255 for i in (1, 3, 5)), alpha), edgecolor=color, lw=0.8)
 
-def _rgb(color): return tuple(int(color[i:i + 2], 16)/255 for i in (1, 3, 5))
+class _Canvas:
+    "Boxes and arrows on a figure without axes, in units of a tenth of an inch."
+    def __init__(self, width, height):
+        from matplotlib.figure import Figure
+        self.figure = Figure(figsize=(width/10.5, height/10.5))
+        self.ax = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+        self.ax.axis('off')
+
+    def text(self, x, y, text, size=6.5, **kwargs): self.ax.text(x, y, text, fontsize=size, va='center', **kwargs)
+
+    def box(self, x, y, w, h, text, color, below=None): # `below`: text of an adapter's strip
+        self.ax.add_patch(_rect((x, y), w, h, color))
+        if below: self.ax.add_patch(_rect((x, y), w, 1.8, _ORANGE, 0.75)); self.text(x + w/2, y + 0.9, below, 6, ha='center')
+        self.text(x + w/2, y + h/2 + (0.8 if below else 0), text, ha='center')
+
+    def arrow(self, *points):
+        for a, b in zip(points, points[1:]):
+            self.ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|>' if b == points[-1] else '-', color=_GREY, lw=0.9, shrinkA=0, shrinkB=0))
+
+    def plus(self, x, y): self.ax.plot(x, y, 'o', ms=9, mfc='white', mec=_GREY); self.text(x, y, '+', 8, ha='center')
+
+    def heads(self, x, y, count, of, groups, text): # one square a head; heads of one group share a shade
+        for i in range(count): self.ax.add_patch(_rect((x + 12*i/of, y - 1), 12/of*0.85, 2, _GREY, 0.2 + 0.55*(i*groups//count % 2)))
+        self.text(x, y + 2.1, f'{count} {text}')
 
 # %% ../nbs/05_model.ipynb #e8b3a832
-def _draw_layer(ax, shape, box, linear, arrow):
-    "One decoder layer, framed: attention above, MLP below."
-    ax.add_patch(_rect((13, 4), 58, 31, _GREY, alpha=0.07))
-    ax.text(14, 33.3, f'decoder layer × {shape.num_hidden_layers}', fontsize=8, weight='bold', va='center')
-    box(15, 23.5, 4, 5, 'norm', _GREEN)
-    for name, y in [('q_proj', 27), ('k_proj', 20), ('v_proj', 12.9)]:
-        linear(name, 22, y)
-        arrow((19, 26), (20.5, 26), (20.5, y + 3), (22, y + 3)); arrow((30.5, y + 3), (34, y + 3))
-    H, KV = shape.num_attention_heads, shape.num_key_value_heads
-    for count, y, color in [(H, 27, _BLUE), (KV, 20, _ORANGE), (KV, 12.9, _GREEN)]: # one square a head; a group has the shade of the head it reads
-        for i in range(count):
-            shade = 0.25 + 0.5*((i*KV//count) % 2)
-            ax.add_patch(_rect((34 + 14*i/H, y + 2), 14/H*0.9, 2, _GREY, alpha=shade))
-        ax.text(34, y + 5.2, f"{count} {'query' if y == 27 else 'key' if y == 20 else 'value'} heads", fontsize=6.5, va='center')
-    ax.text(34, 18.4, f'{shape.head_dim} wide, RoPE θ {shape.rope_parameters["rope_theta"]:,.0f}', fontsize=6.5, va='center')
-    arrow((48.5, 30), (50, 30), (50, 25), (51, 25))
-    linear('o_proj', 51, 22)
-    box(15, 6.3, 4, 5, 'norm', _GREEN)
-    for i, name in enumerate(('gate_proj', 'up_proj')): linear(name, 22 + 10.5*i, 5.3)
-    ax.text(42.3, 8.3, '→ silu(gate) · up →', fontsize=6.5, va='center'); linear('down_proj', 55, 5.3)
-    arrow((19, 8.8), (22, 8.8)); arrow((59.5, 25), (66, 25), (66, 19.5), (71, 19.5)); arrow((63.5, 8.3), (66, 8.3), (66, 19.5))
+def _draw(shape, use_4bit, lora_config):
+    "The model as a matplotlib figure, data flowing from left to right."
+    c, sizes, adapted, packed = _Canvas(117, 38), _linears(shape), _adapted(lora_config), _BLUE if use_4bit else _GREEN
+    def linear(name, x, y): c.box(x, y - 3.2, 9.5, 6.4, f'{name}\n{sizes[name][1]:,} → {sizes[name][0]:,}', packed, f'B·A, rank {lora_config.r}' if name in adapted else None)
+    def norm(x): c.box(x, 17.5, 4, 5, 'norm', _GREEN)
+    H, KV, vocab = shape.num_attention_heads, shape.num_key_value_heads, f'{shape.vocab_size:,} × {shape.hidden_size:,}'
+    c.ax.add_patch(_rect((12.5, 4), 86, 33, _GREY, 0.06))
+    c.text(13.5, 35.2, f'decoder layer × {shape.num_hidden_layers}', 8, weight='bold')
+    c.box(1, 16.5, 9.5, 7, f'embed_tokens\n{vocab}', _GREEN); c.arrow((10.5, 20), (15, 20))
+    norm(15)
+    for name, y, count, kind in [('q_proj', 29, H, 'query heads'), ('k_proj', 20, KV, 'key heads'), ('v_proj', 11, KV, 'value heads')]:
+        c.arrow((19, 20), (20.5, 20), (20.5, y), (22, y)); linear(name, 22, y); c.arrow((31.5, y), (34, y))
+        c.heads(34, y, count, H, KV, kind)
+        c.arrow((34.3 + 12*count/H, y), (48, y), (48, 20), (50, 20))
+    c.text(34, 17.6, f'{shape.head_dim} wide, RoPE θ {shape.rope_parameters["rope_theta"]:,.0f}', 6)
+    linear('o_proj', 50, 20); c.arrow((59.5, 20), (61.3, 20))
+    c.arrow((62.7, 20), (65, 20)); norm(65)
+    for name, y in [('gate_proj', 26), ('up_proj', 14)]:
+        c.arrow((69, 20), (70.5, 20), (70.5, y), (72, y)); linear(name, 72, y); c.arrow((81.5, y), (83, y), (83, 20), (84.5, 20))
+    c.text(83.5, 24.6, 'silu(gate) · up'); linear('down_proj', 84.5, 20); c.arrow((94, 20), (95.3, 20))
+    for start, end in [(13.5, 62), (64, 96)]: c.arrow((start, 20), (start, 5.8), (end, 5.8), (end, 18.8)); c.plus(end, 20) # around each half: the residual stream
+    c.arrow((96.7, 20), (100.5, 20)); norm(100.5); c.arrow((104.5, 20), (106.5, 20))
+    c.box(106.5, 16.5, 9.5, 7, 'lm_head\n' + ('= embed_tokens' if shape.tie_word_embeddings else vocab), _GREEN)
+    legend = [(packed, '4 bits, frozen')]*use_4bit + [(_GREEN, '16 bits, frozen')] + [(_ORANGE, 'LoRA, float32, trained')]*bool(adapted)
+    for i, (color, text) in enumerate(legend): c.ax.add_patch(_rect((13.5 + 20*i, 1.2), 2, 1.6, color, 0.75 if color == _ORANGE else 0.3)); c.text(16.3 + 20*i, 2, text)
+    return c.figure
 
+# %% ../nbs/05_model.ipynb #04519b04
 def architecture(
     model, # What `model_shape` takes
     lora_config:LoRAConfig|None=LoRAConfig(), # Adapter to draw; `None` draws none

@@ -73,7 +73,6 @@ def test_a_misspelt_key_is_2_with_a_suggestion(tmp_path):
 
 
 def test_a_wrong_model_name_is_3(place):
-    refused(llama_nb('chat', place/'nowhere', '--prompt', 'hi'), 3, 'nowhere')
     refused(llama_nb('evaluate', place/'nowhere'), 3, 'nowhere', 'no run')
     refused(llama_nb('train', '--config', place/'run.yaml', 'model.model_name=meta-lama/Llama-2-7b-hf'), 3, 'meta-lama/Llama-2-7b-hf')
 

@@ -61,7 +61,6 @@ def _check_fit(model, c, full_weight):
     start, packed = c.init_lora_weights, _is_4bit(model)
     for broken, why in [
         (start == 'eva', 'needs a pass over the training data, which is not offered; use true or "pissa"'),
-        (str(start).startswith('pissa_niter'), 'draws a random decomposition that can not be repeated when the adapter is loaded; use "pissa"'),
         (start in _READS_BASE and packed, 'reads the base weights in full, and this base is in 4 bits; set model.use_4bit=false, or use true or "loftq"'),
         (start == 'loftq' and not packed, 'repairs the error of a 4-bit base, and this base is not in 4 bits; set model.use_4bit=true, or use true or "pissa"'),
         (start == 'loftq' and c.use_dora, 'does not go with use_dora, whose magnitudes it would leave behind; drop one of them'),

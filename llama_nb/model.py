@@ -29,7 +29,7 @@ from .config import LoRAConfig, ModelConfig, load_config
 from .errors import CheckpointError, ConfigError, ResourceError, did_you_mean, one_line, redact, shorten
 from .lora import add_lora, check_adapter, load_adapter
 from .quantization import _bitsandbytes, bnb_config, compute_dtype
-from .views import PALETTE, View, table
+from .views import PALETTE, View, picture, table
 
 # %% ../nbs/05_model.ipynb #c1ba52c6
 def _shape(vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, max_position_embeddings,
@@ -475,7 +475,8 @@ def architecture(
         rows.append({'part': name, 'times': 1 if whole else shape.num_hidden_layers, 'shape': f'{out:,} × {into:,}', 'bits': 4 if use_4bit and not whole else 16,
                      'LoRA weights each': f'{lora_config.r*(out + into):,}' if name in adapted else ''})
     parts = table(rows, caption=f'{shape.num_hidden_layers} layers, {shape.num_attention_heads} query heads on {shape.num_key_value_heads} key and value heads')
-    return View(parts.html, parts.text, _draw(shape, use_4bit, lora_config))
+    figure = _draw(shape, use_4bit, lora_config)
+    return View(picture(figure, parts.text) + parts.html, parts.text, figure)
 
 # %% ../nbs/05_model.ipynb #a7804ec5
 def load_tuned(

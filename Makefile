@@ -20,7 +20,7 @@ help: ## what can be made
 $(VENV)/.ready: settings.ini constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,data]'
 	$(BIN)/python -m pip check
 	@touch $@
 

@@ -339,10 +339,10 @@ PRESETS = {
     'llama2-7b': {'model': {'model_name': 'meta-llama/Llama-2-7b-chat-hf', 'max_length': 4096}, 'lora': {'r': 16, 'lora_alpha': 32}},
     'llama3-8b': {'model': {'model_name': 'meta-llama/Meta-Llama-3-8B-Instruct', 'max_length': 4096}, 'lora': {'r': 16, 'lora_alpha': 32}},
     'llama3.2-1b': {'model': {'model_name': 'meta-llama/Llama-3.2-1B-Instruct', 'max_length': 4096}, 'lora': {'r': 16, 'lora_alpha': 32}},
-    'demo': {'model': {'model_name': 'demo', 'max_length': 512}, 'lora': {'r': 16, 'lora_alpha': 32},
+    'demo': {'model': {'model_name': 'demo', 'max_length': 384}, 'lora': {'r': 16, 'lora_alpha': 32},
              'data': {'dataset_name': 'dailydialog', 'data_path': 'sample', 'val_size': 0.15},
-             'training': {'learning_rate': 1e-3, 'num_train_epochs': 3, 'per_device_train_batch_size': 1, 'gradient_checkpointing': False},
-             'evaluation': {'num_samples': 12, 'max_new_tokens': 40}}}
+             'training': {'learning_rate': 2e-3, 'per_device_train_batch_size': 1, 'gradient_checkpointing': False, 'eval_steps': 30, 'save_steps': 30},
+             'evaluation': {'metrics': ['perplexity'], 'max_new_tokens': 48}}}
 
 def preset(
     name:str, # One of `PRESETS`

@@ -2,7 +2,6 @@
 
 An outcome is one line per fault with file, physical line, field and remedy: at most 200 characters, at most 80 of the user's text, and never another exception.
 Every text of the user below is made of the letter ж, so that what a message quotes can be counted."""
-import dataclasses
 import gzip
 import io
 import json
@@ -286,6 +285,17 @@ def test_58_a_type_that_changes_late(tmp_path):
     refused(lambda: read_conversations(path), 'rows.jsonl:2500 field messages[0].content: content is not a text: int')
     assert [b.source.line for b in read_conversations(path, on_bad='skip').bad] == [2500]
     SEEN.add(58)
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason='training does not compare ids with the vocabulary before its first step')
+def test_59_a_tokenizer_that_knows_more_tokens_than_the_model(tmp_path):
+    from llama_nb.model import tiny_llama
+    from llama_nb.train import LLAMATrainer
+    tiny_llama(vocab_size=64).save_pretrained(tmp_path/'model')
+    toy_tokenizer().save_pretrained(tmp_path/'model')
+    trainer = LLAMATrainer(ModelConfig(model_name=str(tmp_path/'model'), use_4bit=False), LoRAConfig(), DataConfig(data_path='sample', max_samples=8),
+                           TrainingConfig(output_dir=str(tmp_path/'runs'), max_steps=1, compute='fp32'), device='cpu')
+    with pytest.raises(LlamaNbError, match='vocabulary'): trainer.train()
 
 
 def test_60_pad_is_eos():

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
-from llama_nb.data import ChatDatasetLoader, DailyDialogDatasetLoader, data_report, load_data
+from llama_nb.data import ChatDatasetLoader, DailyDialogDatasetLoader, check_data, data_report, load_data
 from llama_nb.dialogue import IGNORE_INDEX, encode, stop_ids, toy_tokenizer
 from llama_nb.errors import DataError, LlamaNbError, one_line
 from llama_nb.formats import read_conversations, save_bad_rows, source_rows
@@ -217,6 +217,17 @@ def test_48_plain_text_borders_of_llama_2():
     SEEN.add(48)
 
 
+@pytest.mark.parametrize('number,marks', [(49, '\U000f0000\U000f0001'), (50, '\u202e\u2066'), (50, '\u200b\u2060')])
+def test_49_50_marks_that_nobody_sees_are_kept_and_counted(number, marks):
+    rows = read_conversations([with_content(f'Hello{mark} there {mark}.') for mark in marks] + [talk('user', 'assistant', text='Hello.')])
+    assert all(mark in c.messages[0].content for mark, c in zip(marks, rows))
+    tokenizer = toy_tokenizer()
+    assert all(mark in tokenizer.decode(encode(c, tokenizer).input_ids) for mark, c in zip(marks, rows))
+    report = check_data(load_data(rows, val_size=0)).report
+    assert report.counts['odd character'] == len(marks) and any('invisible' in w for w in report.warnings)
+    SEEN.add(number)
+
+
 def test_51_exact_copies_are_counted():
     rows = [talk('user', 'assistant', text=f'{USER} {i}') for i in range(96)]
     report = data_report(read_conversations(rows + rows[:4]))
@@ -239,6 +250,13 @@ def test_53_one_row_or_nothing_to_hold_out():
     refused(lambda: load_data([talk('user', 'assistant')], on_bad='skip'), 'too few')
     assert load_data([talk('user', 'assistant')], val_size=0).report.warnings == ['there is one conversation to train on']
     SEEN.add(53)
+
+
+def test_54_fewer_rows_than_one_batch():
+    data = load_data([talk('user', 'assistant', text=f'Hello {i}.') for i in range(4)], val_size=0)
+    assert any('one packed row' in w for w in check_data(data, toy_tokenizer(), max_length=2048).report.warnings)
+    assert not any('one packed row' in w for w in check_data(data, toy_tokenizer(), max_length=64).report.warnings)
+    SEEN.add(54)
 
 
 def test_55_paths_that_are_no_files(tmp_path):
@@ -305,3 +323,8 @@ def test_60_pad_is_eos():
     padded = encode(talk('user', 'assistant', text='Hello.'), tokenizer)
     assert padded.labels == plain.labels and padded.labels[-1] == tokenizer.pad_token_id != IGNORE_INDEX
     SEEN.add(60)
+
+
+def test_no_number_is_left_out():
+    if len(SEEN) < 10: pytest.skip('only some of the corpus was run')
+    assert set(range(1, 61)) - SEEN == {59}  # 59: see its own test

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'PINNED_DATE', 'TEMPLATES', 'Message', 'Source', 'Conversation', 'as_conversation',
            'ChatTemplate', 'toy_tokenizer', 'get_template', 'stop_ids', 'Span', 'Example', 'encode', 'encode_prompt',
-           'show_mask', 'MaskFailure', 'MaskProof', 'verify_masks']
+           'show_mask', 'show_batch', 'MaskFailure', 'MaskProof', 'verify_masks']
 
 # %% ../nbs/06_dialogue.ipynb #dc118025
 import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -653,28 +653,165 @@ def encode_prompt(
     return ids
 
 # %% ../nbs/06_dialogue.ipynb #8698e1c0
+def _runs(labels:list[int], start:int=0, end:int|None=None)->list[tuple[bool,int,int]]:
+    "Stretches of taught and untaught labels: whether taught, start, end."
+    places = [list(g) for _,g in groupby(range(start, len(labels) if end is None else end), lambda i: labels[i] != IGNORE_INDEX)]
+    return [(labels[g[0]] != IGNORE_INDEX, g[0], g[-1] + 1) for g in places]
+
+def _drawn(tokens:_Tokens, example:Example, lost:tuple=(), detail:bool=False, fold:bool=False)->list[tuple]:
+    "One conversation as pieces of a strip; `lost`: the messages left out, `fold`: headers stand for the template's text."
+    spans = example.spans or [Span(a, b, '', 0, 'taught' if taught else 'context') for taught,a,b in _runs(example.labels)]
+    cut = [p for m in lost for p in (('', ('role', m.role)), (m.content, 'cut'))]
+    if example.dropped and not lost: cut = [('', ('role', 'left out')), (f'{example.dropped} messages', 'cut')]
+    pieces, message = [], None
+    for s in spans:
+        if s.role != 'system': pieces, cut = pieces + cut, [] # the system message is never left out
+        if s.message != message and s.role: pieces.append(('', ('role', s.role)))
+        message, ids = s.message, example.input_ids[s.start:s.end]
+        if detail: pieces += [(tokens.decode([i]), s.state, f'id {i}, position {s.start + k}, label {example.labels[s.start + k]}') for k,i in enumerate(ids)]
+        elif s.state == 'padding': pieces.append((f'{len(ids)} × {tokens.decode(ids[:1])}', s.state))
+        elif not (fold and s.role and s.state == 'template'): pieces.append((tokens.decode(ids), s.state))
+    return pieces
+
+# %% ../nbs/06_dialogue.ipynb #0b5db148
 def show_mask(
     conversation, # A conversation, or an `Example`
     tokenizer, # A Hugging Face tokenizer with a fast backend
     template:str|ChatTemplate='auto', # As in `get_template`; an `Example` is shown as it is
     train_on:str='assistant', # As in `encode`
     detail:bool=False, # One box per token, with its id, position and label on hovering
+    max_length:int|None=None, # Strike through the oldest exchanges that do not fit; `None`: show everything
 )->View: # HTML, with the taught text in brackets as plain text
-    "Which tokens of a conversation are taught."
-    tokens = _cached(tokenizer)[0]
+    "Which tokens of a conversation are taught; raises `DataError` if it can not be encoded, or not even its last exchange fits."
+    tokens, lost = _cached(tokenizer)[0], ()
     if isinstance(conversation, Example): example = conversation
     else:
         enc, conv = _encoder(tokenizer, template), as_conversation(conversation)
-        example = _fit(enc, conv, train_on, None, 'raise')
-    n, pieces, message = example.num_taught, [], None
-    spans = example.spans or [Span(i, i + 1, '', 0, 'context' if l == IGNORE_INDEX else 'taught') for i,l in enumerate(example.labels)]
-    pieces.append((f'{n} of {len(example)} tokens taught ({n/max(len(example), 1):.0%})', ('role', str(example.row or 'conversation'))))
-    for s in spans:
-        if s.message != message and s.role: pieces.append(('', ('role', s.role)))
-        message, ids = s.message, example.input_ids[s.start:s.end]
-        if not detail: pieces.append((tokens.decode(ids), s.state)); continue
-        pieces += [(tokens.decode([i]), s.state, f'id {i}, position {s.start + k}, label {example.labels[s.start + k]}') for k,i in enumerate(ids)]
-    return token_strip(pieces)
+        example = _fit(enc, conv, train_on, max_length, 'drop_turns')
+        if example is None: raise DataError(f'the last exchange is longer than max_length {max_length}; raise it')
+        head = int(conv.messages[0].role == 'system')
+        lost = conv.messages[head:head + example.dropped]
+    n = example.num_taught
+    line = f'{n} of {len(example)} tokens taught ({n/max(len(example), 1):.0%})'
+    return token_strip([(line, ('role', str(example.row or 'conversation'))), *_drawn(tokens, example, lost, detail)])
+
+# %% ../nbs/06_dialogue.ipynb #db61d615
+_FORMS = (('user', 'assistant')*2, ('system', 'user', 'assistant'), ('system', 'user', 'assistant', 'tool', 'assistant'), ('user', 'assistant', 'tool', 'assistant'))
+
+def _openings(enc:_Encoder)->dict[int,list]:
+    "The template's fixed pieces by their first id, longest first: ids, and the role whose message they open (none: they close one)."
+    found = {}
+    for roles in _FORMS:
+        try: parts = enc.shape(roles)
+        except (ConfigError, DataError): continue
+        for part,following in zip(parts, [*parts[1:], None]):
+            if isinstance(part, _Fixed) and part.ids: found[tuple(part.ids)] = roles[part.message] if isinstance(following, _Slot) else ''
+    return {first: sorted((f for f in found.items() if f[0][0] == first), key=lambda f: -len(f[0])) for first in {f[0] for f in found}}
+
+def _read_back(enc:_Encoder, openings:dict, ids:list[int], labels:list[int])->tuple[Span,...]:
+    "Who wrote what, from ids and labels."
+    control, parts, k, role, message, begin = enc.tokens.control, [], 0, '', -1, 0
+    while k < len(ids):
+        hit = next((f for f in openings.get(ids[k], ()) if tuple(ids[k:k + len(f[0])]) == f[0] # plain text closes nothing but what a control token closed
+                    and (f[1] or not control.keys().isdisjoint(f[0]) or k and ids[k-1] in control)), None)
+        if hit is None: k += 1; continue
+        parts.append((begin, k, role, message, 'context'))
+        if hit[1]: role, message = hit[1], message + 1
+        begin = k + len(hit[0])
+        parts.append((k, begin, role, message, 'template'))
+        k = begin
+    parts.append((begin, k, role, message, 'context'))
+    return tuple(Span(a, b, role, max(message, 0), 'taught' if taught else state) for start,end,role,message,state in parts for taught,a,b in _runs(labels, start, end))
+
+# %% ../nbs/06_dialogue.ipynb #1164eb26
+def _listed(x): return x.tolist() if hasattr(x, 'tolist') else x
+
+def _parted(ids:list, labels:list, lengths, sources)->list[Example]:
+    "The conversations of one packed row; a last one of one untaught token repeated is padding."
+    ends = list(accumulate(lengths))
+    found = [Example(ids[e-n:e], labels[e-n:e], (), s) for n,e,s in zip(lengths, ends, sources)]
+    last = found[-1]
+    if not last.num_taught and last.row is None and len(set(last.input_ids)) == 1: found[-1] = replace(last, spans=(Span(0, len(last), '', 0, 'padding'),))
+    return found
+
+def _batch_rows(batch)->list[list[Example]]:
+    "The conversations of each row of a batch, of packed rows, or of examples."
+    if not isinstance(batch, Mapping):
+        rows = [batch] if hasattr(batch, 'input_ids') else list(batch)
+        return [[r] if isinstance(r, Example) else _parted(list(r.input_ids), list(r.labels), r.lengths, r.rows) for r in rows]
+    ids, labels = _listed(batch['input_ids']), _listed(batch['labels'])
+    if 'cu_seqlens' in batch:
+        borders = _listed(batch['cu_seqlens'])
+        lengths = [b - a for a,b in zip(borders, borders[1:])]
+        return [_parted(ids[0], labels[0], lengths, batch.get('rows') or [None]*len(lengths))]
+    masks = _listed(batch['attention_mask']) if 'attention_mask' in batch else [[1]*len(row) for row in ids]
+    parts = lambda i: [[k for k,m in enumerate(masks[i]) if m == real] for real in (1, 0)]
+    return [[Example([ids[i][k] for k in ks], [labels[i][k] for k in ks], () if j == 0 else (Span(0, len(ks), '', 0, 'padding'),)) for j,ks in enumerate(parts(i)) if ks] for i in range(len(ids))]
+
+# %% ../nbs/06_dialogue.ipynb #c2a4aacb
+def _faults(tokens:_Tokens, stops:tuple, e:Example)->str:
+    "What should never be seen in a batch; empty if all is well."
+    if any(s.state == 'padding' for s in e.spans): return ''
+    bos = tokens.full.token_to_id(tokens.special.get('bos_token', ''))
+    closed = lambda s: s.end < len(e) and e.labels[s.end] != IGNORE_INDEX or e.input_ids[s.end - 1] in stops
+    found = [('begins twice', bos is not None and e.input_ids[:2] == [bos]*2), ('nothing is taught', not e.num_taught),
+             ('an answer has no end token', bool(stops) and not all(closed(s) for s in e.spans if (s.role, s.state) == ('assistant', 'taught')))]
+    return ', '.join(name for name,seen in found if seen)
+
+def _row_pieces(tokens:_Tokens, row:list[Example], stops:tuple, **how)->list[list[tuple]]:
+    "The pieces of each conversation of a row, with the borders between them."
+    found = []
+    for i,e in enumerate(row):
+        faults = _faults(tokens, stops, e)
+        name = [(f'⚠ {faults}' if faults else '', ('role', str(e.row or 'conversation')))] if e.row or faults else []
+        found.append([('', 'border')]*(i > 0) + name + _drawn(tokens, e, **how))
+    return found
+
+def _row_line(row:list[Example])->str:
+    "The sum of a row in words."
+    padding = sum(s.end - s.start for e in row for s in e.spans if s.state == 'padding')
+    tokens, taught = sum(map(len, row)) - padding, sum(e.num_taught for e in row)
+    n = sum(not any(s.state == 'padding' for s in e.spans) for e in row)
+    return (f"{taught:,} of {tokens:,} tokens taught ({taught/max(tokens, 1):.0%}) in {n} conversation{'s'*(n != 1)}" + f', {padding:,} of padding'*(padding > 0))
+
+# %% ../nbs/06_dialogue.ipynb #82bc9d27
+_PAGE_BYTES = 60_000
+
+def _boxes(lines:list[str], rows:list, room:int, first:str='')->tuple[list,int]:
+    "One strip per row, and how many conversations found no room."
+    strips, hidden, empty = [], 0, len(token_strip([], legend=False).html)
+    for i,(line,parts) in enumerate(zip(lines, rows)):
+        kept, room = [], room - 900 # its frame, legend and first line
+        for part in parts:
+            size = len(token_strip(part, legend=False).html.encode()) - empty
+            if size <= room: kept, room = kept + part, room - size
+            else: room, hidden = 0, hidden + 1
+        strips.append(token_strip([(line, ('role', f'row {i + 1}')), *kept], legend=i == 0))
+    return strips, hidden
+
+def show_batch(
+    batch, # A collated batch, packed rows, or `Example`s
+    tokenizer, # The tokenizer it was encoded with
+    n:int=4, # Most rows
+    template:str|ChatTemplate='auto', # The template it was encoded with
+    detail:bool=False, # One box per token, with its id, position and label on hovering; no limit to the page
+)->View: # One box per row; as text, taught tokens stand in brackets
+    "Which tokens of a batch are taught, whose they are, and where one conversation ends."
+    tokens, rows = _cached(tokenizer)[0], _batch_rows(batch)
+    more, rows, read, stops = max(len(rows) - n, 0), rows[:n], lambda e: e, ()
+    try: enc = _encoder(tokenizer, template)
+    except ConfigError: pass # a template that can not be followed: the labels still tell what is taught
+    else:
+        openings, stops = _openings(enc), enc.template.stop_ids
+        read = lambda e: e if e.spans else replace(e, spans=_read_back(enc, openings, e.input_ids, e.labels))
+    rows = [[read(e) for e in row] for row in rows]
+    for fold in (False, True):
+        parts = [_row_pieces(tokens, row, stops, detail=detail, fold=fold) for row in rows]
+        strips, hidden = _boxes([_row_line(row) for row in rows], parts, 10**12 if detail else _PAGE_BYTES - 500)
+        if not hidden: break
+    notes = [f'{more} more rows']*(more > 0) + ["the template's text is left out, the headers stand for it"]*fold + [f'{hidden} conversations not drawn, the page is full']*(hidden > 0)
+    shown = strips + [token_strip([(note, ('role', 'note')) for note in notes])]*bool(notes)
+    return View(''.join(s.html for s in shown), '\n\n'.join(s.text for s in shown))
 
 # %% ../nbs/06_dialogue.ipynb #d2229626
 class MaskFailure(NamedTuple):
@@ -693,7 +830,7 @@ class MaskProof:
 
 def _taught_runs(labels:list[int])->list[list[int]]:
     "The stretches of taught labels."
-    return [list(g) for taught,g in groupby(labels, lambda l: l != IGNORE_INDEX) if taught]
+    return [[labels[i] for i in range(a, b)] for taught,a,b in _runs(labels) if taught]
 
 def _same(got:str, want:str, slot:_Slot)->bool:
     "Equal texts; a tokenizer may put its dummy space after a control token."

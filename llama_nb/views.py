@@ -33,8 +33,6 @@ def plain_text(
 
 # %% ../nbs/02_views.ipynb #1949393a
 PALETTE = {'blue': '#3b82c4', 'orange': '#c9791a', 'green': '#1f9a6d', 'red': '#d55449', 'purple': '#a068c0', 'sky': '#2f93b5', 'grey': '#808488'}
-_STATES = {'taught': ('green', 'underline'), 'context': (None, 'none'), 'template': ('purple', 'underline dotted'),
-           'padding': ('grey', 'line-through'), 'cut': ('red', 'line-through wavy')} # state -> colour, decoration
 
 def _fill(color, alpha=0.18):
     "A mostly transparent background of a palette colour."
@@ -211,6 +209,8 @@ def bars(
     return View(html, '\n'.join(filter(None, [title and plain_text(title), twin.text, plain_text(fits)])), _bar_figure(parts, near, right, unit, title))
 
 # %% ../nbs/02_views.ipynb #8d5fe8f3
+_STATES = {'taught': ('u', f"background:{PALETTE['green']}2e"), 'context': (None, ''), 'template': ('span', f"border-bottom:2px dotted {PALETTE['purple']}"),
+           'padding': ('s', f"color:{PALETTE['grey']}"), 'cut': ('del', f"background:{PALETTE['red']}2e")} # state -> element, style
 _MARKS = {'taught': '[[{}]]', 'context': '{}', 'template': '{}', 'padding': '({})', 'cut': '~~{}~~'} # the text twin's brackets
 
 def _runs(pieces):
@@ -218,10 +218,12 @@ def _runs(pieces):
     key = lambda p: (p[1], p[2] if len(p) > 2 else None)
     for (state,title),group in itertools.groupby(pieces, key=key): yield ''.join(str(p[0]) for p in group), state, title
 
-def _span_style(state):
-    color, decoration = _STATES[state]
-    if color is None: return 'text-decoration:none'
-    return f'background:{_fill(color)};text-decoration:{decoration} {PALETTE[color]} 2px;text-underline-offset:.2em;border-radius:2px'
+def _marked(content, state, hover=''):
+    "Content in the element of its state."
+    tag, style = _STATES[state]
+    inner = escape(content).replace('\n', '↵\n')
+    if tag: return f'<{tag}{hover} style="{style}">{inner}</{tag}>'
+    return f'<span{hover}>{inner}</span>' if hover else inner
 
 # %% ../nbs/02_views.ipynb #54873add
 def token_strip(
@@ -234,19 +236,18 @@ def token_strip(
         role = state[1] if isinstance(state, tuple) and len(state) == 2 and state[0] == 'role' else None
         hover = f' title="{escape(title)}"' if title else ''
         if role is not None:
-            html.append(f'<div{hover} style="font:600 .8em system-ui,sans-serif;opacity:.75;margin-top:.5em">{escape(role)}{" " if content else ""}{escape(content)}</div>')
+            html.append(f'<div{hover}><b>{escape(role)}</b>{" " if content else ""}{escape(content)}</div>')
             text.append(f'\n{plain_text(role)}: {plain_text(content)}')
         elif state == 'border':
-            html.append(f'<hr{hover} style="border:0;border-top:2px dashed {PALETTE["orange"]};margin:.6em 0">')
+            html.append(f'<hr{hover} style="border-top:2px dashed {PALETTE["orange"]}">')
             text.append('\n----------------\n')
         elif state in _STATES:
             used.append(state)
-            html.append(f'<span{hover} style="{_span_style(state)}">' + escape(content).replace('\n', '↵\n') + '</span>')
+            html.append(_marked(content, state, hover))
             text.append(_MARKS[state].format(plain_text(content)))
         else: raise ValueError(f"state must be one of {', '.join(_STATES)}, border or ('role', name), got {state!r}")
     shown = [s for s in _STATES if s in used]
-    key = ' &nbsp; '.join(f'<span style="{_span_style(s)}">{s}</span>' for s in shown)
-    head = f'<div style="font:.8em system-ui,sans-serif;margin-bottom:.4em">{key}</div>' if legend and shown else ''
-    box = f"font-family:ui-monospace,monospace;font-size:.88em;line-height:1.6;white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid {_fill('grey', .45)};border-radius:4px;padding:.6em"
+    head = f'<div>{" &nbsp; ".join(_marked(s, s) for s in shown)}</div>' if legend and shown else ''
+    box = f"font-family:monospace;font-size:.88em;line-height:1.6;white-space:pre-wrap;overflow-wrap:break-word;border:1px solid {_fill('grey', .45)};border-radius:4px;padding:.6em"
     note = 'taught text stands in [[ ]]\n' if legend and 'taught' in shown else ''
     return View(f'<div style="{box}">{head}{"".join(html)}</div>', (note + ''.join(text).strip('\n')))

@@ -574,13 +574,20 @@ def _taught(messages:tuple, train_on:str)->list[bool]:
     chosen = set({'assistant': answers, 'last': answers[-1:], 'all': range(len(messages))}[train_on])
     return [m.role != 'tool' and (i in chosen if m.taught is None else m.taught) for i,m in enumerate(messages)]
 
+def _slot_ids(enc:_Encoder, slot:_Slot, messages)->list[int]:
+    "Ids of one message's content as the template writes it."
+    content = messages[slot.message].content
+    if slot.lstrip != slot.rstrip and not content.strip(): # Llama 2 strips the system text and the first message as one
+        raise DataError(f"messages[{slot.message}].content: empty, so that template '{enc.template.name}' would strip its own text; fill it or leave the message out")
+    return _content_ids(enc.tokens, slot.text(content), slot.after)
+
 def _grow(enc:_Encoder, messages:list, taught:list[bool], train_all:bool)->tuple[list,list,list]:
     "Ids, labels and spans, part by part."
     ids, labels, spans = [], [], []
     for part in enc.shape(tuple(m.role for m in messages)):
         i = part.message
         if isinstance(part, _Fixed): new, teach, state = part.ids, taught[i] and (part.end or train_all), 'template'
-        else: new, teach, state = _content_ids(enc.tokens, part.text(messages[i].content), part.after), taught[i], 'context'
+        else: new, teach, state = _slot_ids(enc, part, messages), taught[i], 'context'
         if new: spans.append(Span(len(ids), len(ids) + len(new), messages[i].role, i, 'taught' if teach else state))
         ids += new
         labels += new if teach else [IGNORE_INDEX]*len(new)
@@ -648,7 +655,7 @@ def encode_prompt(
         for part in enc.shape(tuple(m.role for m in messages)):
             if isinstance(part, _Fixed): ids += part.ids
             elif part.message == len(messages) - 1: break
-            else: ids += _content_ids(enc.tokens, part.text(messages[part.message].content), part.after)
+            else: ids += _slot_ids(enc, part, messages)
     except DataError as e: raise _named(conv, e) from None
     return ids
 

@@ -52,9 +52,9 @@ class View:
     "HTML, picture and text of one thing, shown by whatever the front end understands."
     def __init__(self,
         html:str, # Markup; all content in it went through `escape`
-        text:str, # The same facts in plain text
+        text:str, # The same facts in plain text; control characters become pictures here
         figure=None, # A matplotlib figure, or `None`
-    ): self.html, self.text, self.figure = html, text, figure
+    ): self.html, self.text, self.figure = html, plain_text(text), figure
 
     def __repr__(self): return self.text
 

@@ -121,7 +121,7 @@ def test_no_element_or_attribute_from_content(name, tmp_path):
 
 
 def test_the_payloads_are_dangerous():
-    assert sum(Parsed(f'<p>{x}</p>').elements != Parsed(f'<p>{HARMLESS}</p>').elements for x in PAYLOADS) >= 20
+    assert sum(Parsed(f'<p>{x}</p>').elements != Parsed(f'<p>{HARMLESS}</p>').elements for x in PAYLOADS) >= 18  # the others are meant for attributes, for text unescaped twice, for templates and Markdown
     assert sum(Parsed(f'<p title="{x}">').elements != Parsed(f'<p title="{HARMLESS}">').elements for x in PAYLOADS) >= 4
 
 

@@ -22,7 +22,7 @@ from execnb.nbio import read_nb, write_nb
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults, _show_docs, exec_show_docs
 
-NUMBER = re.compile(r'^\d+[a-zA-Z0-9]*_')  # nbdev names the page of 05_model.ipynb model.html
+NUMBER = re.compile(r'^\d+[a-zA-Z0-9]*_')  # nbdev names the page of 06_model.ipynb model.html
 LINK = re.compile(r'\]\((?!\w+:)([^)\s#]*?)([^/)\s#]+\.(?:ipynb|qmd))(#[^)]*)?\)')  # folder, page, anchor
 
 

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .checkpoints import rotate_checkpoints, stage_checkpoint
 from .errors import NonFiniteError, import_extra, logger, one_line, shorten
-from .runs import Run, clean_leftovers, rotate_checkpoints, stage_checkpoint, write_json
+from .runs import Run, write_json
 
 # %% ../nbs/20_guards.ipynb #c1ff81f8
 class SafeTrainer:
@@ -67,14 +68,14 @@ class SafeTrainer:
 
     def _save_checkpoint(self, model, trial=None):
         step = self.state.global_step
-        with stage_checkpoint(self.run, step) as self._stage:
+        with stage_checkpoint(self.run.folder, step, self.run.id, tell=self.run.log) as self._stage:
             try: super()._save_checkpoint(model, trial)
             finally: stage, self._stage = self._stage, None
             inner = stage/f'checkpoint-{step}' # the stock code adds a folder of its own
             for path in inner.iterdir(): path.rename(stage/path.name)
             inner.rmdir()
             write_json(stage/'run.json', self.run_facts)
-        rotate_checkpoints(self.run, max(2, self.args.save_total_limit or 2))
+        rotate_checkpoints(self.run.folder, max(2, self.args.save_total_limit or 2), self.run.id)
 
     def _save(self, output_dir=None, state_dict=None): save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 

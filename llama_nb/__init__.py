@@ -22,6 +22,7 @@ _MODULES = {
     'generate': 'generate_replies stream_reply ChatSession',
     'metrics': 'Perplexity Bleu Rouge corpus_bleu',
     'evaluation': 'PerplexityEvaluator QualitativeEvaluator EvaluationFramework EvaluationReport compare',
+    'resume': '',
     'train': 'LLAMATrainer',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`
     'demo': 'run_demo',

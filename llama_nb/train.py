@@ -22,7 +22,7 @@ from typing import NamedTuple
 from .guards import InterruptGuard, SafeTrainer, guards, is_out_of_memory, out_of_memory, save_adapter # before transformers' trainer, see there
 import torch
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from .checkpoints import _fsync, _no_space, check_space, disk_full
 from .config import DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, RunConfig, TrainingConfig
@@ -317,6 +317,11 @@ def _checkpointing(trainer, batch_size):
     without = replace(t, gradient_checkpointing=False, per_device_train_batch_size=batch_size)
     return not plan(trainer.config.model, without, trainer.config.lora).fits(room_bytes())
 
+def _recomputes(model):
+    "Whether activations are recomputed, by whichever name this transformers has for it."
+    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    return inner.is_activation_checkpointing if hasattr(type(inner), 'is_activation_checkpointing') else inner.is_gradient_checkpointing
+
 def set_checkpointing_(
     model, # A PEFT model
     on:bool, # Recompute activations in the backward pass
@@ -325,7 +330,7 @@ def set_checkpointing_(
     inner = model.get_base_model()
     name = 'activation' if hasattr(inner, 'activation_checkpointing_enable') else 'gradient'
     if on: getattr(inner, f'{name}_checkpointing_enable')(**{f'{name}_checkpointing_kwargs': {'use_reentrant': False}})
-    elif inner.is_gradient_checkpointing: getattr(inner, f'{name}_checkpointing_disable')()
+    elif _recomputes(model): getattr(inner, f'{name}_checkpointing_disable')()
 
 def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     "The `PackedTrainer` of a run."
@@ -358,6 +363,7 @@ class _Prepared(NamedTuple):
     hf:PackedTrainer # The loop
     interrupt:InterruptGuard # Who is asked to stop
     checkpoint:Path|None # Where to go on from
+    total:int # Optimizer steps of the whole run
     lock:ExitStack # Closed when the run has ended
 
 def _prepare(trainer, resume, progress, samples):
@@ -393,7 +399,7 @@ def _prepare(trainer, resume, progress, samples):
             compute_dtype=str(compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)).removeprefix('torch.')))
         at = int(checkpoint.name.split('-')[1]) if checkpoint else 0
         run.log('resume' if resume else 'start', step=at, total_steps=total, rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
-        return _Prepared(run, hf, next(g for g in callbacks if isinstance(g, InterruptGuard)), checkpoint, lock.pop_all())
+        return _Prepared(run, hf, next(g for g in callbacks if isinstance(g, InterruptGuard)), checkpoint, total, lock.pop_all())
 
 # %% ../nbs/27_train.ipynb #46e871c6
 @contextmanager
@@ -405,7 +411,7 @@ def _explained(trainer, phase=None):
         if _no_space(e) and trainer.run is not None: raise disk_full(trainer.run.folder, 'this run') from e
         if not is_out_of_memory(e): raise
         c, hf, on_gpu = trainer.config, trainer.hf_trainer, trainer.device.type == 'cuda'
-        now = dict(per_device_train_batch_size=hf.args.per_device_train_batch_size, gradient_checkpointing=hf.model.is_gradient_checkpointing) if phase is None else {}
+        now = dict(per_device_train_batch_size=hf.args.per_device_train_batch_size, gradient_checkpointing=_recomputes(hf.model)) if phase is None else {}
         planned = plan(c.model, replace(c.training, **now), c.lora, context_bytes=CUDA_CONTEXT_BYTES if on_gpu else 0)
         raise out_of_memory(phase or hf.phase, planned, room_bytes() if on_gpu else None) from e
 
@@ -414,11 +420,18 @@ def _last_word(run, kind, **data):
     try: run.log(kind, **data)
     except (OSError, ResourceError): pass
 
+def _restore(hf, checkpoint):
+    "Weights and state of a run whose last step is done: the stock loop would take one more."
+    hf.state = TrainerState.load_from_json(str(checkpoint/'trainer_state.json'))
+    hf._load_from_checkpoint(str(checkpoint))
+
 def _train_loop(trainer, p):
     "Run the stock loop; whatever happens, say how it ended."
     run, hf = p.run, p.hf
     try:
-        with _explained(trainer): hf.train(resume_from_checkpoint=str(p.checkpoint) if p.checkpoint else None)
+        with _explained(trainer):
+            if p.checkpoint and int(p.checkpoint.name.split('-')[1]) >= p.total: _restore(hf, p.checkpoint)
+            else: hf.train(resume_from_checkpoint=str(p.checkpoint) if p.checkpoint else None)
     except KeyboardInterrupt:
         _last_word(run, 'interrupted', step=hf.state.global_step, checkpoint=next((c.name for c in run.checkpoints()[::-1]), None))
         raise

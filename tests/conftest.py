@@ -23,3 +23,18 @@ def pytest_collection_modifyitems(config, items):
         for flag in FLAGS:
             if flag in item.keywords and flag not in asked:
                 item.add_marker(pytest.mark.skip(reason=f'{flag}: run with --flags {flag}'))
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    "A folder with a tiny model, and a loaded trainer on it that forked processes start from."
+    from fork_run import make_trainer
+    place = tmp_path_factory.mktemp('tiny')
+    return place, make_trainer(place)
+
+
+@pytest.fixture(scope='session')
+def undisturbed(tiny):
+    "The run that nobody disturbs: eight steps, a checkpoint after each."
+    from fork_run import finished
+    return finished(tiny[1], 'whole')

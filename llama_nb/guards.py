@@ -310,7 +310,7 @@ class InterruptGuard(Guard):
     "Turns an interrupt into: finish the step, save, stop. `requested` says who asked, or is `None`."
     def __init__(self,
         run:Run|None=None, # Whose `STOP` file to look for
-    ): self.run, self.requested = run, None
+    ): self.run, self.requested, self.owed = run, None, False
 
     def _handle(self, signum, frame):
         if self.requested: raise KeyboardInterrupt('second interrupt: stopped at once')
@@ -327,6 +327,14 @@ class InterruptGuard(Guard):
         try: yield self
         finally:
             for s,handler in before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        due = args.eval_strategy == 'steps' and state.global_step > 0 and state.global_step % state.eval_steps == 0
+        self.owed = bool(due and self.run and state.global_step not in dict(self.run.metrics('eval_loss'))) # the stop was in a hurry
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.owed: self.trainer.evaluate()
+        self.owed = False
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.run and self.run.folder/'STOP'

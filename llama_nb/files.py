@@ -6,7 +6,7 @@
 __all__ = ['MAX_ROW_BYTES', 'RowFault', 'BadRow', 'save_bad_rows', 'strict_json', 'data_files', 'source_rows']
 
 # %% ../nbs/09_files.ipynb #ff9243a8
-import csv, gzip, json, math, os, re, zlib
+import codecs, csv, gzip, json, math, os, re, zlib
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,23 +75,23 @@ def _decoder():
     return json.JSONDecoder(object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant), faults
 
 # %% ../nbs/09_files.ipynb #080d0bc1
-def _syntax_fault(text, e):
-    "A `RowFault` with a remedy for a `JSONDecodeError`."
-    rest, before = text[e.pos:].lstrip(), text[:e.pos].rstrip()
-    at, fix = f'broken JSON: column {e.colno}', 'one JSON object with double quotes'
+def _syntax_fault(text, e, before=0):
+    "A `RowFault` with a remedy for a `JSONDecodeError`; `before`: characters of the line that stood before `text`."
+    rest, lead = text[e.pos:].lstrip(), text[:e.pos].rstrip()
+    at, fix = f'broken JSON: column {e.colno + before*(e.lineno == 1)}', 'one JSON object with double quotes'
     if not rest or 'Unterminated' in e.msg: at, fix = f'{at}, the text ends too early', 'the file may be truncated; restore or remove this row'
     elif rest[0] == "'": at, fix = f'{at}, single quotes', 'use double quotes'
-    elif rest[0] == ',' and rest[1:].lstrip()[:1] in ('', '}', ']') or rest[0] in '}]' and before.endswith(','):
+    elif rest[0] == ',' and rest[1:].lstrip()[:1] in ('', '}', ']') or rest[0] in '}]' and lead.endswith(','):
         at, fix = f'{at}, trailing comma', 'remove the comma'
     elif 'control character' in e.msg: at, fix = f'{at}, raw control character U+{ord(rest[0]) if rest else 0:04X}', r'write it as \n, \t or \u00XX'
     elif 'Extra data' in e.msg: at, fix = f'{at}, text behind the object', 'one object a line'
     return RowFault('', at, fix, e.pos)
 
-def _decode(text, pos=0):
+def _decode(text, pos=0, before=0):
     "Value at `pos`, the position behind it, and the first fault in it; raises `RowFault` where the end can not be known."
     decoder, faults = _decoder()
     try: value, end = decoder.raw_decode(text, pos)
-    except json.JSONDecodeError as e: raise _syntax_fault(text, e) from None
+    except json.JSONDecodeError as e: raise _syntax_fault(text, e, before) from None
     except RecursionError: raise RowFault('', 'nested too deeply', f'at most {_MAX_DEPTH} levels', pos) from None
     body = text[pos:end]
     if body.count('[') + body.count('{') > _MAX_DEPTH:
@@ -135,24 +135,34 @@ def _open(path, name):
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f'{name}: the file changed while it was being read (read it again)')
 
+class _Bytes:
+    "What was read of a file so far: refuses one that unfolds without bound, or is not UTF-8 from its first byte."
+    def __init__(self, f, path, name):
+        self.f, self.name, self.total = f, name, 0
+        self.budget = max(_GZ_FLOOR_BYTES, path.stat().st_size*_MAX_GZ_RATIO) if path.suffix == '.gz' else 2**62
+
+    def readline(self, size):
+        "At most `size` bytes, and at most one line."
+        raw, first = self.f.readline(min(size, self.budget + 1)), not self.total
+        self.total += len(raw)
+        if self.total > self.budget: raise DataError(f'{self.name}: unfolds to over {self.budget//2**20} MB (a compressed file this dense is not text)')
+        if not first: return raw
+        if raw[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in raw[:2]: raise DataError(f'{self.name}: looks like UTF-16 (save it as UTF-8)')
+        return raw.removeprefix(b'\xef\xbb\xbf')
+
+def _not_utf8(here, byte, offset): return BadRow(here, '', f'not UTF-8: byte 0x{byte:02X} at offset {offset} of the line', 'save the file as UTF-8')
+
 def _lines(f, path, name, max_bytes=MAX_ROW_BYTES)->Iterator[tuple[Source, str|BadRow]]:
     "Physical lines as text; a line that is too long or not UTF-8 becomes a `BadRow`."
-    budget = max(_GZ_FLOOR_BYTES, path.stat().st_size*_MAX_GZ_RATIO) if path.suffix == '.gz' else 2**62
-    number = total = 0
-    while raw := f.readline(min(max_bytes, budget) + 1):
+    f, number = _Bytes(f, path, name), 0
+    while raw := f.readline(max_bytes + 1):
         number, size = number + 1, len(raw)
         here, cut = Source(name, number), size > max_bytes and not raw.endswith(b'\n')
-        while cut and total + size <= budget and not raw.endswith(b'\n') and (raw := f.readline(max_bytes)): size += len(raw) # keeps nothing
-        total += size
-        if total > budget: raise DataError(f'{name}: unfolds to over {budget//2**20} MB (a compressed file this dense is not text)')
-        if number == 1 and (raw[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in raw[:2]): raise DataError(f'{name}: looks like UTF-16 (save it as UTF-8)')
+        while cut and not raw.endswith(b'\n') and (raw := f.readline(max_bytes)): size += len(raw) # keeps nothing
         if cut: yield here, BadRow(here, '', f'row too long: {size:,} bytes', f'at most {max_bytes:,} bytes a line')
-        else: yield here, _text(raw.removeprefix(b'\xef\xbb\xbf') if number == 1 else raw, here)
-
-def _text(raw, here):
-    try: return raw.decode()
-    except UnicodeDecodeError as e:
-        return BadRow(here, '', f'not UTF-8: byte 0x{raw[e.start]:02X} at offset {e.start + 1} of the line', 'save the file as UTF-8')
+        else:
+            try: yield here, raw.decode()
+            except UnicodeDecodeError as e: yield here, _not_utf8(here, raw[e.start], e.start + 1)
 
 # %% ../nbs/09_files.ipynb #8b58535c
 def _jsonl_rows(f, path, name):
@@ -171,32 +181,79 @@ def _jsonl_rows(f, path, name):
 
 # %% ../nbs/09_files.ipynb #802fe283
 _GAP = re.compile(r'[ \t\r\n]*')
+_PIECE_BYTES = 2**16
 
+def _pieces(f, path, name)->Iterator[str]:
+    "A document as text, piece by piece; raises `DataError` with line and offset where it is not UTF-8."
+    f, decoder, number, offset = _Bytes(f, path, name), codecs.getincrementaldecoder('utf-8')(), 1, 0 # offset: bytes of the line before this piece
+    while True:
+        raw = f.readline(_PIECE_BYTES)
+        waiting = len(decoder.getstate()[0]) # bytes of a character that the last piece cut
+        try: text = decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as e: raise DataError(str(_not_utf8(Source(name, number), e.object[e.start], offset - waiting + e.start + 1))) from None
+        if not raw: return
+        number, offset = (number + 1, 0) if raw.endswith(b'\n') else (number, offset + len(raw))
+        yield text
+
+class _Document:
+    "The text of a document from where we are, and more of it on demand."
+    def __init__(self, pieces): self.pieces, self.text, self.pos, self.line, self.column, self.ended = pieces, '', 0, 1, 0, False
+
+    def more(self, size:int):
+        "Forget what lies behind, and read on until there are `size` more characters or the end is reached."
+        last = self.text.rfind('\n', 0, self.pos)
+        self.line, self.column = self.at(self.pos), self.pos - last - 1 if last >= 0 else self.column + self.pos # of what comes next
+        parts, self.text, self.pos = [self.text[self.pos:]], '', 0
+        while size > 0 and not self.ended:
+            piece = next(self.pieces, None)
+            self.ended = piece is None
+            parts.append(piece or '')
+            size -= len(parts[-1])
+        self.text = ''.join(parts)
+
+    def peek(self)->str:
+        "The next character that is no white space; empty at the end."
+        while True:
+            self.pos = _GAP.match(self.text, self.pos).end()
+            if self.pos < len(self.text) or self.ended: return self.text[self.pos:self.pos+1]
+            self.more(_PIECE_BYTES)
+
+    def at(self, pos:int)->int: return self.line + self.text.count('\n', 0, pos) # the line of a position
+
+    def value(self):
+        "The value that starts here and the first fault in it; a value may need more text than there is."
+        size = _PIECE_BYTES
+        while True:
+            try: value, end, fault = _decode(self.text, self.pos, self.column)
+            except RowFault:
+                if self.ended or len(self.text) - self.pos > MAX_ROW_BYTES: raise
+            else:
+                if end < len(self.text) or self.ended:
+                    self.pos = end
+                    return value, fault
+            self.more(size) # twice as much each time, so that a long row is not tried over and over
+            size *= 2
+
+# %% ../nbs/09_files.ipynb #6686ed58
 def _json_rows(f, path, name):
     "Rows of a JSON document: the items of an array, or the values that follow one another."
-    parts = []
-    for _,line in _lines(f, path, name, max_bytes=2**62):
-        if isinstance(line, BadRow): raise DataError(str(line))
-        parts.append(line)
-    text = ''.join(parts)
-    pos = _GAP.match(text).end()
-    array = text[pos:pos+1] == '['
-    pos, line, counted = pos + array, 1, 0
-    while True:
-        pos = _GAP.match(text, pos).end()
-        if not array and pos == len(text): return
-        if array and text[pos:pos+1] == ']': break
-        line, counted = line + text.count('\n', counted, pos), pos
-        here = Source(name, line)
-        try: value, pos, fault = _decode(text, pos)
-        except RowFault as e: raise DataError(f'{name}:{line + text.count(chr(10), counted, e.pos)}: {e.problem} ({e.fix})') from None
+    doc = _Document(_pieces(f, path, name))
+    array = doc.peek() == '['
+    doc.pos += array
+    while (c := doc.peek()) and not (array and c == ']'):
+        here = Source(name, doc.at(doc.pos))
+        try: value, fault = doc.value()
+        except RowFault as e: raise DataError(f'{name}:{doc.at(e.pos)}: {e.problem} ({e.fix})') from None
         yield here, BadRow(here, fault.field, fault.problem, fault.fix) if fault else value
-        pos = _GAP.match(text, pos).end()
-        if array and text[pos:pos+1] == ',': pos += 1
-        elif array and text[pos:pos+1] != ']' or text[pos:pos+1] == ',':
+        behind = doc.peek()
+        if array and behind == ',': doc.pos += 1
+        elif array and behind != ']' or behind == ',':
             found = 'a comma or ] is missing; the file may be truncated' if array else 'a comma behind a row; remove it, or put all rows between [ and ]'
-            raise DataError(f'{name}:{line + text.count(chr(10), counted, pos)}: broken JSON ({found})')
-    if text[pos+1:].strip(): raise DataError(f'{name}: text behind the closing ] (one array per file)')
+            raise DataError(f'{name}:{doc.at(doc.pos)}: broken JSON ({found})')
+    if not array: return
+    if not c: raise DataError(f'{name}:{doc.at(doc.pos)}: broken JSON (a comma or ] is missing; the file may be truncated)')
+    doc.pos += 1
+    if doc.peek(): raise DataError(f'{name}: text behind the closing ] (one array per file)')
 
 # %% ../nbs/09_files.ipynb #f487240b
 _LIST_CELL = {**dict.fromkeys(('messages', 'conversations', 'conversation', 'dialog', 'dialogue', 'utterances', 'history', 'act', 'emotion'), re.compile(r'\s*\[')),

@@ -20,7 +20,7 @@ from .errors import DataError, did_you_mean, shorten
 IGNORE_INDEX = -100 # A label with this value does not count in the loss: `torch.nn.functional.cross_entropy`'s default
 ROLES = ('system', 'user', 'assistant', 'tool')
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     "One turn of a conversation. Raises `DataError` on an unknown role, content that is no text, or contradicting flags."
     role:str # One of `ROLES`
@@ -52,7 +52,7 @@ class Source(NamedTuple):
     line:int # Physical line, or row number, counted from 1
     def __str__(self): return f'{self.file}:{self.line}'
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     "Messages in order, with where they came from."
     messages:tuple[Message,...] # In order
@@ -69,7 +69,7 @@ class Conversation:
 
     def to_dicts(self)->list[dict]: # `[{"role", "content"}, ...]`, with `train` and `weight` where given
         "The messages as plain dictionaries."
-        return [{k: v for k,v in vars(m).items() if v is not None} for m in self.messages]
+        return [{k: v for k in Message.__dataclass_fields__ if (v := getattr(m, k)) is not None} for m in self.messages]
 
 # %% ../nbs/05_template.ipynb #2c098b1d
 def _message(m, i:int, where:str)->Message:

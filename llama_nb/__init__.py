@@ -17,6 +17,7 @@ _MODULES = {
     'formats': 'read_conversations',
     'quality': 'DataReport',
     'data': 'AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader load_data check_data',
+    'examples': 'encode_all ExampleSet Ledger',
     'packing': 'pack PackedCollator',
     'fastpath': 'apply_fast_path_ plain_attention packed_attention supervised_loss batch_loss',
     'memory': 'plan MemoryPlan',

@@ -21,6 +21,7 @@ _MODULES = {
     'packing': 'pack PackedCollator',
     'fastpath': 'apply_fast_path_ plain_attention packed_attention supervised_loss batch_loss',
     'memory': 'plan MemoryPlan',
+    'checkpoints': 'verify_checkpoint',
     'runs': 'Run list_runs watch',
     'guards': '',  # a name can not be a module and a function at once: `from llama_nb.guards import guards`
     'generate': 'generate_replies stream_reply ChatSession',

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from .checkpoints import check_space, clean_leftovers, verify_checkpoint
 from .config import DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, RunConfig, TrainingConfig, to_dict
 from .data import load_data
 from .dialogue import IGNORE_INDEX, get_template
@@ -36,7 +37,7 @@ from .lora import trainable_parameters
 from .model import load_model, load_tokenizer, model_shape, pick_device
 from .packing import PackedCollator, PackedRow, pack
 from .quantization import compute_dtype
-from .runs import Run, check_name, check_space, clean_leftovers, create_run, environment, list_runs, verify_checkpoint, write_card, write_json
+from .runs import Run, check_name, create_run, environment, list_runs, write_card, write_json
 
 # %% ../nbs/27_train.ipynb #e8c71be6
 class EpochOrder(Sampler):

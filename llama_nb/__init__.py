@@ -26,7 +26,9 @@ _MODULES = {
     'guards': '',  # a name can not be a module and a function at once: `from llama_nb.guards import guards`
     'generate': 'generate_replies stream_reply ChatSession',
     'metrics': 'Perplexity Bleu Rouge corpus_bleu',
-    'evaluation': 'PerplexityEvaluator QualitativeEvaluator EvaluationFramework EvaluationReport compare',
+    'report': 'EvaluationReport',
+    'losses': 'PerplexityEvaluator',
+    'evaluation': 'QualitativeEvaluator EvaluationFramework compare',
     'train': 'LLAMATrainer',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`
     'demo': 'run_demo',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ACTS', 'EMOTIONS', 'LOADERS', 'split_conversations', 'DataSplits', 'DatasetLoader', 'sample_path',
            'AlpacaDatasetLoader', 'detokenize', 'DailyDialogDatasetLoader', 'ChatDatasetLoader', 'mix_counts',
-           'CombinedDatasetLoader', 'get_loader', 'load_data', 'check_data', 'save_conversations', 'CHECKS',
-           'DataReport', 'Finding', 'conversation_key', 'data_report', 'fingerprint', 'near_repeats']
+           'CombinedDatasetLoader', 'get_loader', 'load_data', 'check_data', 'save_conversations', 'save_data',
+           'CHECKS', 'DataReport', 'Finding', 'conversation_key', 'data_report', 'fingerprint', 'near_repeats']
 
 # %% ../nbs/12_data.ipynb #ac020b92
 import hashlib, json, os, random, re, zipfile
@@ -19,8 +19,8 @@ from typing import Iterable
 
 from .config import DATASETS, DataConfig
 from .dialogue import Conversation, Source, encode, get_template
-from .errors import DataError, did_you_mean, shorten
-from .formats import BadRow, Conversations, check_rows, data_files, source_rows
+from .errors import ConfigError, DataError, did_you_mean, shorten
+from .formats import BadRow, Conversations, check_rows, data_files, save_bad_rows, source_rows
 from .quality import CHECKS, DataReport, Finding, _measure, _says_something, _strangers, _token_facts, conversation_key, data_report, fingerprint, languages, near_repeats, scan_text
 
 # %% ../nbs/12_data.ipynb #86e4d3ce
@@ -436,10 +436,10 @@ def check_data(
     threshold:float=0.6, # Overlap from which a repeat counts as near
     fix=(), # Kinds of `CHECKS` whose conversations are left out, or 'all'
 )->DataSplits: # `.train`, `.validation` without what was to be fixed, `.report` about them, `.removed`
-    "Read the texts of a data set and report on them. Raises `ValueError` for an unknown kind."
+    "Read the texts of a data set and report on them. Raises `ConfigError` for an unknown kind."
     fix = tuple(CHECKS) if fix == 'all' else (fix,) if isinstance(fix, str) else tuple(fix)
     for kind in fix:
-        if kind not in CHECKS: raise ValueError(f"fix: {kind!r} is not one of {', '.join(CHECKS)}{did_you_mean(kind, CHECKS)}")
+        if kind not in CHECKS: raise ConfigError(f"fix: {kind!r} is not one of {', '.join(CHECKS)}{did_you_mean(kind, CHECKS)}")
     data = data if isinstance(data, DataSplits) else load_data(data)
     parts, measured = dict(train=data.train, validation=data.validation), {}
     copies, how = _copies(parts, threshold)
@@ -470,3 +470,22 @@ def save_conversations(
     rows = (json.dumps({**c.meta, 'messages': c.to_dicts()}, ensure_ascii=False) + '\n' for c in conversations)
     path.write_text(''.join(rows), encoding='utf-8')
     return path
+
+def save_data(
+    data:DataSplits, # What `load_data` or `check_data` gave
+    folder, # Where to write; made if it is not there
+)->list[Path]: # The files written
+    "Write `train.jsonl` and `validation.jsonl`, and below `accounts/` the report, the bad rows and the removed ones: a set cleaned and accounted for, to be loaded by the folder's name."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = [save_conversations(part, folder/f'{name}.jsonl') for name,part in (('train', data.train), ('validation', data.validation)) if part]
+    accounts = folder/'accounts' # one level down, where no loader looks for rows
+    accounts.mkdir(exist_ok=True)
+    (accounts/'report.json').write_text(json.dumps(data.report.to_dict(), ensure_ascii=False, indent=1), encoding='utf-8')
+    made.append(accounts/'report.json')
+    if data.report.bad: made.append(save_bad_rows(data.report.bad, accounts/'bad_rows.jsonl'))
+    if data.removed:
+        rows = (dict(file=f.row and f.row.file, line=f.row and f.row.line, kind=f.kind, detail=f.detail) for f in data.removed)
+        (accounts/'removed.jsonl').write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8')
+        made.append(accounts/'removed.jsonl')
+    return made

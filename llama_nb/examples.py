@@ -70,27 +70,31 @@ class Ledger:
 
 # %% ../nbs/14_examples.ipynb #b23b0acc
 _STATES = ('taught', 'context', 'template', 'padding')
-_BLOCK_ROWS = 1000 # Examples written at a time
+_BLOCK_TOKENS, _BLOCK_ROWS = 2**16, 1000 # Written at a time: whichever is reached first
 
 def _schema():
     import pyarrow as pa
-    ints = pa.list_(pa.int32())
-    return pa.schema([('input_ids', ints), ('labels', ints), ('spans', ints), ('dropped', pa.int32()), ('file', pa.string()), ('line', pa.int64())])
+    ints, one = pa.list_(pa.int32()), pa.int32()
+    return pa.schema([('input_ids', ints), ('labels', ints), ('spans', ints), ('taught', one), ('largest', one), ('dropped', one), ('file', pa.string()), ('line', pa.int64())])
 
 def _record(e:Example)->dict:
-    "An example as plain values; a span is five numbers."
+    "An example as plain values; a span is five numbers. Its sums stand beside it, so that a set is counted without reading it."
+    import numpy as np
     spans = [v for s in e.spans for v in (s.start, s.end, ROLES.index(s.role) if s.role else -1, s.message, _STATES.index(s.state))]
-    return dict(input_ids=e.input_ids, labels=e.labels, spans=spans, dropped=e.dropped, file=e.row and e.row.file, line=e.row and e.row.line)
+    ids, labels = np.array(e.input_ids, np.int32), np.array(e.labels, np.int32)
+    return dict(input_ids=ids, labels=labels, spans=np.array(spans, np.int32), taught=int((labels != IGNORE_INDEX).sum()), largest=int(ids.max(initial=-1)),
+                dropped=e.dropped, file=e.row and e.row.file, line=e.row and e.row.line)
 
 def _blocks(examples:Iterable[Example]):
-    "Record batches of `_BLOCK_ROWS` examples."
+    "Record batches of some examples each."
     import pyarrow as pa
-    def batch(rows): return pa.RecordBatch.from_pylist(rows, _schema())
-    rows = []
+    schema, rows, tokens = _schema(), [], 0
+    def batch(): return pa.RecordBatch.from_arrays([pa.array([r[f.name] for r in rows], f.type) for f in schema], schema=schema)
     for e in examples:
         rows.append(_record(e))
-        if len(rows) == _BLOCK_ROWS: yield batch(rows); rows = []
-    if rows: yield batch(rows)
+        tokens += len(e)
+        if tokens >= _BLOCK_TOKENS or len(rows) == _BLOCK_ROWS: yield batch(); rows, tokens = [], 0
+    if rows: yield batch()
 
 # %% ../nbs/14_examples.ipynb #2c76f7ba
 class ExampleSet(Sequence):
@@ -149,13 +153,13 @@ class ExampleSet(Sequence):
     def num_taught(self)->int: # Tokens that count in the loss
         "Taught tokens of the whole set."
         import pyarrow.compute as pc
-        return pc.sum(pc.not_equal(pc.list_flatten(self.table.column('labels')), IGNORE_INDEX)).as_py() or 0
+        return pc.sum(self.table.column('taught')).as_py() or 0
 
     @cached_property
     def max_id(self)->int: # -1 for an empty set
         "The largest id of the set."
         import pyarrow.compute as pc
-        found = pc.max(pc.list_flatten(self.table.column('input_ids'))).as_py()
+        found = pc.max(self.table.column('largest')).as_py()
         return -1 if found is None else found
 
     def to_dataset(self): # A `datasets.Dataset` with `input_ids`, `labels` and the other columns

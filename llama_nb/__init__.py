@@ -14,7 +14,9 @@ _MODULES = {
     'formats': 'read_conversations BadRow',
     'data': 'AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader load_data check_data DataReport',
     'packing': 'pack PackedCollator',
-    'fastpath': 'apply_fast_path_ plain_attention packed_attention supervised_loss batch_loss',
+    'attention': 'attention_kernel',
+    'fused': 'fuse_lora_ unfuse_lora_',
+    'fastpath': 'apply_fast_path_ plain_attention packed_attention supervised_loss batch_loss LoRALinear',
     'memory': 'plan MemoryPlan',
     'runs': 'Run list_runs watch',
     'guards': '',  # a name can not be a module and a function at once: `from llama_nb.guards import guards`

@@ -30,7 +30,7 @@ from .data import load_data
 from .dialogue import IGNORE_INDEX, get_template
 from .errors import CheckpointError, ConfigError, DataError, ResourceError, RunInterrupted, logger, one_line
 from .examples import Ledger, check_vocabulary, encode_all
-from .fastpath import apply_fast_path_, batch_loss, token_nlls
+from .fastpath import apply_fast_path_, batch_loss, token_nlls, uses_autocast
 from .memory import plan
 from .files import save_bad_rows
 from .lora import trainable_parameters
@@ -64,10 +64,11 @@ class PackedTrainer(SafeTrainer, Trainer):
     def __init__(self, *args, fast_path:bool=True, dtype:torch.dtype=torch.float32, **kwargs):
         self.fast_path, self.dtype = fast_path, dtype
         super().__init__(*args, **kwargs)
+        self.mixed = dtype != torch.float32 and (not fast_path or uses_autocast(self.model))
 
     def autocast(self):
-        "bf16 products over float32 adapters, or nothing."
-        return torch.autocast(self.args.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        "bf16 products over float32 adapters; nothing in float32, nor where every LoRA layer is fused and sees to that itself."
+        return torch.autocast(self.args.device.type, dtype=self.dtype, enabled=self.mixed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.autocast():
@@ -275,12 +276,12 @@ class LLAMATrainer:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
                 torch.manual_seed(self.config.training.seed)
                 self._model = load_model(self.config.model, self.config.lora, self.device)
-            if self._uses_fast_attention: apply_fast_path_(self._model)
+            if self.config.training.fast_path: apply_fast_path_(self._model, attention=self._uses_fast_attention)
             self._start = {n: p.detach().clone() for n,p in self._model.named_parameters() if p.requires_grad}
         return self._model
 
     @property
-    def _uses_fast_attention(self): return self.config.training.fast_path and self.config.model.attn_implementation in ('auto', 'llama_nb_packed')
+    def _uses_fast_attention(self): return self.config.model.attn_implementation in ('auto', 'llama_nb_packed')
 
     def train(self, resume=False, progress:bool|None=None, samples=None)->Run:
         "Train; see `train_run`."

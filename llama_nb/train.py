@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 from dataclasses import replace
-from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 from .guards import InterruptGuard, SafeTrainer, guards, save_adapter # before transformers' trainer, see there
@@ -306,11 +306,11 @@ def _rows(self)->tuple:
         check_vocabulary(examples, self.tokenizer, model_shape(c.model).vocab_size)
         self.ledgers[name] = touched
         rows = made[name] = to_rows(examples, c.model.max_length, c.training.packing or name == 'validation', seed) if examples else []
-        tokens = sum(map(len, rows))
-        facts[name] = {'conversations': len(examples), 'rows': len(rows), 'tokens': tokens, 'taught_tokens': examples.num_taught,
-                       'filled': round(tokens/max(1, len(rows)*max(map(len, rows), default=1)), 4), **touched, 'touched': touched.to_dict()}
+        sizes = getattr(rows, 'num_tokens', None) or [len(r) for r in rows]
+        facts[name] = {'conversations': len(examples), 'rows': len(rows), 'tokens': sum(sizes), 'taught_tokens': examples.num_taught,
+                       'filled': round(sum(sizes)/max(1, len(rows)*max(sizes, default=1)), 4), **touched, 'touched': touched.to_dict()}
     if not made['train']: raise DataError(f"no conversation is left to train on: {len(self.data.train)} were read, {len(facts['train']['dropped'])} are longer than {c.model.max_length} tokens; raise model.max_length")
-    facts['fingerprint'] = data_fingerprint(made['train'] + made['validation'])
+    facts['fingerprint'] = data_fingerprint(chain(made['train'], made['validation']))
     facts['template'] = get_template(self.tokenizer, c.data.template).to_dict()
     report, t, v = self.data.report.to_dict(), facts['train'], facts['validation']
     told = {'source': report['source'], 'conversations': t['conversations'], 'held_out': v['conversations'], 'taught_tokens': t['taught_tokens'],

@@ -6,13 +6,17 @@
 __all__ = ['Reply', 'generate_replies', 'stream_reply', 'ChatSession']
 
 # %% ../nbs/21_generate.ipynb #44a62099
-import hashlib
+import hashlib, json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .dialogue import Source, as_conversation, encode_prompt, stop_ids
 from .errors import ConfigError, DataError, NonFiniteError
@@ -54,33 +58,80 @@ class _Choice:
         return _sample(logits, uniforms, self.temperature, self.top_p).tolist()
 
 # %% ../nbs/21_generate.ipynb #2301eec1
-class _Rows:
-    "Prompts that are being answered side by side, a token at a time."
+def _is_plain(cache): return all(type(layer) is DynamicLayer for layer in cache.layers) # no sliding window, no recurrent state
 
-    def __init__(self, model:nn.Module, prompts:list[list[int]], stops:set, pad_id:int, choice:_Choice):
-        self.model, self.stops, self.choice = model, stops, choice
+def _map_cache_(cache, change):
+    "Apply `change` to the keys and the values of each layer, in place."
+    for layer in cache.layers: layer.keys, layer.values = change(layer.keys), change(layer.values)
+    return cache
+
+def _merge_(cache, other):
+    "Stack the rows of two caches, the shorter one padded on the left; changes and returns `cache`."
+    width = max(cache.get_seq_length(), other.get_seq_length())
+    pad = lambda x: F.pad(x, (0, 0, width - x.shape[-2], 0))
+    for a,b in zip(cache.layers, other.layers): a.keys, a.values = torch.cat([pad(a.keys), pad(b.keys)]), torch.cat([pad(a.values), pad(b.values)])
+    return cache
+
+def _common(a:list, b:list)->int:
+    "Length of the common beginning."
+    return next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+# %% ../nbs/21_generate.ipynb #440bc04b
+class _Rows:
+    "Conversations answered side by side, a token at a time; they join and leave between steps."
+
+    def __init__(self, model:nn.Module, stops:set, pad_id:int, choice:_Choice, max_new_tokens:int):
+        self.model, self.stops, self.pad_id, self.choice, self.max_new_tokens = model, stops, pad_id, choice, max_new_tokens
         self.device = model.get_input_embeddings().weight.device
-        width = max(map(len, prompts))
-        self.rows, self.cache = list(range(len(prompts))), None
-        self.input_ids = self.tensor([[pad_id]*(width - len(p)) + p for p in prompts])
-        self.mask = self.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts])
-        self.position_ids = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.rows, self.found, self.cache, self.mask = [], {}, None, None # rows still open; new ids of each row
 
     def tensor(self, x): return torch.tensor(x, device=self.device)
 
+    @property
+    def can_be_joined(self)->bool: # Where keys and values can be padded; elsewhere a batch runs to its end
+        return not self.rows or _is_plain(self.cache)
+
     @torch.no_grad()
-    def step(self)->dict[int,int]: # Row to new id, of the rows still open
-        "One forward pass, one more token per row; rows that stop are left out from then on."
-        out = self.model(input_ids=self.input_ids, attention_mask=self.mask, position_ids=self.position_ids,
-                         past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        new, self.cache = dict(zip(self.rows, self.choice(out.logits[:, -1], self.rows))), out.past_key_values
-        keep = [i for i,r in enumerate(self.rows) if new[r] not in self.stops]
-        self.rows = [self.rows[i] for i in keep]
-        if keep and len(keep) < len(new): self.cache.batch_select_indices(self.tensor(keep))
-        self.input_ids = self.tensor([[new[r]] for r in self.rows])
-        self.mask = torch.cat([self.mask[keep], self.mask.new_ones(len(keep), 1)], -1)
-        self.position_ids = self.position_ids[keep, -1:] + 1
-        return new
+    def _forward(self, rows, input_ids, mask, position_ids, cache):
+        "One pass: the next id of each of `rows`, the rows that go on (as places), and their cache."
+        out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        new = self.choice(out.logits[:, -1], rows)
+        for row,token in zip(rows, new): self.found.setdefault(row, []).append(token)
+        return new, [i for i,r in enumerate(rows) if new[i] not in self.stops and len(self.found[r]) < self.max_new_tokens], out.past_key_values
+
+    def join(self, rows:list[int], prompts:list[list[int]], cache=None, known:int=0):
+        "Read prompts and choose their first token. `cache` holds the first `known` tokens of a single prompt."
+        width = max(map(len, prompts))
+        mask = self.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts])
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        input_ids = self.tensor([[self.pad_id]*(width - len(p)) + p for p in prompts])
+        if cache is None: cache = DynamicCache(config=self.model.config)
+        new, keep, cache = self._forward(rows, input_ids[:, known:], mask, position_ids[:, known:], cache)
+        self._go_on(rows, new, keep, mask, position_ids[:, -1:] + 1, cache)
+
+    def step(self):
+        "One more token for every open row."
+        rows, self.rows = self.rows, []
+        new, keep, cache = self._forward(rows, self.last, self.mask, self.position_ids, self.cache)
+        self._go_on(rows, new, keep, self.mask, self.position_ids + 1, cache)
+
+    def _go_on(self, rows, new, keep, mask, position_ids, cache):
+        "Add the rows that go on to those that are open."
+        if keep and len(keep) < len(rows):
+            cache.batch_select_indices(self.tensor(keep))
+            mask, position_ids = mask[keep], position_ids[keep]
+        last = self.tensor([[new[i]] for i in keep])
+        if self.rows and keep:
+            width = max(self.mask.shape[1] - 1, mask.shape[1]) # the open rows' mask already counts the token they will read next
+            widen = lambda m, w: F.pad(m, (w - m.shape[1], 0))
+            cache, mask = _merge_(self.cache, cache), torch.cat([widen(self.mask[:, :-1], width), widen(mask, width)])
+            position_ids, last = torch.cat([self.position_ids, position_ids]), torch.cat([self.last, last])
+        elif self.rows: return
+        if keep and _is_plain(cache) and (idle := int(mask.any(0).int().argmax())): # columns that are padding in every row
+            mask = mask[:, idle:]
+            _map_cache_(cache, lambda x: x[:, :, idle:])
+        self.rows, self.cache, self.last, self.position_ids = self.rows + [rows[i] for i in keep], cache, last, position_ids
+        self.mask = F.pad(mask, (0, 1), value=1) if keep else mask
 
 # %% ../nbs/21_generate.ipynb #eb5b7f72
 @contextmanager
@@ -139,35 +190,57 @@ def generate_replies(
     conversations = [as_conversation(c) for c in conversations]
     prompts = [encode_prompt(c, tokenizer, template) for c in conversations]
     for c,p in zip(conversations, prompts): _check_room(model, p, max_new_tokens, c.row)
-    stops, pad = _stops(model, tokenizer, template), tokenizer.pad_token_id or 0
-    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True), [[] for _ in prompts]
+    stops = _stops(model, tokenizer, template)
+    rows = _Rows(model, stops, tokenizer.pad_token_id or 0, _Choice(prompts, do_sample, temperature, top_p, seed), max_new_tokens)
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) # the longest are taken first: what does not fit fails at once
     with _generating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start:start + batch_size]
-            own = [prompts[i] for i in batch]
-            rows = _Rows(model, own, stops, pad, _Choice(own, do_sample, temperature, top_p, seed))
-            for _ in range(max_new_tokens):
-                for row,token in rows.step().items(): found[batch[row]].append(token)
-                if not rows.rows: break
-    return [Reply(_text(tokenizer, ids, stops), ids, ids[-1] in stops, c.row) for c,ids in zip(conversations, found)]
+        while waiting or rows.rows:
+            free = batch_size - len(rows.rows)
+            if waiting and rows.can_be_joined and (free > batch_size//4 or not rows.rows): # a few at a time: reading prompts costs a pass
+                new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                rows.join(new, [prompts[i] for i in new])
+            else: rows.step()
+    return [Reply(_text(tokenizer, ids, stops), ids, ids[-1] in stops, c.row) for c,ids in zip(conversations, (rows.found[i] for i in range(len(prompts))))]
 
 # %% ../nbs/21_generate.ipynb #53d3ba7a
-def _stream(model, tokenizer, conversation, template, max_new_tokens, do_sample, temperature, top_p, seed):
+def _state(model):
+    "What a cache depends on: every weight's place and version, every adapter switch."
+    weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    return hash((id(model), weights, tuple((m._disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters)) for m in model.modules() if hasattr(m, '_disable_adapters'))))
+
+class _Memory:
+    "The tokens a chat has read, with their keys and values, for as long as the model stays the same."
+    def __init__(self): self.ids, self.cache, self.state, self.known = [], None, None, 0
+
+    def recall(self, model, prompt:list[int]): # The cache and how many of the prompt's tokens it holds; gives the cache away
+        state, cache = _state(model), self.cache
+        self.known = min(_common(self.ids, prompt), len(prompt) - 1) if cache is not None and state == self.state else 0
+        if self.known: cache.crop(self.known - cache.get_seq_length())
+        self.ids, self.cache, self.state = [], None, state
+        return (cache, self.known) if self.known else (None, 0)
+
+    def keep(self, model, ids:list[int], cache):
+        if cache is not None and _is_plain(cache) and self.state == _state(model): self.ids, self.cache = ids[:cache.get_seq_length()], cache
+
+# %% ../nbs/21_generate.ipynb #8c78d449
+def _stream(model, tokenizer, conversation, template, max_new_tokens, do_sample, temperature, top_p, seed, memory=None):
     "Yield the growing text in pieces; the generator's value is the `Reply`."
-    conversation = as_conversation(conversation)
+    conversation, memory = as_conversation(conversation), memory or _Memory()
     prompt = encode_prompt(conversation, tokenizer, template)
     _check_room(model, prompt, max_new_tokens, conversation.row)
-    stops, ids, shown = _stops(model, tokenizer, template), [], ''
-    rows = _Rows(model, [prompt], stops, tokenizer.pad_token_id or 0, _Choice([prompt], do_sample, temperature, top_p, seed))
-    while rows.rows and len(ids) < max_new_tokens:
-        with _generating(model): ids.append(rows.step()[0]) # per step: between two pieces the model belongs to the caller
-        text = _text(tokenizer, ids, stops)
-        if not text.endswith('\ufffd') and text != shown:
-            yield text[len(shown):]
-            shown = text
-    text = _text(tokenizer, ids, stops)
-    if text != shown: yield text[len(shown):]
-    return Reply(text, ids, ids[-1] in stops, conversation.row)
+    stops, shown = _stops(model, tokenizer, template), ''
+    rows = _Rows(model, stops, tokenizer.pad_token_id or 0, _Choice([prompt], do_sample, temperature, top_p, seed), max_new_tokens)
+    try:
+        with _generating(model): rows.join([0], [prompt], *memory.recall(model, prompt))
+        while True:
+            text = _text(tokenizer, rows.found[0], stops)
+            if text != shown and (not rows.rows or not text.endswith('\ufffd')):
+                yield text[len(shown):]
+                shown = text
+            if not rows.rows: break
+            with _generating(model): rows.step() # per step: between two pieces the model belongs to the caller
+    finally: memory.keep(model, prompt + rows.found.get(0, []), rows.cache)
+    return Reply(text, rows.found[0], rows.found[0][-1] in stops, conversation.row)
 
 def stream_reply(
     model:nn.Module, # A causal language model, plain or PEFT, 4-bit or not
@@ -185,7 +258,7 @@ def stream_reply(
 
 # %% ../nbs/21_generate.ipynb #da76091f
 class ChatSession:
-    "A chat with a model. `messages` is the whole conversation, `last` the last `Reply`."
+    "A chat with a model. `messages` is the whole conversation, `last` the last `Reply`, `reused` how many prompt tokens it did not have to read again."
 
     def __init__(self,
         model:nn.Module, # A causal language model, plain or PEFT, 4-bit or not
@@ -205,7 +278,7 @@ class ChatSession:
     def reset(self):
         "Forget everything but the system message."
         self.messages = [] if self.system is None else [{'role': 'system', 'content': self.system}]
-        self.last, self.dropped = None, 0
+        self.last, self.dropped, self.draws, self.reused, self._memory = None, 0, 0, 0, _Memory()
 
     def _kept(self)->list[dict]:
         "The newest messages that leave room for a reply."
@@ -217,25 +290,63 @@ class ChatSession:
         self.dropped = len(self.messages) - len(kept)
         return kept
 
-    def stream(self,
-        text:str, # What the user says
-    )->Iterator[str]: # Pieces of the reply
-        "Say something and get the reply piece by piece. Raises `DataError` for text that can not be encoded; it is then not kept."
-        self.messages.append({'role': 'user', 'content': text})
-        said = ''
+    def _answer(self, messages:list[dict], seed:int|None=None)->Iterator[str]:
+        "Answer `messages`; with the reply they become the conversation, without one it stays as it was."
+        before, said, self.messages = self.messages, '', messages
         try:
-            pieces = _stream(self.model, self.tokenizer, self._kept(), self.template, **self.settings)
+            pieces = _stream(self.model, self.tokenizer, self._kept(), self.template, **(self.settings if seed is None else {**self.settings, 'seed': seed}), memory=self._memory)
             while True:
                 try: piece = next(pieces)
                 except StopIteration as end: self.last = end.value; return
                 said += piece
                 yield piece
         finally: # also when the caller stops iterating
-            if said: self.messages.append({'role': 'assistant', 'content': said})
-            else: self.messages.pop() # nothing was answered: the conversation stays well-formed
+            pieces.close()
+            self.messages, self.reused = [*messages, {'role': 'assistant', 'content': said}] if said else before, self._memory.known
+
+    def stream(self,
+        text:str, # What the user says
+    )->Iterator[str]: # Pieces of the reply
+        "Say something and get the reply piece by piece. Raises `DataError` for text that can not be encoded; it is then not kept."
+        self.draws = 0
+        yield from self._answer([*self.messages, {'role': 'user', 'content': text}])
 
     def say(self,
         text:str, # What the user says
     )->str: # The reply
         "Say something and get the whole reply; raises as `stream`."
         return ''.join(self.stream(text))
+
+# %% ../nbs/21_generate.ipynb #415558f0
+def _turn(session, turn):
+    "Place in `messages` of the user's message of a turn."
+    places = [i for i,m in enumerate(session.messages) if m['role'] == 'user']
+    if not -len(places) <= turn < len(places): raise DataError(f'turn {turn}: the conversation has {len(places)} turns of the user')
+    return places[turn]
+
+@patch
+def regenerate(self:ChatSession,
+    seed:int|None=None, # Of the draw; `None`: the session's seed and one more each time
+)->Iterator[str]: # Pieces of the new reply
+    "Answer the last message of the user anew. Raises `DataError` if there is none."
+    self.draws += 1
+    yield from self._answer(self.messages[:_turn(self, -1) + 1], self.settings['seed'] + self.draws if seed is None else seed)
+
+@patch
+def edit(self:ChatSession,
+    text:str, # What the user says instead
+    turn:int=-1, # Which of the user's messages; negative counts from the last
+)->Iterator[str]: # Pieces of the new reply
+    "Replace a message of the user, drop what followed it, and answer. Raises `DataError` for a turn that is not there."
+    self.draws = 0
+    yield from self._answer([*self.messages[:_turn(self, turn)], {'role': 'user', 'content': text}])
+
+@patch
+def save(self:ChatSession,
+    path, # JSONL file; the conversation is appended
+)->Path: # The file
+    "Append the conversation to a file that `read_conversations` reads. Raises `DataError` if nothing was answered yet."
+    if not any(m['role'] == 'assistant' for m in self.messages): raise DataError('nothing to save: no reply was given yet')
+    path = Path(path)
+    with path.open('a', encoding='utf-8') as f: f.write(json.dumps({'messages': self.messages}, ensure_ascii=False) + '\n')
+    return path

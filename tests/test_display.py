@@ -14,7 +14,8 @@ import pytest
 from llama_nb.data import data_report
 from llama_nb.dialogue import IGNORE_INDEX, Conversation, Message, Source, encode, show_batch, show_mask, toy_tokenizer
 from llama_nb.doctor import Check, DoctorReport
-from llama_nb.evaluation import Comparison, EvaluationReport, _report_page
+from llama_nb.evaluation import Comparison, EvaluationReport
+from llama_nb.report import _report_page
 from llama_nb.formats import read_conversations
 from llama_nb.generate import Reply
 from llama_nb.packing import PackedCollator, pack

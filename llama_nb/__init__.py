@@ -30,6 +30,7 @@ _MODULES = {
     'report': 'EvaluationReport',
     'losses': 'PerplexityEvaluator',
     'evaluation': 'QualitativeEvaluator EvaluationFramework compare',
+    'resume': '',
     'train': 'LLAMATrainer',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`
     'demo': 'run_demo',

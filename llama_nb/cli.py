@@ -305,16 +305,23 @@ def _data(
     source:Annotated[str, typer.Argument(metavar='SOURCE', help='File, folder or Hub id; or alpaca, dailydialog, both; or sample.')], overrides:_Overrides=None,
     show:Annotated[int, typer.Option('--show', min=0, help='Conversations to show as the model will see them.')]=1,
     model:Annotated[str, typer.Option('--model', help='Model whose tokenizer and template are used.')]='demo',
+    check:Annotated[bool, typer.Option(help='Read the texts: repeats, leaks, secrets, languages, lengths.')]=True,
+    fix:Annotated[Optional[list[str]], typer.Option('--fix', metavar='KIND', help="Leave out conversations with this finding, or 'all'; may be repeated.", show_default=False)]=None,
+    output:Annotated[Optional[Path], typer.Option('--output', '-o', metavar='FOLDER', help='Write the set there, with its report and every row left out.', show_default=False)]=None,
     as_json:_Json=False,
 ):
     "Report on a data set, and show which tokens would be taught."
     named = ['data.dataset_name=both', 'data.data_path=sample'] if source == 'sample' else [f'data.dataset_name={json.dumps(source)}']
     cfg = load_config(overrides=[*named, f'model.model_name={json.dumps(model)}', *(overrides or [])])
-    from llama_nb.data import load_data
+    from llama_nb.data import check_data, load_data, save_data
     found = load_data(cfg.data)
+    if check or fix:
+        from llama_nb.model import load_tokenizer
+        found = check_data(found, load_tokenizer(cfg.model.model_name, revision=cfg.model.revision), cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix='all' if fix == ['all'] else fix or ())
+    written = [str(p) for p in save_data(found, output)] if output else []
     masks, views = _masks([*found.train, *found.validation], cfg, show) if show else ({}, [])
-    text = [repr(found.report), *views, *([f"masks exact: {masks['exact']} of {masks['total']}"] if masks else [])]
-    return _Answer({'report': found.report.to_dict(), 'masks': masks, 'shown': views}, '\n\n'.join(text))
+    text = [repr(found.report), *views, *([f"masks exact: {masks['exact']} of {masks['total']}"] if masks else []), *([f'removed: {len(found.removed)}'] if fix else []), *[f'wrote {p}' for p in written]]
+    return _Answer({'report': found.report.to_dict(), 'masks': masks, 'shown': views, 'removed': len(found.removed), 'written': written}, '\n\n'.join(text))
 
 # %% ../nbs/34_cli.ipynb #c0cbf676
 @app.command('plan')

@@ -36,7 +36,7 @@ def measuring(
     inner = _causal_lm(model)
     attention = inner.config._attn_implementation
     disable_cpu_4bit_trap_(model)
-    apply_fast_path_(model)
+    apply_fast_path_(model, lora=False)
     model.eval()
     try: yield model
     finally:

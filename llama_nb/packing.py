@@ -6,10 +6,12 @@
 __all__ = ['PackedRow', 'pack', 'PackedCollator']
 
 # %% ../nbs/13_packing.ipynb #4d3d2385
+import gc
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -32,7 +34,7 @@ def _join(
 )->PackedRow: # One row, in the given order
     """Lay examples one behind the other."""
     return PackedRow(
-        input_ids=[i for e in examples for i in e.input_ids], labels=[l for e in examples for l in e.labels],
+        input_ids=list(chain.from_iterable(e.input_ids for e in examples)), labels=list(chain.from_iterable(e.labels for e in examples)),
         lengths=tuple(len(e.input_ids) for e in examples), rows=tuple(e.row for e in examples))
 
 # %% ../nbs/13_packing.ipynb #b5fd32e1
@@ -72,7 +74,11 @@ def pack(
     for e, n in zip(examples, lengths):
         if n > max_length:
             raise ValueError(f"{e.row or 'a conversation'}: {n} tokens do not fit a row of {max_length}; encode with max_length={max_length} and on_overflow='drop_turns', or raise max_length")
-    rows = [_join([examples[i] for i in sorted(members)]) for members in _best_fit(lengths, max_length)]
+    collecting = gc.isenabled()
+    gc.disable() # nothing here is garbage, and a million new lists would be searched for it over and over
+    try: rows = [_join([examples[i] for i in sorted(members)]) for members in _best_fit(lengths, max_length)]
+    finally:
+        if collecting: gc.enable()
     random.Random(seed).shuffle(rows)
     return rows
 
@@ -87,7 +93,7 @@ class PackedCollator:
 
     def __call__(self,
         features:Sequence[PackedRow|Example], # What shares this micro-batch
-    )->dict: # `input_ids`, `labels`, `position_ids` `(1, T)` int64; `cu_seqlens` `(n+1,)` int32; `max_seqlen`; `rows`
+    )->dict: # `input_ids`, `labels`, `position_ids` `(1, T)` int64; `cu_seqlens` `(n+1,)` int32; `max_seqlen`; `taught` `(N,)` int64; `rows`
         """Lay everything in one row. Raises `ValueError` if there is nothing to lay."""
         if not features: raise ValueError("an empty batch: give at least one row")
         ids = [i for f in features for i in f.input_ids]
@@ -102,7 +108,8 @@ class PackedCollator:
         for n in lengths:
             labels[cu[-1]] = IGNORE_INDEX
             cu.append(cu[-1] + n)
+        labels = torch.tensor([labels])
         return dict(
-            input_ids=torch.tensor([ids]), labels=torch.tensor([labels]),
+            input_ids=torch.tensor([ids]), labels=labels, taught=(labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0],
             position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
             cu_seqlens=torch.tensor(cu, dtype=torch.int32), max_seqlen=max(lengths), rows=rows)

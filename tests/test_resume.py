@@ -6,7 +6,8 @@ import time
 import pytest
 from tiny_run import finish, make_tiny, start, wait_for, write_config
 
-from llama_nb.runs import Run, verify_checkpoint
+from llama_nb.checkpoints import verify_checkpoint
+from llama_nb.runs import Run
 
 NAMES = ('loss', 'eval_loss', 'grad_norm', 'learning_rate')
 

@@ -223,12 +223,12 @@ class TrainingConfig:
             if problem: yield 'allow_changes', f'{name}: {problem}'
 
 # %% ../nbs/01_config.ipynb #62ffd1e7
-METRICS = ('perplexity', 'bleu', 'rouge')
+METRICS = ('perplexity', 'bleu', 'rouge', 'chrf')
 
 @_settings('evaluation')
 class EvaluationConfig:
     "Which numbers are computed on held-out conversations, and how."
-    metrics: _Names = METRICS # Numbers to compute
+    metrics: _Names = ('perplexity', 'bleu', 'rouge') # Numbers to compute, of `METRICS`
     num_samples: _AtLeast1 = 200 # Held-out conversations that are answered and compared
     max_new_tokens: _AtLeast1 = 128 # Longest reply [tokens]
     do_sample: StrictBool = False # Draw replies at random; false takes the likeliest token each time

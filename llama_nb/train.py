@@ -402,6 +402,13 @@ def _check_able(training, resume):
     if training.compute == 'fp8': raise ConfigError('training.compute: fp8 is not there yet; use bf16 or fp32')
     if not resume: check_name(training.output_dir, training.run_name)
 
+def _samples(trainer):
+    "What answers the held-out prompts at each validation; `None` if none were asked for."
+    from llama_nb.generate import reply_sampler
+    e, data = trainer.config.evaluation, trainer.data
+    if not e.sample_prompts: return None
+    return reply_sampler(trainer.model, trainer.tokenizer, data.validation, data.train, e.sample_prompts, trainer.config.data.template, e.max_new_tokens)
+
 def train_run(
     trainer:LLAMATrainer, # What to train
     resume=False, # `True` or a run folder: go on from the newest valid checkpoint, to the last bit as if never interrupted
@@ -429,7 +436,7 @@ def train_run(
             if n in trainer._start: p.copy_(trainer._start[n]) # a second train() starts where the first one did
     total = num_steps(len(rows), size, c.training)
     if len(rows) <= size*c.training.gradient_accumulation_steps: logger.warning('an epoch is a single step: all of train is %d rows, and a step takes %d', len(rows), size*c.training.gradient_accumulation_steps)
-    callbacks = guards(run, trainer.tokenizer, samples, progress, c.training.report_to)
+    callbacks = guards(run, trainer.tokenizer, samples or _samples(trainer), progress, c.training.report_to)
     hf = trainer.hf_trainer = _make_trainer(trainer, run, facts, callbacks, size, total)
     trainer._chat = None
     write_json(run.folder/'data.json', data_facts)

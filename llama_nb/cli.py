@@ -231,9 +231,11 @@ def _train(
 def _evaluate(
     run:Annotated[Path, typer.Argument(metavar='RUN', help='Folder of a run.')], overrides:_Overrides=None,
     max_perplexity:Annotated[Optional[float], typer.Option('--max-perplexity', help='Exit with 5 if the tuned perplexity is higher.', show_default=False)]=None,
+    fail_under:Annotated[Optional[list[str]], typer.Option('--fail-under', metavar='METRIC=VALUE', help='Exit with 5 if a score is worse, e.g. rougeL=0.2; may stand several times.', show_default=False)]=None,
     as_json:_Json=False,
 ):
     "Compare base and tuned on the held-out conversations of a run."
+    thresholds = _thresholds(fail_under, max_perplexity) # before the long part
     cfg = _run_config(run, overrides)
     from llama_nb.data import load_data
     from llama_nb.evaluation import EvaluationFramework
@@ -247,14 +249,22 @@ def _evaluate(
     report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out)
     report.save(Path(run)/'eval'/'validation')
     write_card(Run(run)) # the card shows the newest scores
-    return _judged(report, max_perplexity)
+    return _judged(report, thresholds)
 
-def _judged(report, max_perplexity=None):
-    "A report as an answer; above the threshold its exit code is that of `ThresholdError`."
-    found = report.scores.get('tuned', {}).get('perplexity')
-    missed = max_perplexity is not None and not (found and found.value <= max_perplexity)
-    if missed: logger.info('threshold not met: tuned perplexity is %s, asked for at most %g', f'{found.value:.2f}' if found else 'not measured', max_perplexity)
-    return _Answer(report.to_dict(), repr(report), ThresholdError.exit_code if missed else 0)
+def _thresholds(fail_under=None, max_perplexity=None):
+    "Options as metric → worst score; raises `ConfigError` for one that is no `METRIC=VALUE`."
+    found = {} if max_perplexity is None else {'perplexity': max_perplexity}
+    for text in fail_under or ():
+        name, _, value = text.partition('=')
+        try: found[name.strip()] = float(value)
+        except ValueError: raise ConfigError(f'--fail-under {shorten(repr(text), 60)}: write METRIC=VALUE, e.g. rougeL=0.2') from None
+    return found
+
+def _judged(report, thresholds=None):
+    "A report as an answer; if a threshold is not met its exit code is that of `ThresholdError`."
+    missed = report.misses(thresholds) if thresholds else []
+    for line in missed: logger.info('threshold not met: %s', line)
+    return _Answer(report.to_dict() | ({'missed': missed} if thresholds else {}), repr(report), ThresholdError.exit_code if missed else 0)
 
 # %% ../nbs/34_cli.ipynb #2ffbc28b
 def _load_chat(model):

@@ -235,6 +235,7 @@ class EvaluationConfig:
     temperature: _Positive = 0.7 # Sharpness of the draw; only with `do_sample`
     top_p: _Share = 0.9 # Draw among the likeliest tokens of this total probability; only with `do_sample`
     batch_size: _AtLeast1 = 8 # Conversations at a time; changes the speed, and no number beyond rounding
+    sample_prompts: _AtLeast0 = 0 # Held-out prompts answered at each validation while training, kept in `samples/`
     include_16bit: StrictBool = True # Compare with the 16-bit base as well as the 4-bit one
     confidence: _Open01 = 0.95 # Level of all intervals
     num_bootstrap: _AtLeast1 = 1000 # Resamples behind an interval

@@ -342,6 +342,13 @@ def _check_idle(trainer):
     "One thing at a time with one model."
     if trainer.is_training: raise ConfigError(f'{trainer.run.name} is being trained in the background; trainer.stop() or trainer.wait() first')
 
+def _samples(trainer):
+    "What answers the held-out prompts at each validation; `None` if none were asked for."
+    from llama_nb.generate import reply_sampler
+    e, data = trainer.config.evaluation, trainer.data
+    if not e.sample_prompts: return None
+    return reply_sampler(trainer.model, trainer.tokenizer, data.validation, data.train, e.sample_prompts, trainer.config.data.template, e.max_new_tokens)
+
 class _Prepared(NamedTuple):
     "All that a run needs to start."
     run:Run # Its folder
@@ -376,7 +383,7 @@ def _prepare(trainer, resume, progress, samples):
                 if n in trainer._start: p.copy_(trainer._start[n]) # a second train() starts where the first one did
         total = num_steps(len(rows), size, c.training)
         if len(rows) <= size*c.training.gradient_accumulation_steps: logger.warning('an epoch is a single step: all of train is %d rows, and a step takes %d', len(rows), size*c.training.gradient_accumulation_steps)
-        callbacks = guards(run, trainer.tokenizer, samples, progress, c.training.report_to)
+        callbacks = guards(run, trainer.tokenizer, samples or _samples(trainer), progress, c.training.report_to)
         hf = trainer.hf_trainer = _make_trainer(trainer, run, facts, callbacks, size, total)
         trainer._chat = trainer._error = None
         write_json(run.folder/'data.json', data_facts)

@@ -231,9 +231,11 @@ def _train(
 def _evaluate(
     run:Annotated[Path, typer.Argument(metavar='RUN', help='Folder of a run.')], overrides:_Overrides=None,
     max_perplexity:Annotated[Optional[float], typer.Option('--max-perplexity', help='Exit with 5 if the tuned perplexity is higher.', show_default=False)]=None,
+    fail_under:Annotated[Optional[list[str]], typer.Option('--fail-under', metavar='METRIC=VALUE', help='Exit with 5 if a score is worse, e.g. rougeL=0.2; may stand several times.', show_default=False)]=None,
     as_json:_Json=False,
 ):
     "Compare base and tuned on the held-out conversations of a run."
+    thresholds = _thresholds(fail_under, max_perplexity) # before the long part
     cfg = _run_config(run, overrides)
     from llama_nb.data import load_data
     from llama_nb.evaluation import EvaluationFramework
@@ -247,14 +249,22 @@ def _evaluate(
     report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out)
     report.save(Path(run)/'eval'/'validation')
     write_card(Run(run)) # the card shows the newest scores
-    return _judged(report, max_perplexity)
+    return _judged(report, thresholds)
 
-def _judged(report, max_perplexity=None):
-    "A report as an answer; above the threshold its exit code is that of `ThresholdError`."
-    found = report.scores.get('tuned', {}).get('perplexity')
-    missed = max_perplexity is not None and not (found and found.value <= max_perplexity)
-    if missed: logger.info('threshold not met: tuned perplexity is %s, asked for at most %g', f'{found.value:.2f}' if found else 'not measured', max_perplexity)
-    return _Answer(report.to_dict(), repr(report), ThresholdError.exit_code if missed else 0)
+def _thresholds(fail_under=None, max_perplexity=None):
+    "Options as metric → worst score; raises `ConfigError` for one that is no `METRIC=VALUE`."
+    found = {} if max_perplexity is None else {'perplexity': max_perplexity}
+    for text in fail_under or ():
+        name, _, value = text.partition('=')
+        try: found[name.strip()] = float(value)
+        except ValueError: raise ConfigError(f'--fail-under {shorten(repr(text), 60)}: write METRIC=VALUE, e.g. rougeL=0.2') from None
+    return found
+
+def _judged(report, thresholds=None):
+    "A report as an answer; if a threshold is not met its exit code is that of `ThresholdError`."
+    missed = report.misses(thresholds) if thresholds else []
+    for line in missed: logger.info('threshold not met: %s', line)
+    return _Answer(report.to_dict() | ({'missed': missed} if thresholds else {}), repr(report), ThresholdError.exit_code if missed else 0)
 
 # %% ../nbs/34_cli.ipynb #2ffbc28b
 def _load_chat(model):
@@ -306,16 +316,23 @@ def _data(
     source:Annotated[str, typer.Argument(metavar='SOURCE', help='File, folder or Hub id; or alpaca, dailydialog, both; or sample.')], overrides:_Overrides=None,
     show:Annotated[int, typer.Option('--show', min=0, help='Conversations to show as the model will see them.')]=1,
     model:Annotated[str, typer.Option('--model', help='Model whose tokenizer and template are used.')]='demo',
+    check:Annotated[bool, typer.Option(help='Read the texts: repeats, leaks, secrets, languages, lengths.')]=True,
+    fix:Annotated[Optional[list[str]], typer.Option('--fix', metavar='KIND', help="Leave out conversations with this finding, or 'all'; may be repeated.", show_default=False)]=None,
+    output:Annotated[Optional[Path], typer.Option('--output', '-o', metavar='FOLDER', help='Write the set there, with its report and every row left out.', show_default=False)]=None,
     as_json:_Json=False,
 ):
     "Report on a data set, and show which tokens would be taught."
     named = ['data.dataset_name=both', 'data.data_path=sample'] if source == 'sample' else [f'data.dataset_name={json.dumps(source)}']
     cfg = load_config(overrides=[*named, f'model.model_name={json.dumps(model)}', *(overrides or [])])
-    from llama_nb.data import load_data
+    from llama_nb.data import check_data, load_data, save_data
     found = load_data(cfg.data)
+    if check or fix:
+        from llama_nb.model import load_tokenizer
+        found = check_data(found, load_tokenizer(cfg.model.model_name, revision=cfg.model.revision), cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix='all' if fix == ['all'] else fix or ())
+    written = [str(p) for p in save_data(found, output)] if output else []
     masks, views = _masks([*found.train, *found.validation], cfg, show) if show else ({}, [])
-    text = [repr(found.report), *views, *([f"masks exact: {masks['exact']} of {masks['total']}"] if masks else [])]
-    return _Answer({'report': found.report.to_dict(), 'masks': masks, 'shown': views}, '\n\n'.join(text))
+    text = [repr(found.report), *views, *([f"masks exact: {masks['exact']} of {masks['total']}"] if masks else []), *([f'removed: {len(found.removed)}'] if fix else []), *[f'wrote {p}' for p in written]]
+    return _Answer({'report': found.report.to_dict(), 'masks': masks, 'shown': views, 'removed': len(found.removed), 'written': written}, '\n\n'.join(text))
 
 # %% ../nbs/34_cli.ipynb #c0cbf676
 @app.command('plan')

@@ -194,7 +194,7 @@ class TrainingConfig:
     packing: StrictBool = True # Fill rows with whole conversations, isolated from one another
     gradient_checkpointing: StrictBool|Literal['auto'] = 'auto' # Recompute activations: less memory, a third more time
     compute: Literal['bf16', 'fp32'] = 'bf16' # Kind of number the layers work in; falls back to fp32 where bf16 is not able
-    fast_path: StrictBool = True # Packed attention and the loss on taught tokens only; false is the plain twin
+    fast_path: StrictBool = True # Packed attention, fused LoRA linears and the loss on taught tokens only; false is the plain twin
     optim: Literal[OPTIMIZERS] = 'adamw_torch_fused' # Optimizer, as transformers names it
     weight_decay: _NotNegative = 0.0 # Decoupled weight decay
     lr_scheduler_type: Literal[SCHEDULES] = 'cosine' # Shape of the learning rate
@@ -223,18 +223,19 @@ class TrainingConfig:
             if problem: yield 'allow_changes', f'{name}: {problem}'
 
 # %% ../nbs/01_config.ipynb #62ffd1e7
-METRICS = ('perplexity', 'bleu', 'rouge')
+METRICS = ('perplexity', 'bleu', 'rouge', 'chrf')
 
 @_settings('evaluation')
 class EvaluationConfig:
     "Which numbers are computed on held-out conversations, and how."
-    metrics: _Names = METRICS # Numbers to compute
+    metrics: _Names = ('perplexity', 'bleu', 'rouge') # Numbers to compute, of `METRICS`
     num_samples: _AtLeast1 = 200 # Held-out conversations that are answered and compared
     max_new_tokens: _AtLeast1 = 128 # Longest reply [tokens]
     do_sample: StrictBool = False # Draw replies at random; false takes the likeliest token each time
     temperature: _Positive = 0.7 # Sharpness of the draw; only with `do_sample`
     top_p: _Share = 0.9 # Draw among the likeliest tokens of this total probability; only with `do_sample`
     batch_size: _AtLeast1 = 8 # Conversations at a time; changes the speed, and no number beyond rounding
+    sample_prompts: _AtLeast0 = 0 # Held-out prompts answered at each validation while training, kept in `samples/`
     include_16bit: StrictBool = True # Compare with the 16-bit base as well as the 4-bit one
     confidence: _Open01 = 0.95 # Level of all intervals
     num_bootstrap: _AtLeast1 = 1000 # Resamples behind an interval

@@ -398,13 +398,13 @@ class SampleGuard(Guard):
     ): self.run, self.samples = run, samples
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        training = model is not None and model.training
+        training, since = model is not None and model.training, time.monotonic()
         try:
             with same_random_state(): rows = list(self.samples())
             path = self.run.folder/'samples'/f'step-{state.global_step}.jsonl'
             path.parent.mkdir(exist_ok=True)
             path.write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8')
-            self.run.log('samples', step=state.global_step, count=len(rows))
+            self.run.log('samples', step=state.global_step, count=len(rows), seconds=round(time.monotonic() - since, 4))
         except Exception as e: logger.warning('no samples at step %s: %s', state.global_step, one_line(e))
         finally:
             if model is not None: model.train(training)

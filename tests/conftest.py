@@ -17,7 +17,11 @@ def pytest_configure(config):
     for flag in FLAGS: config.addinivalue_line('markers', f'{flag}: runs only with --flags {flag}')
 
 
+LONGEST = ('test_real_data', 'test_templates', 'test_stream', 'test_encoder_fuzz')  # files that take minutes start first, so that two workers end together
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     asked = config.getoption('--flags').split()
     for item in items:
         for flag in FLAGS:

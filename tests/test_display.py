@@ -14,7 +14,8 @@ import pytest
 from llama_nb.data import data_report
 from llama_nb.dialogue import IGNORE_INDEX, Conversation, Message, Source, encode, show_batch, show_mask, toy_tokenizer
 from llama_nb.doctor import Check, DoctorReport
-from llama_nb.evaluation import Comparison, EvaluationReport, _report_page
+from llama_nb.evaluation import Comparison, EvaluationReport
+from llama_nb.report import _report_page
 from llama_nb.formats import read_conversations
 from llama_nb.generate import Reply
 from llama_nb.packing import PackedCollator, pack
@@ -57,7 +58,7 @@ def evaluation(x):
     reply = dict(text=x, ended=False, num_tokens=3)
     sample = dict(row=x, prompt=[dict(role='user', content=x)], reference=x, replies={'tuned': reply, 'base_4bit': reply, x: reply}, loss={'tuned': 1., 'base_4bit': 2.})
     sums = np.array([[2., 1.], [3., 2.], [5., 2.]])
-    return EvaluationReport({'tuned': {'bits_per_byte': sums, x: sums}, 'base_4bit': {'bits_per_byte': sums + 1, x: sums}}, {'tuned': {x: 1.}}, [sample]*3, dict(seed=1, confidence=.95, num_bootstrap=20, data={x: x}, template=x), {x: x})
+    return EvaluationReport({'tuned': {'bits_per_byte': sums, x: sums}, 'base_4bit': {'bits_per_byte': sums + 1, x: sums}}, [sample]*3, dict(seed=1, confidence=.95, num_bootstrap=20, data={x: x}, template=x), {x: x})
 
 
 def runs(x, folder):
@@ -90,7 +91,7 @@ PATHS = {
     'show_batch with faults': lambda x, _: [show_batch([replace(e, labels=[IGNORE_INDEX]*len(e)) for e in examples(x)], TOY)],
     'DataReport': lambda x, d: [report(x, d)],
     'EvaluationReport': lambda x, _: [evaluation(x), _report_page(evaluation(x))],
-    'compare': lambda x, _: [Comparison((dict(row=x, prompt=(Message('user', x),), reference=x, base=Reply(x, [1], False, None), tuned=Reply(x + '1', [1], True, None)),))],
+    'compare': lambda x, _: [Comparison((dict(row=x, prompt=(Message('user', x),), reference=x, base=Reply(x, [1], False, None), tuned=Reply(x + ' 1', [1], True, None)),))],
     'run': lambda x, d: [watch(p) for p in sorted(runs(x, d).iterdir())],
     'runs': lambda x, d: [list_runs(runs(x, d))],
     'doctor': lambda x, _: [DoctorReport((Check(x, 'fail', x, x),))],

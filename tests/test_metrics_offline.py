@@ -64,12 +64,26 @@ def test_bleu_lowercase_and_several_references():
     assert 'nrefs:2|case:lc' in got['signature']
 
 
+def test_chrf_is_sacrebleu():
+    import sacrebleu
+    from llama_nb.metrics import ChrF, chrf_from_stats, chrf_stats
+    predictions, references = pairs()
+    expected = sacrebleu.corpus_chrf(predictions, [references]).score
+    assert 5 < expected < 95
+    assert abs(100*ChrF().compute(predictions=predictions, references=references)['chrf'] - expected) < 0.01
+    for p, r in zip(predictions, references): # one pair at a time: empty texts, no run of six
+        assert abs(100*chrf_from_stats(chrf_stats(p, r)) - sacrebleu.corpus_chrf([p], [[r]]).score) < 0.01, (p, r)
+    more = references[1:] + references[:1]
+    several = ChrF().compute(predictions=predictions, references=[list(r) for r in zip(references, more)])
+    assert abs(100*several['chrf'] - sacrebleu.corpus_chrf(predictions, [references, more]).score) < 0.01 and 'nrefs:2' in several['signature']
+
+
 def test_rouge_is_rouge_score():
     from rouge_score.rouge_scorer import RougeScorer
-    from llama_nb.metrics import ROUGE_TYPES, Rouge, rouge_scores
+    from llama_nb.metrics import ROUGE_TYPES, Rouge, rouge_scores, split_sentences
     stock = RougeScorer(list(ROUGE_TYPES))
-    for (predictions, references), tokenizer in [(ascii_pairs(), 'unicode'), (pairs(), 'rouge_score')]:
-        expected = [stock.score(r, p) for p, r in zip(predictions, references)]
+    for (predictions, references), tokenizer, lines in [(ascii_pairs(), 'unicode', split_sentences), (pairs(), 'rouge_score', str)]:
+        expected = [stock.score(lines(r), lines(p)) for p, r in zip(predictions, references)]
         got = rouge_scores(predictions, references, tokenizer=tokenizer)
         for t in ROUGE_TYPES:
             assert got[t].tolist() == [row[t].fmeasure for row in expected] # exactly
@@ -84,7 +98,8 @@ def test_on_200_real_replies():
     from rouge_score.rouge_scorer import RougeScorer
     from llama_nb.config import DataConfig
     from llama_nb.data import load_data
-    from llama_nb.metrics import ROUGE_TYPES, bootstrap_interval, bleu_from_stats, bleu_stats, corpus_bleu, rouge_scores
+    from llama_nb.metrics import ROUGE_TYPES, bleu_from_stats, bleu_stats, chrf_from_stats, chrf_stats, corpus_bleu, rouge_scores, split_sentences
+    from llama_nb.report import bootstrap_interval
     source = os.path.join(os.environ['LLAMA_NB_TEST_DATA'], 'data', 'dailydialog', 'validation.zip')
     talks = load_data(DataConfig(dataset_name='dailydialog', data_path=source, max_samples=300, val_size=0.1)).train[:200]
     predictions, references = [t.messages[1].content for t in talks], [t.messages[0].content for t in talks]
@@ -93,20 +108,23 @@ def test_on_200_real_replies():
     assert abs(100*corpus_bleu(predictions, references) - expected) < 0.01
     table = [bleu_stats(p, r) for p, r in zip(predictions, references)]
     assert abs(100*bootstrap_interval(table, bleu_from_stats).value - expected) < 0.01
-    stock, got = RougeScorer(list(ROUGE_TYPES)), rouge_scores(predictions, references, tokenizer='rouge_score')
+    assert abs(100*chrf_from_stats(sum(map(chrf_stats, predictions, references))) - sacrebleu.corpus_chrf(predictions, [references]).score) < 0.01
+    stock, got, ours = RougeScorer(list(ROUGE_TYPES)), rouge_scores(predictions, references, tokenizer='rouge_score'), rouge_scores(predictions, references)
     for i, (p, r) in enumerate(zip(predictions, references)):
         assert {t: got[t][i] for t in ROUGE_TYPES} == {t: s.fmeasure for t, s in stock.score(r, p).items()}
+        if (p + r).isascii(): assert {t: ours[t][i] for t in ROUGE_TYPES} == {t: s.fmeasure for t, s in stock.score(split_sentences(r), split_sentences(p)).items()}
 
 
 SCRIPT = """
 import json, socket, sys
 def refuse(*args, **kwargs): raise AssertionError('network')
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from llama_nb.metrics import Bleu, Perplexity, Rouge
+from llama_nb.metrics import Bleu, ChrF, Distinct, EndedRate, LengthRatio, Perplexity, Repetition, Rouge, TokenAccuracy
 kept = [Bleu() for _ in range(3)] # alive side by side, as in several processes
 pairs = dict(predictions=['the cat sat on the mat'], references=['the cat sat on a mat'])
 for metric in kept: metric.add_batch(**pairs)
-out = [m.compute() for m in kept] + [Rouge().compute(**pairs), Perplexity().compute(nll_sums=[1.0], num_tokens=[2])]
+out = [m.compute() for m in kept] + [M().compute(**pairs) for M in (Rouge, ChrF, LengthRatio)] + [M().compute(data=['a b a b']) for M in (Distinct, Repetition)]
+out += [Perplexity().compute(nll_sums=[1.0], num_tokens=[2]), TokenAccuracy().compute(predictions=[1], references=[1]), EndedRate().compute(data=[True])]
 print(json.dumps(out))
 """
 

@@ -1,0 +1,75 @@
+"""Replies of mixed lengths: ours beside one at a time and beside stock batched `generate`, per kind of number."""
+import time
+
+import torch
+
+from bench.common import machine, save, spread
+
+PROMPTS, NEW_TOKENS, BATCH, REPEATS = 32, 128, 8, 3
+
+
+def prompts(tokenizer):
+    "Conversations and their prompt ids: the shipped instructions, which ask for replies of very different lengths."
+    from llama_nb.config import DataConfig
+    from llama_nb.data import load_data
+    from llama_nb.dialogue import encode_prompt
+    data = load_data(DataConfig(dataset_name='alpaca', data_path='sample', val_size=0.0)).train[:PROMPTS]
+    return data, [encode_prompt(c, tokenizer) for c in data]
+
+
+def ours(model, tokenizer, conversations, ids, batch_size):
+    "Our replies, as ids."
+    from llama_nb.generate import generate_replies
+    return [r.token_ids for r in generate_replies(model, tokenizer, conversations, max_new_tokens=NEW_TOKENS, batch_size=batch_size)]
+
+
+def stock(model, tokenizer, conversations, ids, batch_size, by_length=False):
+    "transformers' own `generate` on left-padded batches, in the order given or sorted by length; what stands behind a stop id is not a reply."
+    from llama_nb.dialogue import stop_ids
+    stops, out = sorted(stop_ids(tokenizer)), {}
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i])) if by_length else list(range(len(ids)))
+    for start in range(0, len(order), batch_size):
+        group = order[start:start + batch_size]
+        width = max(len(ids[i]) for i in group)
+        padded = torch.tensor([[0]*(width - len(ids[i])) + ids[i] for i in group])
+        mask = torch.tensor([[0]*(width - len(ids[i])) + [1]*len(ids[i]) for i in group])
+        made = model.generate(padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=0)[:, width:].tolist()
+        for i, row in zip(group, made): out[i] = row[:next((k + 1 for k, t in enumerate(row) if t in stops), len(row))]
+    return [out[i] for i in range(len(ids))]
+
+
+WAYS = {'one at a time': (ours, 1, {}), 'stock, in order': (stock, BATCH, {}), 'stock, by length': (stock, BATCH, {'by_length': True}), 'ours': (ours, BATCH, {})}
+
+
+def measure(kind, repeats):
+    "All ways on one model in turn, `repeats` times; one at a time only once, on a quarter of the prompts."
+    from llama_nb.config import ModelConfig
+    from llama_nb.model import demo_model, load_model, load_tokenizer
+    folder = demo_model()
+    tokenizer, model = load_tokenizer(folder), load_model(ModelConfig(model_name=folder, use_4bit=kind == '4-bit'), device='cpu')
+    model = (model if kind == '4-bit' else model.to(getattr(torch, kind))).eval()
+    conversations, ids = prompts(tokenizer)
+    found, lengths, same = {name: [] for name in WAYS}, {}, {}
+    for repeat in range(repeats):
+        for name, (way, batch_size, more) in WAYS.items():
+            if name == 'one at a time' and repeat: continue
+            few = slice(0, PROMPTS, 4) if name == 'one at a time' else slice(None)
+            start = time.perf_counter()
+            replies = way(model, tokenizer, conversations[few], ids[few], batch_size, **more)
+            seconds = time.perf_counter() - start
+            lengths[name], same[name] = [len(r) for r in replies], replies
+            found[name].append(seconds)
+    rows = {name: {**spread(found[name]), 'replies': len(lengths[name]), 'tokens': sum(lengths[name]), 'tokens_per_s': round(sum(lengths[name])/spread(found[name])['median_s'], 1)} for name in WAYS}
+    for name in WAYS: rows[name]['ours_is_faster'] = round(rows['ours']['tokens_per_s']/rows[name]['tokens_per_s'], 2)
+    rows['ours']['equal_to_stock'] = sum(a == b for a, b in zip(same['ours'], same['stock, in order']))
+    rows['ours']['reply_lengths'] = sorted(lengths['ours'])
+    return rows
+
+
+def main(kinds=('float32', 'bfloat16'), repeats=REPEATS):
+    "Measure each kind of number, and save the result."
+    rows = {}
+    for kind in kinds:
+        rows[kind] = measure(kind, repeats)
+        for name, row in rows[kind].items(): print(f"{kind:9} {name:17} {row['tokens_per_s']:7.1f} tokens/s, ours is {row['ours_is_faster']:.2f} times as fast", flush=True)
+    return save('generate', rows, model='SmolLM2-135M-Instruct', prompts=PROMPTS, max_new_tokens=NEW_TOKENS, batch_size=BATCH, repeats=repeats, threads=torch.get_num_threads(), greedy=True)

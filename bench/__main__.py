@@ -1,10 +1,9 @@
-"""python -m bench startup|stream|report|cpu: run measurements on an otherwise idle machine; results go to bench/results/."""
+"""python -m bench startup|encode|report|stream|generate: run measurements on an otherwise idle machine; results go to bench/results/."""
+import importlib
 import sys
 
-from bench import report, startup, stream
-
-SUITES = {'startup': [startup.main], 'stream': [stream.main], 'report': [report.main], 'cpu': [startup.main]}
+SUITES = ('startup', 'encode', 'report', 'stream', 'generate')
 
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1] not in SUITES: sys.exit(f'usage: python -m bench {"|".join(SUITES)}')
-    for suite in SUITES[sys.argv[1]]: print('wrote', suite())
+    print('wrote', importlib.import_module(f'bench.{sys.argv[1]}').main())

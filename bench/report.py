@@ -18,7 +18,7 @@ def conversations(seed=0):
     return [Conversation(tuple(Message(r, text()) for r in ('user', 'assistant')*rng.randrange(2, 5)), Source('made', i)) for i in range(ROWS)]
 
 
-def main(repeats=3):
+def main(repeats=2):
     "Each row `repeats` times, in one process."
     from llama_nb.data import check_data, load_data
     from llama_nb.model import demo_model, load_tokenizer

@@ -52,11 +52,10 @@ def encode_file(path, folder, tokenizer):
 
 def one(size_mb):
     "Make a file, encode it, and say what it took."
-    from llama_nb.dialogue import encode, encode_prompt
+    from llama_nb.dialogue import encode
     from llama_nb.model import demo_model, load_tokenizer
     tokenizer = load_tokenizer(demo_model())
     for text in ('Hello.', 'How are you?'): encode([{'role': 'user', 'content': text}, {'role': 'assistant', 'content': text}], tokenizer)
-    import datasets, pyarrow.compute  # noqa: their code is not what is measured
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'chats.jsonl'
         count = write_chats(path, size_mb*MB)

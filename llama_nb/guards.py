@@ -119,7 +119,10 @@ def _load_optimizer_and_scheduler(self, checkpoint):
 def _load_rng_state(self, checkpoint):
     with _restoring(checkpoint, 'random state'): super(SafeTrainer, self)._load_rng_state(checkpoint)
 
-for _method in (_get_output_dir, _save_checkpoint, _save, _load_from_checkpoint, _load_optimizer_and_scheduler, _load_rng_state): setattr(SafeTrainer, _method.__name__, _method)
+def _load_scaler(self, checkpoint):
+    with _restoring(checkpoint, 'scaler'): super(SafeTrainer, self)._load_scaler(checkpoint)
+
+for _method in (_get_output_dir, _save_checkpoint, _save, _load_from_checkpoint, _load_optimizer_and_scheduler, _load_rng_state, _load_scaler): setattr(SafeTrainer, _method.__name__, _method)
 
 # %% ../nbs/20_guards.ipynb #fec09d7d
 def new_window(batches=(), rows=(), num_items=None)->dict:

@@ -219,8 +219,11 @@ class _Encoder:
         self.template = replace(template, stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)))
 
     def render(self, messages:list[dict], ask:bool=False)->str:
-        "The conversation as the template writes it; `ask` adds the start of an answer."
-        return self.program.render(messages=messages, add_generation_prompt=ask, tools=None, documents=None, **self.tokens.special)
+        "The conversation as the template writes it; `ask` adds the start of an answer. Raises jinja's `TemplateError`, whatever the template did."
+        from jinja2 import TemplateError
+        try: return self.program.render(messages=messages, add_generation_prompt=ask, tools=None, documents=None, **self.tokens.special)
+        except TemplateError: raise
+        except Exception as e: raise TemplateError(f'{type(e).__name__}: {e}') from None # the sandbox says no in many ways
 
     def probe(self, roles:tuple, contents:list[str])->str:
         "Render watched contents. Raises `DataError` if the template refuses the roles, `ConfigError` if it looks into a text."

@@ -125,7 +125,7 @@ class Count:
         return self.n
 
 
-def record(name, **figures):
+def record(test, **figures):
     "Keep the figures of a test where `python -m bench reliability` looks for them."
     if path := os.environ.get('LLAMA_NB_FIGURES'):
-        with open(path, 'a') as f: f.write(json.dumps({'test': name, **figures}) + '\n')
+        with open(path, 'a') as f: f.write(json.dumps({'test': test, **figures}) + '\n')

@@ -309,8 +309,8 @@ class TopLosses:
     def view(self)->View: # One box per conversation
         "Coloured text, worst first."
         head = f'{len(self.rows)} of {self.num_conversations} conversations; all together {self.loss:.4f} nats per token over {self.num_tokens:,} taught tokens'
-        views = [r.view() for r in self.rows]
-        return View(f'<div>{escape(head)}</div>' + ''.join(v.html for v in views), '\n\n'.join([head, *(v.text for v in views)]))
+        views, legend = [r.view() for r in self.rows], 'The redder, the dearer (full at 6 nats); a green line: cheaper than for the base by half a nat or more, an orange one: dearer.'
+        return View(f'<div>{escape(head)}</div><div style="font-size:.85em">{legend}</div>' + ''.join(v.html for v in views), '\n\n'.join([head, *(v.text for v in views)]))
 
     def __len__(self): return len(self.rows)
     def __iter__(self): return iter(self.rows)

@@ -20,8 +20,7 @@ _MODULES = {
     'examples': 'encode_all ExampleSet Ledger',
     'packing': 'pack PackedCollator',
     'attention': 'attention_kernel',
-    'fused': 'fuse_lora_ unfuse_lora_',
-    'fastpath': 'apply_fast_path_ plain_attention packed_attention supervised_loss batch_loss LoRALinear',
+    'fastpath': 'apply_fast_path_ plain_attention packed_attention supervised_loss batch_loss LoRALinear fuse_lora_ unfuse_lora_',
     'memory': 'plan MemoryPlan',
     'checkpoints': 'verify_checkpoint',
     'runs': 'Run list_runs watch',
@@ -31,6 +30,7 @@ _MODULES = {
     'report': 'EvaluationReport bootstrap_interval paired_difference',
     'losses': 'PerplexityEvaluator top_losses explain',
     'evaluation': 'QualitativeEvaluator EvaluationFramework compare run_lm_eval',
+    'resume': '',
     'train': 'LLAMATrainer',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`
     'demo': 'run_demo',

@@ -213,7 +213,8 @@ def _train(
 ):
     "Train a model on conversations, from a config file or a preset."
     if resume is not None and (config or preset): raise ConfigError('--resume goes on with the settings of the run; leave --config and --preset out')
-    cfg = _resolve(config, preset, overrides, needed='train') if resume is None else _run_config(resume, overrides)
+    of_run = resume.parent if resume is not None and resume.name.startswith('checkpoint-') else resume
+    cfg = _resolve(config, preset, overrides, needed='train') if resume is None else _run_config(of_run, overrides)
     if dry_run: return _dry_run(cfg)
     from llama_nb.train import LLAMATrainer
     trainer = LLAMATrainer.from_config(cfg)
@@ -370,12 +371,34 @@ def _runs(
 
 @app.command('watch')
 @_command
-def _watch(run:Annotated[Path, typer.Argument(metavar='RUN', help='Folder of a run, of this process or another.')], as_json:_Json=False):
-    "Show how a run stands now, from its folder alone."
-    from llama_nb.runs import Run, last_step, watch
-    found = Run(run)
+def _watch(
+    run:Annotated[Path, typer.Argument(metavar='RUN', help='Folder of a run, of this process or another.')],
+    once:Annotated[bool, typer.Option('--once', help='Show how it stands now, and do not wait for more.')]=False, as_json:_Json=False,
+):
+    "Show the history of a run from its folder alone, and follow it until it ends."
+    from llama_nb.runs import Run, follow, last_step, summary_line, watch
+    found, shown = Run(run), None
+    for view in () if once or as_json else follow(run):
+        line = summary_line(view.run)
+        if view.run.status == 'running' and line != shown: _say(view.text if shown is None else line)
+        shown = line
     losses = {name: dict(found.metrics(name)) for name in ('loss', 'eval_loss')}
     return _Answer({'run': found.name, 'status': found.status, 'step': last_step(found), **losses}, repr(watch(run)))
+
+@app.command('stop')
+@_command
+def _stop(
+    run:Annotated[Path, typer.Argument(metavar='RUN', help='Folder of a run that is being trained.')],
+    wait_s:Annotated[float, typer.Option('--wait', min=0, help='Seconds to wait for it to end; 0 only asks.')]=60.0, as_json:_Json=False,
+):
+    "Ask a run to finish its step, save and end."
+    import time
+    from llama_nb.runs import Run, last_step
+    found, until = Run(run), time.monotonic() + wait_s
+    found.stop()
+    while (status := found.status) == 'running' and time.monotonic() < until: time.sleep(0.2)
+    told = {'running': f'asked; {found.name} ends after the step it is in', 'interrupted': f'stopped after step {last_step(found)}; go on with: llama-nb train --resume {redact(run)}'}
+    return _Answer({'run': found.name, 'status': status, 'step': last_step(found)}, told.get(status, f'{found.name} is {status}'))
 
 # %% ../nbs/34_cli.ipynb #da733c6b
 @app.command('demo')

@@ -205,7 +205,7 @@ class TrainingConfig:
     eval_steps: _AtLeast1|Literal['auto'] = 'auto' # Validate every so many steps; `"auto"` is about eight per run
     save_total_limit: _AtLeast1 = 2 # Checkpoints kept, at least 2
     num_processes: _AtLeast1 = 1 # Processes (GPUs) to train on
-    allow_changes: _Names = () # Settings that may differ from the run that is resumed, as `"section.key"`
+    allow_changes: _Names = () # What may differ from the run that is resumed: `"section.key"`, `"versions"`, `"versions.torch"`, `"device"`
     report_to: _Names = () # Trackers to report to: `"tensorboard"`, `"wandb"`
     seed: _AtLeast0 = 42 # Seed of start values, dropout and order
 
@@ -219,7 +219,7 @@ class TrainingConfig:
         if self.run_name and (self.run_name in ('.', '..') or re.search(r'[/\\\x00-\x1f]', self.run_name)):
             yield 'run_name', f'found {shorten(repr(self.run_name))}, allowed: a name for one folder, without / and \\; folders go into output_dir'
         for name in self.allow_changes:
-            problem = _unknown_setting(name)
+            problem = '' if name.partition('.')[0] in ('versions', 'device') else _unknown_setting(name)
             if problem: yield 'allow_changes', f'{name}: {problem}'
 
 # %% ../nbs/01_config.ipynb #62ffd1e7

@@ -415,7 +415,7 @@ def _by_language(parts):
     try: codes = languages([c for *_,c in items])
     except ImportError as e: return [], {}, f'not looked for; {e}'
     found = [Finding('other language', *items[k][:2], items[k][2].row, codes[k]) for k in _strangers(codes)]
-    return found, codes, 'py3langid on the first 1,000 characters'
+    return found, codes, 'py3langid on the first 500 characters'
 
 def _by_length(parts, encoded, max_length):
     "Findings, and the measures of every conversation that can be encoded."

@@ -14,12 +14,18 @@ import importlib
 import logging
 import os
 import re
+import traceback
 from pathlib import Path
 
 # %% ../nbs/00_errors.ipynb #b4e04b4f
 class LlamaNbError(Exception):
     "Base of all our errors; the message is one line for the user."
     exit_code = 1 # Exit code of the command line
+
+    def _render_traceback_(self):
+        "What a notebook shows instead of a traceback: the kind and the message, without secrets. `LLAMA_NB_DEBUG=1` brings the traceback back."
+        if os.environ.get('LLAMA_NB_DEBUG', '0') not in ('0', ''): return ''.join(traceback.format_exception(self)).splitlines()
+        return [redact(line) for line in f'{type(self).__name__}: {self}'.splitlines()]
 
 class ConfigError(LlamaNbError, ValueError):
     "A setting is unknown, of the wrong kind, or contradicts another one."

@@ -185,7 +185,7 @@ def _finish(messages):
     return tuple(kept), notes
 
 def row_to_conversation(
-    row, # A dict in one of the `FORMATS`, a list of messages, or a `Conversation`
+    row, # A dict in one of the `FORMATS`, a list of messages or of utterances, or a `Conversation`
     source:Source|None=None, # Where it comes from
     format:str='auto', # One of `FORMATS`
     assistant_speaker:str='second', # Who is the assistant in an utterance list: 'first' or 'second'
@@ -196,6 +196,7 @@ def row_to_conversation(
         messages, notes = _finish(row.messages)
         return replace(row, messages=messages, row=row.row or source), 'messages', notes
     if isinstance(row, list) and row and all(isinstance(m, dict) and m.keys() & {'role', 'from'} for m in row): row = dict(messages=row)
+    if isinstance(row, list) and len(row) > 1 and all(isinstance(m, str) for m in row): row = dict(dialog=row)
     if not isinstance(row, dict):
         fix = 'expected an object with named fields' if not isinstance(row, list) else 'expected one object a line; an array of rows belongs in a .json file'
         raise RowFault('', f'not an object: {type(row).__name__}', fix)

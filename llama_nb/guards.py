@@ -281,6 +281,8 @@ class SpikeGuard(Guard):
 _PARTS = {'forward and backward': ('activations', 'logits and loss', 'one layer backwards', 'workspace'), 'optimizer step': ('optimizer', 'gradients'),
           'evaluation': ('logits and loss', 'workspace'), 'saving': ('trained weights',)} # what each phase brings to the plan
 
+def _size(num_bytes): return f'{num_bytes/GiB:.2f} GiB' if num_bytes >= GiB/10 else f'{num_bytes/2**20:.2f} MiB'
+
 def is_out_of_memory(
     error:BaseException, # Anything raised
 )->bool: # Whether memory ran out, on a device or on the host
@@ -298,17 +300,17 @@ def out_of_memory(
     changes = cheapest_changes(memory_plan, int(min(room_bytes or memory_plan.total, 0.9*memory_plan.total)))
     settings = dict(pair.split('=', 1) for c in changes for pair in c['setting'].split()) # of two values of one setting the last counts
     advice = [f'{k}={v}' for k,v in settings.items()]
-    room = f' of {room_bytes/GiB:.1f}' if room_bytes else ''
-    table = '\n'.join(f"{'> ' if name == part else '  '}{name:<20}{size/GiB:8.2f} GiB" for name,size in parts.items())
-    return OutOfMemoryError(f'out of memory in the {phase}: the largest part of it is {part} with {parts[part]/GiB:.2f} GiB, the whole plan needs {memory_plan.total/GiB:.1f}{room} GiB; '
-                            f"set {' '.join(advice) or 'model.model_name to a smaller one'}, then train again", f'{table}\n  {"together":<20}{memory_plan.total/GiB:8.2f} GiB', advice)
+    room = f', there are {_size(room_bytes)}' if room_bytes else ''
+    table = '\n'.join(f"{'> ' if name == part else '  '}{name:<20}{_size(size):>12}" for name,size in parts.items())
+    return OutOfMemoryError(f'out of memory in the {phase}: the largest part of it is {part} with {_size(parts[part])}, the whole plan needs {_size(memory_plan.total)}{room}; '
+                            f"set {' '.join(advice) or 'model.model_name to a smaller one'}, then train again", f'{table}\n  {"together":<20}{_size(memory_plan.total):>12}', advice)
 
 # %% ../nbs/20_guards.ipynb #0b9098fd
 class InterruptGuard(Guard):
     "Turns an interrupt into: finish the step, save, stop. `requested` says who asked, or is `None`."
     def __init__(self,
         run:Run|None=None, # Whose `STOP` file to look for
-    ): self.run, self.requested = run, None
+    ): self.run, self.requested, self.owed = run, None, False
 
     def _handle(self, signum, frame):
         if self.requested: raise KeyboardInterrupt('second interrupt: stopped at once')
@@ -325,6 +327,14 @@ class InterruptGuard(Guard):
         try: yield self
         finally:
             for s,handler in before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        due = args.eval_strategy == 'steps' and state.global_step > 0 and state.global_step % state.eval_steps == 0
+        self.owed = bool(due and self.run and state.global_step not in dict(self.run.metrics('eval_loss'))) # the stop was in a hurry
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.owed: self.trainer.evaluate()
+        self.owed = False
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.run and self.run.folder/'STOP'

@@ -17,13 +17,13 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import languages
 from .dialogue import Conversation, Example, IGNORE_INDEX, Message, as_conversation, encode, get_template
 from .errors import DataError, NonFiniteError
 from .fastpath import _causal_lm, apply_fast_path_, taught_positions
 from .metrics import UnicodeTokenizer, count_words, perplexity, ratio, repetition_stats
 from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
+from .quality import languages
 from .views import PALETTE, View, escape, plain_text, table
 
 # %% ../nbs/24_losses.ipynb #7c7daf99

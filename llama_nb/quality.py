@@ -68,6 +68,13 @@ def _luhn(digits): return sum(int(d) if i % 2 == 0 else sum(divmod(2*int(d), 10)
 def _iban(text): return int(''.join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
 _PRIVATE = [('secret', _any(_SECRETS)), ('personal data', _any(_PERSONAL))]
+_BEGINNINGS = ('hf_', 'sk-', 'akia', 'asia', 'ghp_', 'gho_', 'ghu_', 'ghs_', 'ghr_', 'github_pat_', 'xox', 'aiza', '-----begin', 'eyj', '://', 'passw', 'passphrase', 'api', 'secret', 'token')
+_IBAN_START = re.compile('[A-Z]{2}[0-9]{2}')
+
+def _may_hold(kind, text):
+    "A quick look that spares most texts the long one: nothing is found where this is false."
+    if kind == 'secret': return (low := text.lower()) and any(b in low for b in _BEGINNINGS)
+    return '@' in text or sum(map(str.isdigit, text)) >= 7 or _IBAN_START.search(text)
 _PROVED = {'card_number': lambda text: _luhn(re.sub(r'\D', '', text)) and len(set(text)) > 2, 'iban': lambda text: _iban(text.replace(' ', ''))}
 
 # %% ../nbs/11_quality.ipynb #eb5a045e
@@ -78,6 +85,8 @@ _ODD = re.compile('|'.join(f'(?P<{name}>{p})' for name,p in dict(
     control_character='[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]', wrong_encoding='â€[™œ“¦˜”\x9d]|Ã[\x80-\xbf](?![A-Z])|Ã[©¨¼¶¤±³§ª®´¡º]|Â[£°·»«]',
     look_alike_letters='[A-Za-z][\u0400-\u04ff]|[\u0400-\u04ff][A-Za-z]').items()))
 
+_ODD_ASCII = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]') # all that may be odd in plain English
+
 def _says_something(text): return any(c.isalnum() or unicodedata.category(c)[0] == 'S' for c in text)
 
 def scan_text(
@@ -85,8 +94,10 @@ def scan_text(
 )->list[tuple[str, str]]: # Pairs of a kind of `CHECKS` and what it is; each pair once
     "Look for secrets, personal data, control tokens and odd characters. Patterns only: see the limits above."
     found = [('control token', shorten(m[0], 20)) for m in _CONTROL.finditer(text)]
-    found += [('odd character', f"{m.lastgroup.replace('_', ' ')} U+{ord(m[0][0]):04X}") for m in _ODD.finditer(text)]
+    if not text.isascii() or _ODD_ASCII.search(text):
+        found += [('odd character', f"{m.lastgroup.replace('_', ' ')} U+{ord(m[0][0]):04X}") for m in _ODD.finditer(text)]
     for kind,pattern in _PRIVATE:
+        if not _may_hold(kind, text): continue
         found += [(kind, _NAMES[m.lastgroup]) for m in pattern.finditer(text) if _PROVED.get(m.lastgroup, bool)(m[0])]
     return list(dict.fromkeys(found))
 
@@ -151,11 +162,11 @@ def _token_facts(measured, max_length, template):
 def languages(
     conversations:list[Conversation], # Conversations
 )->list[str|None]: # Language code of each; `None` where the text is too short or the guess too weak
-    "The language of each conversation, by its first 1,000 characters. Raises `ImportError` without py3langid."
+    "The language of each conversation, by its first 500 characters. Raises `ImportError` without py3langid."
     langid = import_extra('py3langid.langid', 'data')
     judge, out = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True), []
     for c in conversations:
-        text = ' '.join(m.content for m in c.messages if m.role != 'system')[:1000]
+        text = ' '.join(m.content for m in c.messages if m.role != 'system')[:500]
         code, sure = judge.classify(text) if sum(map(str.isalpha, text)) >= 20 else ('', 0)
         out.append(code if sure >= 0.4 else None)
     return out
@@ -242,10 +253,10 @@ class DataReport:
         yield 'settings', ', '.join(f'{k}={v}' for k,v in self.settings.items())
         yield 'fingerprint', self.fingerprint[:16]
 
-    def view(self)->View: # Table, text and a histogram of the lengths
-        "The report as a table, with the lengths of the conversations as a picture."
+    def plot(self): # A matplotlib `Figure`: lengths, and findings where there are any
+        "The lengths of the conversations against the limit, and how many conversations each check found."
         from matplotlib.figure import Figure
-        rows, counts, limit = table(list(self._lines()), caption='Data'), self.counts, self.tokens.get('max_length')
+        counts, limit = self.counts, self.tokens.get('max_length')
         figure = Figure(figsize=(9 if counts else 5, 2.4), layout='constrained')
         axes = figure.subplots(1, 1 + bool(counts), squeeze=False)[0]
         axes[0].hist(self.lengths or self.words, bins=30, color=PALETTE['blue'])
@@ -254,7 +265,12 @@ class DataReport:
         if counts:
             bars = axes[1].barh(list(counts)[::-1], list(counts.values())[::-1], color=PALETTE['orange'])
             axes[1].bar_label(bars, padding=2); axes[1].margins(x=.15); axes[1].set(xlabel='conversations with this finding')
-        return View(rows.html, rows.text, figure)
+        return figure
+
+    def view(self)->View: # Table, text and the picture of `plot`
+        "The report as a table, with its picture."
+        rows = table(list(self._lines()), caption='Data')
+        return View(rows.html, rows.text, self.plot())
 
     def __repr__(self): return table(list(self._lines()), caption='Data').text
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)

@@ -271,10 +271,8 @@ def smooth(
         out.append(total/weight if weight else math.nan)
     return out
 
-def plot_run(
-    run, # A `Run`
-)->View: # Loss, evaluation loss and learning rate over steps, as a picture with a text beside it
-    "Draw a run from its events."
+def _curves(run):
+    "The figure of a run."
     from matplotlib.figure import Figure # no pyplot: no global state, and a light import of this module
     fig = Figure(figsize=(6, 4), layout='constrained')
     top, low = fig.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
@@ -288,7 +286,13 @@ def plot_run(
     if loss or held: top.legend()
     top.set(ylabel='loss (nats per taught token)', title=f'{run.name}: {run.status}')
     low.set(xlabel='optimizer step', ylabel='learning rate')
-    text = summary_line(run)
+    return fig
+
+def plot_run(
+    run, # A `Run`
+)->View: # Loss, evaluation loss and learning rate over steps, as a picture with a text beside it
+    "Draw a run from its events."
+    fig, text = _curves(run), summary_line(run)
     return View(f"<p>{escape(text)}</p>{picture(fig, 'loss and learning rate over the steps')}", text, fig)
 
 # %% ../nbs/19_runs.ipynb #304b1723
@@ -308,7 +312,7 @@ def save_plot(
     "Draw the curves to a file."
     path = run.folder/'plots'/'training.png'
     path.parent.mkdir(exist_ok=True)
-    plot_run(run).figure.savefig(path, dpi=120)
+    _curves(run).savefig(path, dpi=120)
     return path
 
 # %% ../nbs/19_runs.ipynb #f13cafd8

@@ -4,40 +4,42 @@
 
 # %% auto #0
 __all__ = ['AUTO_TOKENS', 'MIN_STEPS', 'EpochOrder', 'PackedTrainer', 'to_rows', 'room_bytes', 'auto_batch_size', 'num_steps',
-           'training_arguments', 'weights_fingerprint', 'data_fingerprint', 'run_facts', 'changed_settings', 'resolve',
-           'LLAMATrainer', 'open_run', 'find_checkpoint', 'set_checkpointing_', 'train_run', 'publish', 'evaluate_run']
+           'training_arguments', 'resolve', 'LLAMATrainer', 'set_checkpointing_', 'train_run', 'publish',
+           'evaluate_run']
 
 # %% ../nbs/27_train.ipynb #e0d5edb3
-import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import threading
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import metadata
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
-from .guards import InterruptGuard, SafeTrainer, guards, save_adapter # before transformers' trainer, see there
+from .guards import InterruptGuard, SafeTrainer, guards, is_out_of_memory, out_of_memory, save_adapter # before transformers' trainer, see there
 import torch
-from torch import nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from .checkpoints import check_space, clean_leftovers, verify_checkpoint
-from .config import DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, RunConfig, TrainingConfig, to_dict
+from .checkpoints import _fsync, _no_space, check_space, disk_full
+from .config import DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, RunConfig, TrainingConfig
 from .data import load_data
 from .dialogue import IGNORE_INDEX, get_template
-from .errors import CheckpointError, ConfigError, DataError, ResourceError, RunInterrupted, logger, one_line
+from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, logger, redact
 from .examples import Ledger, check_vocabulary, encode_all
 from .fastpath import apply_fast_path_, batch_loss, token_nlls, uses_autocast
-from .memory import plan
 from .files import save_bad_rows
 from .lora import trainable_parameters
+from .memory import CUDA_CONTEXT_BYTES, plan
 from .model import load_model, load_tokenizer, model_shape, pick_device
 from .packing import PackedCollator, PackedRow, pack
 from .quantization import compute_dtype
-from .runs import Run, check_name, create_run, environment, list_runs, write_card, write_json
+from .resume import _hash, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, sweep, weights_fingerprint
+from .runs import Run, check_name, environment, write_card, write_json
 
 # %% ../nbs/27_train.ipynb #e8c71be6
 class EpochOrder(Sampler):
@@ -81,6 +83,7 @@ class PackedTrainer(SafeTrainer, Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
+        self.phase = 'evaluation'
         rows, size, was_training = self.eval_dataset if eval_dataset is None else eval_dataset, self.args.per_device_eval_batch_size, self.model.training
         self.model.eval()
         total, count = 0.0, 0
@@ -100,7 +103,7 @@ class PackedTrainer(SafeTrainer, Trainer):
 # %% ../nbs/27_train.ipynb #898a4025
 def _load_optimizer_and_scheduler(self, checkpoint):
     "As stock; then the learning rate and weight decay of *this* run, where they differ."
-    Trainer._load_optimizer_and_scheduler(self, checkpoint)
+    super(PackedTrainer, self)._load_optimizer_and_scheduler(checkpoint)
     if checkpoint is None or not hasattr(self.lr_scheduler, 'lr_lambdas'): return
     rate, decay = self.args.learning_rate, self.args.weight_decay
     for i,group in enumerate(self.optimizer.param_groups):
@@ -173,56 +176,6 @@ def training_arguments(
         eval_steps=every(config.eval_steps, 8) if evaluates else None, report_to='none', disable_tqdm=True, remove_unused_columns=False, logging_nan_inf_filter=False,
         bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu)
 
-# %% ../nbs/27_train.ipynb #c45e073f
-def _hash(*parts):
-    digest = hashlib.sha256()
-    for part in parts: digest.update(part if isinstance(part, bytes) else str(part).encode())
-    return digest.hexdigest()[:16]
-
-@torch.no_grad()
-def weights_fingerprint(
-    model:nn.Module, # A model, with or without adapters
-    samples:int=64, # Values looked at in each tensor
-)->str: # 16 hexadecimal digits
-    "Recognise frozen weights by values at even distances; adapters do not count."
-    parts = []
-    for name,p in sorted(model.named_parameters()):
-        if p.requires_grad or 'lora_' in name or 'modules_to_save' in name: continue
-        flat = p.detach().reshape(-1)
-        picked = flat[torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), device=flat.device, dtype=torch.float64).long()]
-        parts += [name.replace('base_model.model.', '').replace('.base_layer', ''), tuple(p.shape), p.dtype, picked.double().cpu().numpy().tobytes()]
-    return _hash(*parts)
-
-def data_fingerprint(
-    rows, # `PackedRow`s in order
-)->str: # 16 hexadecimal digits
-    "Recognise rows by ids, labels, borders and order."
-    return _hash(*(json.dumps([r.input_ids, r.labels, r.lengths]) for r in rows))
-
-# %% ../nbs/27_train.ipynb #0832bac8
-_FREE = {'model.model_name', 'model.revision', 'data.data_path', 'training.output_dir', 'training.run_name', 'training.logging_steps', 'training.save_steps',
-         'training.eval_steps', 'training.save_total_limit', 'training.allow_changes', 'training.report_to'} # may change: they do not shape the weights
-_OWNERS = {'data.rows': 'data.', 'template': 'data.template', 'tokenizer': 'model.model_name', 'base weights': 'model.model_name'}
-
-def run_facts(
-    config:RunConfig, # The resolved configuration
-    **derived, # Fingerprints, resolved `"auto"` settings
-)->dict: # `{'settings': {...}, 'versions': {...}}`
-    "What a checkpoint keeps, so that a resume can be compared with it."
-    flat = {f'{s}.{k}': list(v) if isinstance(v, tuple) else v for s,part in to_dict(config).items() if s in ('model', 'lora', 'data', 'training') for k,v in part.items()}
-    kept = {k: v for k,v in flat.items() if k not in _FREE}
-    return {'format': 1, 'settings': json.loads(json.dumps({**kept, **derived}, default=str)), 'versions': environment()['packages']}
-
-def changed_settings(
-    old:dict, # `run_facts` of the checkpoint
-    new:dict, # `run_facts` now
-    allow=(), # Settings that may differ, as `'section.key'`
-)->list: # `'name: old → new'`, one per change that was not allowed
-    "Compare two runs. Hashes belong to the settings that lead to them: allowing these allows them."
-    a, b = old.get('settings', {}), new['settings']
-    def allowed(name): return any(x == name or x.startswith(_OWNERS.get(name, '\0')) for x in allow)
-    return [f'{k}: {a.get(k)} → {b.get(k)}' for k in sorted({*a, *b}) if a.get(k) != b.get(k) and not allowed(k)]
-
 # %% ../nbs/27_train.ipynb #6087bf51
 def resolve(
     config:RunConfig, # As asked for
@@ -248,6 +201,7 @@ class LLAMATrainer:
         self.device = torch.device(device) if device is not None else pick_device()
         self.config = resolve(RunConfig(**{k: v for k,v in parts.items() if v is not None}), self.device)
         self.hf_trainer, self.run = None, None
+        self._thread = self._error = None
         self._model = self._tokenizer = self._data = self._rows = self._chat = self._start = None
 
     @classmethod
@@ -273,7 +227,7 @@ class LLAMATrainer:
     def model(self):
         "Base and adapter, a `PeftModel`."
         if self._model is None:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
+            with _explained(self, 'loading of the model'), torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
                 torch.manual_seed(self.config.training.seed)
                 self._model = load_model(self.config.model, self.config.lora, self.device)
             if self.config.training.fast_path: apply_fast_path_(self._model, attention=self._uses_fast_attention)
@@ -283,15 +237,33 @@ class LLAMATrainer:
     @property
     def _uses_fast_attention(self): return self.config.model.attn_implementation in ('auto', 'llama_nb_packed')
 
-    def train(self, resume=False, progress:bool|None=None, samples=None)->Run:
+    def train(self, resume=False, progress:bool|None=None, samples=None, background:bool=False)->Run:
         "Train; see `train_run`."
-        return train_run(self, resume, progress, samples)
+        return train_run(self, resume, progress, samples, background)
+    def wait(self, timeout_s:float|None=None)->Run:
+        "Wait for a training in the background, and raise what it raised; `None` waits as long as it takes."
+        if self._thread is not None: self._thread.join(timeout_s)
+        if self._error is not None and not self.is_training:
+            error, self._error = self._error, None
+            raise error
+        return self.run
+    def stop(self)->Run:
+        "Stop a training in the background: its step is finished and saved. `train(resume=True)` goes on."
+        if self.is_training and self.run.status == 'running': self.run.stop()
+        try: return self.wait()
+        except RunInterrupted: return self.run
+    @property
+    def is_training(self)->bool:
+        "Whether a training runs in the background."
+        return self._thread is not None and self._thread.is_alive()
     def evaluate(self, name='validation'):
         "Score base and tuned; see `evaluate_run`."
+        _check_idle(self)
         return evaluate_run(self, name)
     def chat(self, text:str)->str:
         "One turn of a conversation with the model as it is now; it remembers the earlier ones."
         from llama_nb.generate import ChatSession
+        _check_idle(self)
         if self._chat is None: self._chat = ChatSession(self.model, self.tokenizer, template=self.config.data.template, max_new_tokens=self.config.evaluation.max_new_tokens)
         return self._chat.say(text)
 
@@ -306,11 +278,11 @@ def _rows(self)->tuple:
         check_vocabulary(examples, self.tokenizer, model_shape(c.model).vocab_size)
         self.ledgers[name] = touched
         rows = made[name] = to_rows(examples, c.model.max_length, c.training.packing or name == 'validation', seed) if examples else []
-        tokens = sum(map(len, rows))
-        facts[name] = {'conversations': len(examples), 'rows': len(rows), 'tokens': tokens, 'taught_tokens': examples.num_taught,
-                       'filled': round(tokens/max(1, len(rows)*max(map(len, rows), default=1)), 4), **touched, 'touched': touched.to_dict()}
+        sizes = getattr(rows, 'num_tokens', None) or [len(r) for r in rows]
+        facts[name] = {'conversations': len(examples), 'rows': len(rows), 'tokens': sum(sizes), 'taught_tokens': examples.num_taught,
+                       'filled': round(sum(sizes)/max(1, len(rows)*max(sizes, default=1)), 4), **touched, 'touched': touched.to_dict()}
     if not made['train']: raise DataError(f"no conversation is left to train on: {len(self.data.train)} were read, {len(facts['train']['dropped'])} are longer than {c.model.max_length} tokens; raise model.max_length")
-    facts['fingerprint'] = data_fingerprint(made['train'] + made['validation'])
+    facts['fingerprint'] = data_fingerprint(chain(made['train'], made['validation']))
     facts['template'] = get_template(self.tokenizer, c.data.template).to_dict()
     report, t, v = self.data.report.to_dict(), facts['train'], facts['validation']
     told = {'source': report['source'], 'conversations': t['conversations'], 'held_out': v['conversations'], 'taught_tokens': t['taught_tokens'],
@@ -326,42 +298,6 @@ def _save_touched(trainer, folder):
     if ledger: ledger.save(folder/'touched_rows.jsonl')
     if trainer.data.report.bad: save_bad_rows(trainer.data.report.bad, folder/'bad_rows.jsonl')
 
-# %% ../nbs/27_train.ipynb #778afc26
-def open_run(
-    trainer:LLAMATrainer, # Whose configuration
-    resume=False, # `True`: the run of `run_name`, or the newest of `output_dir`; a path: that run
-)->Run: # The folder to write to
-    "Make a new run, or find the one to go on with. Raises `ConfigError` if there is none, or another process is at it."
-    t = trainer.config.training
-    if resume is False or resume is None: return create_run(t.output_dir, t.run_name, trainer.config)
-    if resume is True:
-        if trainer.run is not None: run = trainer.run
-        elif t.run_name is not None and (Path(t.output_dir)/t.run_name).is_dir(): run = Run(Path(t.output_dir)/t.run_name)
-        else:
-            runs = list_runs(t.output_dir) if t.run_name is None and Path(t.output_dir).is_dir() else []
-            if not runs: raise ConfigError(f'nothing to resume: {Path(t.output_dir)/(t.run_name or "")} holds no run; start with train()')
-            run = runs[-1]
-    else: run = Run(resume)
-    if run.status == 'running' and json.loads((run.folder/'.heartbeat').read_text())['pid'] != os.getpid():
-        raise ConfigError(f'{run.name} is being trained by another process; stop that one first')
-    clean_leftovers(run.folder)
-    return run
-
-def find_checkpoint(
-    run:Run, # The run to go on with
-    facts:dict, # `run_facts` now
-    allow=(), # Settings that may differ
-)->Path|None: # The newest valid checkpoint; `None` if there is none yet
-    "Where to go on from. Raises `ConfigError` naming each changed setting as old → new."
-    checkpoint = run.latest_valid()
-    if checkpoint is None: return None
-    old = json.loads((checkpoint/'run.json').read_text())
-    if changes := changed_settings(old, facts, allow):
-        raise ConfigError(f"{run.name}/{checkpoint.name} was trained with other settings: {'; '.join(changes)}; put them back, or name them in training.allow_changes")
-    moved = [f'{k} {v} → {facts["versions"].get(k)}' for k,v in old.get('versions', {}).items() if facts['versions'].get(k) != v]
-    if moved: logger.warning('resuming with other versions, so not bit for bit: %s', ', '.join(moved))
-    return checkpoint
-
 # %% ../nbs/27_train.ipynb #84635ff7
 def _checkpointing(trainer, batch_size):
     "Whether to recompute activations: as set, or if the plan does not fit without."
@@ -371,6 +307,11 @@ def _checkpointing(trainer, batch_size):
     without = replace(t, gradient_checkpointing=False, per_device_train_batch_size=batch_size)
     return not plan(trainer.config.model, without, trainer.config.lora).fits(room_bytes())
 
+def _recomputes(model):
+    "Whether activations are recomputed, by whichever name this transformers has for it."
+    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    return inner.is_activation_checkpointing if hasattr(type(inner), 'is_activation_checkpointing') else inner.is_gradient_checkpointing
+
 def set_checkpointing_(
     model, # A PEFT model
     on:bool, # Recompute activations in the backward pass
@@ -379,7 +320,7 @@ def set_checkpointing_(
     inner = model.get_base_model()
     name = 'activation' if hasattr(inner, 'activation_checkpointing_enable') else 'gradient'
     if on: getattr(inner, f'{name}_checkpointing_enable')(**{f'{name}_checkpointing_kwargs': {'use_reentrant': False}})
-    elif inner.is_gradient_checkpointing: getattr(inner, f'{name}_checkpointing_disable')()
+    elif _recomputes(model): getattr(inner, f'{name}_checkpointing_disable')()
 
 def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     "The `PackedTrainer` of a run."
@@ -402,6 +343,10 @@ def _check_able(training, resume):
     if training.compute == 'fp8': raise ConfigError('training.compute: fp8 is not there yet; use bf16 or fp32')
     if not resume: check_name(training.output_dir, training.run_name)
 
+def _check_idle(trainer):
+    "One thing at a time with one model."
+    if trainer.is_training: raise ConfigError(f'{trainer.run.name} is being trained in the background; trainer.stop() or trainer.wait() first')
+
 def _samples(trainer):
     "What answers the held-out prompts at each validation; `None` if none were asked for."
     from llama_nb.generate import reply_sampler
@@ -409,78 +354,134 @@ def _samples(trainer):
     if not e.sample_prompts: return None
     return reply_sampler(trainer.model, trainer.tokenizer, data.validation, data.train, e.sample_prompts, trainer.config.data.template, e.max_new_tokens)
 
-def train_run(
-    trainer:LLAMATrainer, # What to train
-    resume=False, # `True` or a run folder: go on from the newest valid checkpoint, to the last bit as if never interrupted
-    progress:bool|None=None, # Show a bar; `None`: where somebody can see it
-    samples=None, # Function without arguments that returns sample replies at each evaluation
-)->Run: # The finished run
-    """Train one run to its end.
+class _Prepared(NamedTuple):
+    "All that a run needs to start."
+    run:Run # Its folder
+    hf:PackedTrainer # The loop
+    interrupt:InterruptGuard # Who is asked to stop
+    checkpoint:Path|None # Where to go on from
+    total:int # Optimizer steps of the whole run
+    lock:ExitStack # Closed when the run has ended
 
-    Raises `RunInterrupted` (exit code 130) after an interrupt, with a valid checkpoint; `NonFiniteError` before a NaN reaches a weight; `ConfigError` if the
-    settings differ from those of the run to resume; `ResourceError` if memory or disk do not suffice; `DataError` for faulty rows."""
+def _prepare(trainer, resume, progress, samples):
+    "Everything that can be refused, before the first step."
     c = trainer.config
     _check_able(c.training, resume)
-    rows, held, data_facts = trainer.rows()
+    rows, held_out, data_facts = trainer.rows()
     model = trainer.model
     need = 12*trainable_parameters(model)[0]*(c.training.save_total_limit + 1) # weights and two moments in float32; one more while a save is under way
     check_space(next(p for p in Path(c.training.output_dir).absolute().parents if p.is_dir()), need, 'the checkpoints of this run')
     size = c.training.per_device_train_batch_size
     if size == 'auto': size = auto_batch_size(len(rows), c.model, c.training, c.lora, trainer.device)
-    facts = run_facts(c, **{'training.per_device_train_batch_size': size, 'data.rows': data_facts['fingerprint'], 'template': data_facts['template']['hash'][:16],
-                            'tokenizer': _hash(trainer.tokenizer.backend_tokenizer.to_str()), 'base weights': weights_fingerprint(model)})
-    run = trainer.run = open_run(trainer, resume)
-    checkpoint = find_checkpoint(run, facts, c.training.allow_changes) if resume else None
-    with torch.no_grad():
-        for n,p in model.named_parameters():
-            if n in trainer._start: p.copy_(trainer._start[n]) # a second train() starts where the first one did
-    total = num_steps(len(rows), size, c.training)
-    if len(rows) <= size*c.training.gradient_accumulation_steps: logger.warning('an epoch is a single step: all of train is %d rows, and a step takes %d', len(rows), size*c.training.gradient_accumulation_steps)
-    callbacks = guards(run, trainer.tokenizer, samples or _samples(trainer), progress, c.training.report_to)
-    hf = trainer.hf_trainer = _make_trainer(trainer, run, facts, callbacks, size, total)
-    trainer._chat = None
-    write_json(run.folder/'data.json', data_facts)
-    _save_touched(trainer, run.folder)
-    write_json(run.folder/'environment.json', environment(device=torch.cuda.get_device_name() if trainer.device.type == 'cuda' else 'cpu',
-        compute_dtype=str(compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)).removeprefix('torch.')))
-    at = int(checkpoint.name.split('-')[1]) if checkpoint else 0
-    run.log('resume' if resume else 'start', step=at, total_steps=total, rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
-    interrupt = next(g for g in callbacks if isinstance(g, InterruptGuard))
-    return _finish(trainer, _guarded(trainer, run, hf, interrupt, checkpoint), interrupt)
+    facts = run_facts(c, **{'training.per_device_train_batch_size': size, 'data.rows': data_facts['fingerprint'], 'data.conversations': data_facts['train']['conversations'],
+                            'template': data_facts['template']['hash'][:16], 'tokenizer': _hash(trainer.tokenizer.backend_tokenizer.to_str()),
+                            'base weights': weights_fingerprint(model), 'device': trainer.device.type})
+    with ExitStack() as lock:
+        run = lock.enter_context(exclusive(open_run(c, resume, trainer.run)))
+        checkpoint = None
+        if resume:
+            sweep(run)
+            path = None if resume is True else Path(resume)
+            checkpoint = find_checkpoint(run, facts, c.training.allow_changes, path if path and path.parent == run.folder else None)
+        trainer.run = run
+        with torch.no_grad():
+            for n,p in model.named_parameters():
+                if n in trainer._start: p.copy_(trainer._start[n]) # a second train() starts where the first one did
+        total = num_steps(len(rows), size, c.training)
+        if len(rows) <= size*c.training.gradient_accumulation_steps: logger.warning('an epoch is a single step: all of train is %d rows, and a step takes %d', len(rows), size*c.training.gradient_accumulation_steps)
+        callbacks = guards(run, trainer.tokenizer, samples or _samples(trainer), progress, c.training.report_to)
+        hf = trainer.hf_trainer = _make_trainer(trainer, run, facts, callbacks, size, total)
+        trainer._chat = trainer._error = None
+        write_json(run.folder/'data.json', data_facts)
+        _save_touched(trainer, run.folder)
+        write_json(run.folder/'environment.json', environment(device=torch.cuda.get_device_name() if trainer.device.type == 'cuda' else 'cpu',
+            compute_dtype=str(compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)).removeprefix('torch.')))
+        at = int(checkpoint.name.split('-')[1]) if checkpoint else 0
+        run.log('resume' if resume else 'start', step=at, total_steps=total, rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
+        return _Prepared(run, hf, next(g for g in callbacks if isinstance(g, InterruptGuard)), checkpoint, total, lock.pop_all())
 
 # %% ../nbs/27_train.ipynb #46e871c6
-def _guarded(trainer, run, hf, interrupt, checkpoint):
+@contextmanager
+def _explained(trainer, phase=None):
+    "Out of memory and out of disk become our errors inside the block; the first with the plan, the second with the folder."
+    try: yield
+    except LlamaNbError: raise
+    except BaseException as e:
+        if _no_space(e) and trainer.run is not None: raise disk_full(trainer.run.folder, 'this run') from e
+        if not is_out_of_memory(e): raise
+        c, hf, on_gpu = trainer.config, trainer.hf_trainer, trainer.device.type == 'cuda'
+        now = dict(per_device_train_batch_size=hf.args.per_device_train_batch_size, gradient_checkpointing=_recomputes(hf.model)) if phase is None else {}
+        planned = plan(c.model, replace(c.training, **now), c.lora, context_bytes=CUDA_CONTEXT_BYTES if on_gpu else 0)
+        raise out_of_memory(phase or hf.phase, planned, room_bytes() if on_gpu else None) from e
+
+def _last_word(run, kind, **data):
+    "Say how a run ended, if the disk lets us."
+    try: run.log(kind, **data)
+    except (OSError, ResourceError): pass
+
+def _restore(hf, checkpoint):
+    "Weights and state of a run whose last step is done: the stock loop would take one more."
+    hf.state = TrainerState.load_from_json(str(checkpoint/'trainer_state.json'))
+    hf._load_from_checkpoint(str(checkpoint))
+
+def _train_loop(trainer, p):
     "Run the stock loop; whatever happens, say how it ended."
+    run, hf = p.run, p.hf
     try:
-        with interrupt.installed(): hf.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as e:
-        run.log('failed', step=hf.state.global_step, error=one_line(e))
-        raise ResourceError(f'out of GPU memory in step {hf.state.global_step + 1} with {hf.args.per_device_train_batch_size} x {trainer.config.model.max_length} tokens; '
-                            'lower training.per_device_train_batch_size or model.max_length, or set training.gradient_checkpointing=true') from e
+        with _explained(trainer):
+            if p.checkpoint and int(p.checkpoint.name.split('-')[1]) >= p.total: _restore(hf, p.checkpoint)
+            else: hf.train(resume_from_checkpoint=str(p.checkpoint) if p.checkpoint else None)
     except KeyboardInterrupt:
-        run.log('interrupted', step=hf.state.global_step, checkpoint=next((p.name for p in run.checkpoints()[::-1]), None))
+        _last_word(run, 'interrupted', step=hf.state.global_step, checkpoint=next((c.name for c in run.checkpoints()[::-1]), None))
         raise
     except BaseException as e:
-        run.log('failed', step=hf.state.global_step, error=type(e).__name__) # the message may hold text of a row
+        _last_word(run, 'failed', step=hf.state.global_step, error=type(e).__name__) # the message may hold text of a row
         raise
     finally:
         hf.model.zero_grad(set_to_none=True)
         for callback in hf.callback_handler.callbacks:
             if hasattr(callback, 'close'): callback.close()
-    return run
 
-def _finish(trainer, run, interrupt):
+def _finish(trainer, p):
     "Curves, card and, for a run that came to its end, the PEFT folder."
-    state = trainer.hf_trainer.state
-    if state.global_step >= state.max_steps:
-        publish(trainer, run)
-        run.log('finished', step=state.global_step)
-    run.save_plot()
-    write_card(run)
-    if state.global_step >= state.max_steps: return run
+    run, state = p.run, trainer.hf_trainer.state
+    whole = state.global_step >= state.max_steps
+    with _explained(trainer, 'saving'):
+        if whole:
+            publish(trainer, run)
+            run.log('finished', step=state.global_step)
+        run.save_plot()
+        write_card(run)
+    if whole: return run
     checkpoint = run.folder/f'checkpoint-{state.global_step}'
-    run.log('interrupted', step=state.global_step, checkpoint=checkpoint.name, by=interrupt.requested)
-    raise RunInterrupted(f'{run.name}: stopped after step {state.global_step} of {state.max_steps} ({interrupt.requested}); saved in {checkpoint}; go on with train(resume=True)', checkpoint)
+    run.log('interrupted', step=state.global_step, checkpoint=checkpoint.name, by=p.interrupt.requested)
+    raise RunInterrupted(f'{run.name}: stopped after step {state.global_step} of {state.max_steps} ({p.interrupt.requested}); saved in {redact(checkpoint)}; go on with train(resume=True)', checkpoint)
+
+# %% ../nbs/27_train.ipynb #48213259
+def train_run(
+    trainer:LLAMATrainer, # What to train
+    resume=False, # `True`, a run folder or a checkpoint: go on from the newest valid checkpoint, to the last bit as if never interrupted
+    progress:bool|None=None, # Show a bar; `None`: where somebody can see it
+    samples=None, # Function without arguments that returns sample replies at each evaluation
+    background:bool=False, # Train in a thread and return at once; `trainer.stop()`, `trainer.wait()`, `watch(run.folder)`
+)->Run: # The finished run; in the background, the one under way
+    """Train one run to its end.
+
+    Raises `RunInterrupted` (exit code 130) after an interrupt, with a valid checkpoint; `NonFiniteError` before a NaN reaches a weight; `DivergenceError` if the loss stays far
+    above its range; `ConfigError` if the settings differ from those of the run to resume; `CheckpointError` if its checkpoint can not be read; `ResourceError` if memory or disk do not suffice; `DataError` for faulty rows."""
+    _check_idle(trainer)
+    prepared = _prepare(trainer, resume, False if background and progress is None else progress, samples)
+    def work():
+        with prepared.lock, prepared.interrupt.installed():
+            _train_loop(trainer, prepared)
+            return _finish(trainer, prepared)
+    if not background: return work()
+    def quietly():
+        try: work()
+        except BaseException as e: trainer._error = e # `wait` raises it
+    trainer._thread = threading.Thread(target=quietly, name=f'train {prepared.run.name}')
+    trainer._thread.start()
+    return prepared.run
 
 # %% ../nbs/27_train.ipynb #228a60d8
 def publish(
@@ -500,8 +501,10 @@ def publish(
     mode = (stage/'trainer_state.json').stat().st_mode # by the umask; safetensors leaves 0600
     for path in sorted(stage.iterdir(), key=lambda p: p.name == 'adapter_model.safetensors'):
         path.chmod(mode)
+        _fsync(path)
         os.replace(path, run.folder/path.name)
     stage.rmdir()
+    _fsync(run.folder)
     return run.folder
 
 # %% ../nbs/27_train.ipynb #91488cd6

@@ -17,9 +17,28 @@ def pytest_configure(config):
     for flag in FLAGS: config.addinivalue_line('markers', f'{flag}: runs only with --flags {flag}')
 
 
+LONGEST = ('test_real_data', 'test_templates', 'test_stream', 'test_encoder_fuzz')  # files that take minutes start first, so that two workers end together
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     asked = config.getoption('--flags').split()
     for item in items:
         for flag in FLAGS:
             if flag in item.keywords and flag not in asked:
                 item.add_marker(pytest.mark.skip(reason=f'{flag}: run with --flags {flag}'))
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    "A folder with a tiny model, and a loaded trainer on it that forked processes start from."
+    from fork_run import make_trainer
+    place = tmp_path_factory.mktemp('tiny')
+    return place, make_trainer(place)
+
+
+@pytest.fixture(scope='session')
+def undisturbed(tiny):
+    "The run that nobody disturbs: eight steps, a checkpoint after each."
+    from fork_run import finished
+    return finished(tiny[1], 'whole')

@@ -1,7 +1,6 @@
 """What `check_data` finds: planted defects of every class, false alarms on clean conversations, and what `fix` takes out."""
 import json
 import random
-import time
 from dataclasses import replace
 
 import pytest
@@ -147,16 +146,3 @@ def test_without_the_extra_libraries_it_says_so(monkeypatch, planted):
     report = check_data(data).report
     assert all("pip install 'llama_nb[data]'" in how for how in report.checked.values()) and report.languages == {}
     assert {(f.part, f.index) for f in report.findings if f.kind == 'leak'} == bad['leak'] and not any('near' in f.kind for f in report.findings)
-
-
-@pytest.mark.slow
-def test_fifty_thousand_rows_in_a_minute():
-    rng, vocabulary = random.Random(0), sorted({w for c in CLEAN for m in c.messages for w in m.content.split()})
-    def text(): return ' '.join(rng.choices(vocabulary, k=rng.randrange(5, 25)))
-    rows = [Conversation(tuple(Message(r, text()) for r in ('user', 'assistant')*rng.randrange(2, 5)), Source('made', i)) for i in range(50_000)]
-    data = load_data(rows)
-    began = time.monotonic()
-    checked = check_data(data)
-    took = time.monotonic() - began
-    print(f'50,000 conversations, {checked.report.num_words:,} words: {took:.0f} s')
-    assert took < 60

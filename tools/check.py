@@ -140,12 +140,12 @@ def notebooks(tally, name, files, module, flags, timeout):
 
 
 def pytest(tally, flags, timeout):
-    "The tests that need a process of their own, counted from pytest's report."
+    "The tests that need a process of their own, counted from pytest's report; two files at a time."
     began = time.monotonic()
     if not list((ROOT/'tests').rglob('test_*.py')): return say('     tests: none yet')
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp)/'report.xml'
-        cmd = [sys.executable, '-m', 'pytest', 'tests', '-q', '--durations=10', f'--junitxml={report}', f'--flags={flags}', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
+        cmd = [sys.executable, '-m', 'pytest', 'tests', '-q', '--durations=10', f'--junitxml={report}', f'--flags={flags}', '-n', '2', '--dist', 'loadfile', '--no-loadscope-reorder', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
         ok, code, text = run(cmd, timeout=timeout)
         cases = list(ET.parse(report).iter('testcase')) if report.exists() else []
     passed = failed = 0
@@ -179,7 +179,7 @@ def main():
     files = nbcheck.notebooks()
     if wanted('notebooks'): notebooks(tally, 'notebooks as written', files, False, a.flags, a.timeout)
     if wanted('modules'): notebooks(tally, 'notebooks against the modules', [f for f in files if nbcheck.exports(f)], True, a.flags, a.timeout)
-    if wanted('tests'): pytest(tally, a.flags, timeout=1800)
+    if wanted('tests'): pytest(tally, a.flags, timeout=14_400 if a.flags else 3600)
     say(f'\n{time.monotonic() - began:.0f} s in all')
     if tally.failures: say('\nfailed:\n' + indent('\n'.join(tally.failures)))
     if tally.skipped: say('\nnot run, and not counted as passed:\n' + indent('\n'.join(dict.fromkeys(tally.skipped))))

@@ -25,11 +25,11 @@ _MODULES = {
     'checkpoints': 'verify_checkpoint',
     'runs': 'Run list_runs watch',
     'guards': '',  # a name can not be a module and a function at once: `from llama_nb.guards import guards`
-    'generate': 'generate_replies stream_reply ChatSession',
-    'metrics': 'Perplexity Bleu Rouge corpus_bleu',
-    'report': 'EvaluationReport',
-    'losses': 'PerplexityEvaluator',
-    'evaluation': 'QualitativeEvaluator EvaluationFramework compare',
+    'generate': 'generate_replies stream_reply ChatSession samples_timeline',
+    'metrics': 'Perplexity Bleu ChrF Rouge corpus_bleu',
+    'report': 'EvaluationReport bootstrap_interval paired_difference',
+    'losses': 'PerplexityEvaluator top_losses explain',
+    'evaluation': 'QualitativeEvaluator EvaluationFramework compare run_lm_eval',
     'resume': '',
     'train': 'LLAMATrainer',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`

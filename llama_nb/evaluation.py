@@ -248,7 +248,7 @@ def _diff(first:str, second:str): # Two `(html, text)`: what only the first has,
 
 def _grid(columns): # `(title, html)` each
     "Texts beside one another."
-    cell = 'flex:1 1 16em;min-width:0;white-space:pre-wrap;overflow-wrap:anywhere'
+    cell = 'flex:1 1 12em;min-width:0;white-space:pre-wrap;overflow-wrap:anywhere'
     return '<div style="display:flex;flex-wrap:wrap;gap:.4em 1.2em;margin:.2em 0 .9em">' + ''.join(f'<div style="{cell}"><b>{escape(t)}</b>\n{h}</div>' for t,h in columns) + '</div>'
 
 # %% ../nbs/25_evaluation.ipynb #9bdb0181

@@ -17,13 +17,13 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import languages
 from .dialogue import Conversation, Example, IGNORE_INDEX, Message, as_conversation, encode, get_template
 from .errors import DataError, NonFiniteError
 from .fastpath import _causal_lm, apply_fast_path_, taught_positions
 from .metrics import UnicodeTokenizer, count_words, perplexity, ratio, repetition_stats
 from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
+from .quality import languages
 from .views import PALETTE, View, escape, plain_text, table
 
 # %% ../nbs/24_losses.ipynb #7c7daf99
@@ -309,8 +309,8 @@ class TopLosses:
     def view(self)->View: # One box per conversation
         "Coloured text, worst first."
         head = f'{len(self.rows)} of {self.num_conversations} conversations; all together {self.loss:.4f} nats per token over {self.num_tokens:,} taught tokens'
-        views = [r.view() for r in self.rows]
-        return View(f'<div>{escape(head)}</div>' + ''.join(v.html for v in views), '\n\n'.join([head, *(v.text for v in views)]))
+        views, legend = [r.view() for r in self.rows], 'The redder, the dearer (full at 6 nats); a green line: cheaper than for the base by half a nat or more, an orange one: dearer.'
+        return View(f'<div>{escape(head)}</div><div style="font-size:.85em">{legend}</div>' + ''.join(v.html for v in views), '\n\n'.join([head, *(v.text for v in views)]))
 
     def __len__(self): return len(self.rows)
     def __iter__(self): return iter(self.rows)

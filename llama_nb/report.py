@@ -11,7 +11,7 @@ __all__ = ['Statistic', 'STATISTICS', 'LOWER_IS_BETTER', 'LABELS', 'TITLES', 'In
 import json, math, os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
@@ -250,9 +250,10 @@ class EvaluationReport:
 
     def save(self,
         folder, # Folder to make, e.g. `<run>/eval/validation`
+        data_text:bool=True, # False: scores, rows and replies only, no text of the data; for data whose licence forbids to pass it on
     )->Path: # The folder
         "Write `metrics.json`, `samples.jsonl` and `report.html`."
-        return _save_report(self, folder)
+        return _save_report(self if data_text else replace(self, samples=[{**s, 'prompt': [], 'reference': None} for s in self.samples]), folder)
 
     def __repr__(self): return repr(self.view())
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
@@ -338,6 +339,7 @@ def _plot_report(report):
             panel.plot(s.value, i, 'o', color=color)
         panel.set(yticks=range(len(rows)), yticklabels=[label for label,*_ in rows], ylim=(len(rows) - .5, -.5))
         panel.set_title(TITLES[name], fontsize=9)
+        panel.locator_params(axis='x', nbins=5)
     return View(picture(fig, 'scores with intervals'), repr(_report_table(report)), fig)
 
 def _distributions(report):

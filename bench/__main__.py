@@ -1,10 +1,9 @@
-"""python -m bench startup|cpu: run measurements on an otherwise idle machine; results go to bench/results/."""
+"""python -m bench startup|cpu|encode: run measurements on an otherwise idle machine; results go to bench/results/."""
+import importlib
 import sys
 
-from bench import startup
-
-SUITES = {'startup': [startup.main], 'cpu': [startup.main]}
+SUITES = ('startup', 'cpu', 'encode')
 
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1] not in SUITES: sys.exit(f'usage: python -m bench {"|".join(SUITES)}')
-    for suite in SUITES[sys.argv[1]]: print('wrote', suite())
+    print('wrote', importlib.import_module(f'bench.{sys.argv[1]}').main())

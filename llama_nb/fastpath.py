@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEW_ROWS', 'SCORES', 'packed_parts', 'unpack', 'lora_linear', 'LoRALinear', 'fuse_lora_', 'unfuse_lora_',
-           'taught_positions', 'supervised_loss', 'taught_nll', 'batch_loss', 'apply_fast_path_', 'uses_autocast',
-           'token_nlls', 'PACKED', 'packed_attention', 'plain_attention', 'attention_kernel', 'set_packed_attention_']
+           'unpack_copies_', 'compile_layers_', 'keep_freed_memory_', 'taught_positions', 'supervised_loss',
+           'taught_nll', 'batch_loss', 'apply_fast_path_', 'uses_autocast', 'token_nlls', 'PACKED', 'packed_attention',
+           'plain_attention', 'attention_kernel', 'set_packed_attention_']
 
-# %% ../nbs/16_fastpath.ipynb #0b40f7d6
+# %% ../nbs/16_fastpath.ipynb #4f166f3c
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,11 @@ from torch import Tensor, nn
 from .attention import PACKED, _causal_lm, attention_kernel, packed_attention, plain_attention, set_packed_attention_
 from .dialogue import IGNORE_INDEX
 from .errors import logger
-from .quantization import _bitsandbytes
 
 # %% ../nbs/16_fastpath.ipynb #06e9a4e9
 _all_ = ['PACKED', 'packed_attention', 'plain_attention', 'attention_kernel', 'set_packed_attention_'] # at home in `attention`, and part of the fast path
 
-# %% ../nbs/16_fastpath.ipynb #bd38d6e6
+# %% ../nbs/16_fastpath.ipynb #01414d1a
 def packed_parts(
     weight:Tensor, # `(n, k)` weight; bitsandbytes' packed one carries a `quant_state`
 )->tuple[list[Tensor],list[int],str]: # Tensors, numbers and the kind `'nf4'`, `'fp4'` or `''`
@@ -43,16 +43,93 @@ def unpack(
 )->Tensor: # `(n, k)`; a plain weight of that dtype is not copied
     "The weight to multiply with, by bitsandbytes' own kernels."
     if not kind: return parts[0].to(dtype)
-    _bitsandbytes()
     weight, absmax, *nested = parts
     if nested: absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested[0], nested[1], sizes[3], torch.float32).add_(nested[2])
     made = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     return torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, sizes[2], kind, sizes[:2], made).to(dtype)
 
-# %% ../nbs/16_fastpath.ipynb #b9d6db0e
+# %% ../nbs/16_fastpath.ipynb #83c5d8b0
 def _rows(x): return x.reshape(-1, x.shape[-1])
 
+def _lora_forward(
+    x:Tensor, # `(..., k)` input
+    dropped:Tensor|None, # `(..., k)` input of the update, after dropout; None: `x`
+    lora_A:Tensor, # `(r, k)`, any float dtype
+    lora_B:Tensor, # `(n, r)`, any float dtype
+    bias:Tensor|None, # `(n,)`, frozen
+    scaling:float, # Factor on the update
+    sizes:list[int], # As of `packed_parts`
+    kind:str, # As of `packed_parts`
+    *parts:Tensor, # Frozen weight, as of `packed_parts`
+)->Tensor: # `(..., n)`, in the dtype of `x`
+    "Frozen linear plus low-rank update."
+    rows, W = _rows(x), unpack(parts, sizes, kind, x.dtype)
+    out = rows @ W.t() if bias is None else torch.addmm(bias.to(x.dtype), rows, W.t())
+    low = (rows if dropped is None else _rows(dropped)) @ lora_A.to(x.dtype).t()
+    return out.addmm_(low, lora_B.to(x.dtype).t(), alpha=scaling).view(*x.shape[:-1], sizes[0])
+
+def _lora_backward(
+    grad:Tensor, # `(..., n)`
+    x:Tensor, # As in the forward pass
+    dropped:Tensor|None, # As in the forward pass
+    lora_A:Tensor, # As in the forward pass
+    lora_B:Tensor, # As in the forward pass
+    scaling:float, # As in the forward pass
+    sizes:list[int], # As in the forward pass
+    kind:str, # As in the forward pass
+    parts:list[Tensor], # As in the forward pass
+    with_x:bool, # Whether `x` wants a gradient: the first layer's does not
+)->tuple[Tensor,Tensor,Tensor,Tensor]: # Gradients of `x`, `dropped`, `lora_A`, `lora_B`; empty where there is none
+    "The formulas above; the weight is unpacked again."
+    rows, g, A, B = _rows(x if dropped is None else dropped), _rows(grad), lora_A.to(x.dtype), lora_B.to(x.dtype)
+    low = g @ B # dy B, `(rows, r)`
+    dA, dB = (low.t() @ rows).to(lora_A.dtype).mul_(scaling), (g.t() @ (rows @ A.t())).to(lora_B.dtype).mul_(scaling)
+    dx = g @ unpack(parts, sizes, kind, x.dtype) if with_x else g.new_empty(0)
+    if dropped is None: return (dx.addmm_(low, A, alpha=scaling).view(x.shape) if with_x else dx), g.new_empty(0), dA, dB
+    return dx.view(x.shape) if with_x else dx, (low @ A).mul_(scaling).view(x.shape), dA, dB
+
+# %% ../nbs/16_fastpath.ipynb #ed7152c0
 @torch.library.custom_op('llama_nb::lora_linear', mutates_args=())
+def _lora_op(x:Tensor, dropped:Tensor|None, lora_A:Tensor, lora_B:Tensor, bias:Tensor|None, scaling:float, sizes:list[int], kind:str, parts:list[Tensor])->Tensor:
+    "`_lora_forward` as a closed box."
+    return _lora_forward(x, dropped, lora_A, lora_B, bias, scaling, sizes, kind, *parts)
+
+@_lora_op.register_fake
+def _(x, dropped, lora_A, lora_B, bias, scaling, sizes, kind, parts): return x.new_empty(*x.shape[:-1], sizes[0])
+
+@torch.library.custom_op('llama_nb::lora_linear_backward', mutates_args=())
+def _lora_op_backward(grad:Tensor, x:Tensor, dropped:Tensor|None, lora_A:Tensor, lora_B:Tensor, scaling:float, sizes:list[int], kind:str, parts:list[Tensor], with_x:bool)->tuple[Tensor,Tensor,Tensor,Tensor]:
+    "`_lora_backward` as a closed box."
+    return _lora_backward(grad, x, dropped, lora_A, lora_B, scaling, sizes, kind, parts, with_x)
+
+@_lora_op_backward.register_fake
+def _(grad, x, dropped, lora_A, lora_B, scaling, sizes, kind, parts, with_x):
+    none = x.new_empty(0)
+    return torch.empty_like(x) if with_x else none, none.clone() if dropped is None else torch.empty_like(x), torch.empty_like(lora_A), torch.empty_like(lora_B)
+
+def _keep(ctx, inputs, output):
+    "What the way back needs: the input, the adapters, and the weight as it is stored."
+    x, dropped, lora_A, lora_B, _, ctx.scaling, ctx.sizes, ctx.kind, *parts = inputs
+    ctx.boxed = len(parts) == 1 and isinstance(parts[0], list)
+    ctx.save_for_backward(x, dropped, lora_A, lora_B, *(parts[0] if ctx.boxed else parts))
+
+def _back(backward):
+    "The way back by one of the two forms of `_lora_backward`."
+    def back(ctx, grad):
+        x, dropped, lora_A, lora_B, *parts = ctx.saved_tensors
+        with_x = ctx.needs_input_grad[0]
+        dx, d_dropped, dA, dB = backward(grad, x, dropped, lora_A, lora_B, ctx.scaling, ctx.sizes, ctx.kind, parts, with_x)
+        none = [[None]*len(parts)] if ctx.boxed else [None]*len(parts)
+        return dx if with_x else None, d_dropped if dropped is not None else None, dA, dB, None, None, None, None, *none
+    return back
+
+_lora_op.register_autograd(_back(_lora_op_backward), setup_context=_keep)
+
+# %% ../nbs/16_fastpath.ipynb #1b5b909c
+class _LoRA(torch.autograd.Function):
+    "The same two functions without the box."
+    forward, setup_context, backward = staticmethod(_lora_forward), staticmethod(_keep), staticmethod(_back(_lora_backward))
+
 def lora_linear(
     x:Tensor, # `(..., k)` input
     dropped:Tensor|None, # `(..., k)` input of the update, after dropout; None: `x`
@@ -64,56 +141,11 @@ def lora_linear(
     sizes:list[int], # As of `packed_parts`
     kind:str, # As of `packed_parts`
 )->Tensor: # `(..., n)`, in the dtype of `x`
-    "Frozen linear plus low-rank update."
-    rows, W = _rows(x), unpack(parts, sizes, kind, x.dtype)
-    out = rows @ W.t() if bias is None else torch.addmm(bias.to(x.dtype), rows, W.t())
-    low = (rows if dropped is None else _rows(dropped)) @ lora_A.to(x.dtype).t()
-    return out.addmm_(low, lora_B.to(x.dtype).t(), alpha=scaling).view(*x.shape[:-1], sizes[0])
+    "Frozen linear plus low-rank update; gradients for `x`, `dropped`, `lora_A` and `lora_B`."
+    if torch.compiler.is_compiling(): return _lora_op(x, dropped, lora_A, lora_B, bias, scaling, sizes, kind, parts)
+    return _LoRA.apply(x, dropped, lora_A, lora_B, bias, scaling, sizes, kind, *parts)
 
-@lora_linear.register_fake
-def _(x, dropped, lora_A, lora_B, bias, scaling, parts, sizes, kind): return x.new_empty(*x.shape[:-1], sizes[0])
-
-@torch.library.custom_op('llama_nb::lora_linear_backward', mutates_args=())
-def _lora_linear_backward(
-    grad:Tensor, # `(..., n)`
-    x:Tensor, # As in the forward pass
-    dropped:Tensor|None, # As in the forward pass
-    lora_A:Tensor, # As in the forward pass
-    lora_B:Tensor, # As in the forward pass
-    scaling:float, # As in the forward pass
-    parts:list[Tensor], # As in the forward pass
-    sizes:list[int], # As in the forward pass
-    kind:str, # As in the forward pass
-    with_x:bool, # Whether `x` wants a gradient: the first layer's does not
-)->tuple[Tensor,Tensor,Tensor,Tensor]: # Gradients of `x`, `dropped`, `lora_A`, `lora_B`; empty where there is none
-    "The formulas above; the weight is unpacked again."
-    rows, g, A, B = _rows(x if dropped is None else dropped), _rows(grad), lora_A.to(x.dtype), lora_B.to(x.dtype)
-    low = g @ B # dy B, `(rows, r)`
-    dA, dB = (low.t() @ rows).to(lora_A.dtype).mul_(scaling), (g.t() @ (rows @ A.t())).to(lora_B.dtype).mul_(scaling)
-    dx = g @ unpack(parts, sizes, kind, x.dtype) if with_x else g.new_empty(0)
-    if dropped is None: return (dx.addmm_(low, A, alpha=scaling).view(x.shape) if with_x else dx), g.new_empty(0), dA, dB
-    return dx.view(x.shape) if with_x else dx, (low @ A).mul_(scaling).view(x.shape), dA, dB
-
-@_lora_linear_backward.register_fake
-def _(grad, x, dropped, lora_A, lora_B, scaling, parts, sizes, kind, with_x):
-    none = x.new_empty(0)
-    return torch.empty_like(x) if with_x else none, none.clone() if dropped is None else torch.empty_like(x), torch.empty_like(lora_A), torch.empty_like(lora_B)
-
-# %% ../nbs/16_fastpath.ipynb #9ea2e82f
-def _keep(ctx, inputs, output):
-    "What the way back needs: the input, the adapters, and the weight as it is stored."
-    x, dropped, lora_A, lora_B, _, ctx.scaling, parts, ctx.sizes, ctx.kind = inputs
-    ctx.save_for_backward(x, dropped, lora_A, lora_B, *parts)
-
-def _back(ctx, grad):
-    x, dropped, lora_A, lora_B, *parts = ctx.saved_tensors
-    with_x = ctx.needs_input_grad[0]
-    dx, d_dropped, dA, dB = _lora_linear_backward(grad, x, dropped, lora_A, lora_B, ctx.scaling, parts, ctx.sizes, ctx.kind, with_x)
-    return dx if with_x else None, d_dropped if dropped is not None else None, dA, dB, None, None, [None]*len(parts), None, None
-
-lora_linear.register_autograd(_back, setup_context=_keep)
-
-# %% ../nbs/16_fastpath.ipynb #0a9e83b6
+# %% ../nbs/16_fastpath.ipynb #8894d11f
 FEW_ROWS = 16 # below this many rows, and without gradients, the stock layer answers
 
 def _why_plain(
@@ -145,7 +177,8 @@ class LoRALinear:
         if not dtype.is_floating_point: dtype = x.dtype
         inner = x.to(dtype)
         dropped = dropout(inner) if self.training and getattr(dropout, 'p', 0) > 0 else None
-        parts, sizes, kind = packed_parts(base.weight)
+        copy = getattr(self, '_unpacked', None)
+        parts, sizes, kind = packed_parts(base.weight) if copy is None or copy.dtype != dtype else packed_parts(copy)
         out = lora_linear(inner, dropped, self.lora_A[name].weight, self.lora_B[name].weight, base.bias, float(self.scaling[name]), parts, sizes, kind)
         return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
 
@@ -182,6 +215,47 @@ def unfuse_lora_(
     for layer in layers: layer.__class__ = type(layer).__mro__[2]
     return len(layers)
 
+# %% ../nbs/16_fastpath.ipynb #da3dd5d2
+@torch.no_grad()
+def unpack_copies_(
+    model:nn.Module, # A PEFT model with fused LoRA linears, changed in place
+    on:bool=True, # Make the copies, or drop them
+)->int: # Bytes they take
+    "Hold the frozen 4-bit weights of fused layers unpacked as well."
+    total = 0
+    for layer in model.modules():
+        if not isinstance(layer, LoRALinear): continue
+        layer.__dict__.pop('_unpacked', None)
+        parts, sizes, kind = packed_parts(layer.base_layer.weight)
+        if not on or not kind: continue
+        layer.__dict__['_unpacked'] = unpack(parts, sizes, kind, layer.base_layer.compute_dtype)
+        total += layer.__dict__['_unpacked'].nbytes
+    return total
+
+# %% ../nbs/16_fastpath.ipynb #635a5ba7
+def _in_training(layer):
+    "The compiled call for training steps, the plain one for everything else."
+    compiled = layer._compiled_call_impl
+    layer._compiled_call_impl = lambda *args, **kwargs: (compiled if layer.training and torch.is_grad_enabled() else layer._call_impl)(*args, **kwargs)
+
+def compile_layers_(
+    model:nn.Module, # A causal LM, or a PEFT model around one; changed in place
+    backend:str='inductor', # What compiles the graph
+)->nn.Module: # The same model
+    "Compile each layer as one graph, for training steps. Raises torch's own error at a break. Needs rows of one length: each new one is compiled anew."
+    for layer in _causal_lm(model).model.layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+        _in_training(layer)
+    return model
+
+# %% ../nbs/16_fastpath.ipynb #77104e8b
+def keep_freed_memory_()->bool: # Whether this system's allocator could be told
+    "Let glibc keep freed memory for reuse; elsewhere do nothing."
+    import ctypes, platform
+    if platform.libc_ver()[0] != 'glibc': return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(-3, 2**30) and mallopt(-1, 2**31 - 1)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 # %% ../nbs/16_fastpath.ipynb #f1683075
 def taught_positions(
     labels:Tensor, # `(1, T)`; `IGNORE_INDEX` where not taught
@@ -202,7 +276,7 @@ def supervised_loss(
     nll = F.cross_entropy(logits.float(), targets, reduction='sum')
     return nll/(len(targets) if num_items is None else num_items)
 
-# %% ../nbs/16_fastpath.ipynb #583f7ade
+# %% ../nbs/16_fastpath.ipynb #00e8aa61
 SCORES = {'cuda': 2**27, 'cpu': 2**24} # float32 scores held at a time: 512 MiB on a GPU, 64 MiB elsewhere
 
 def _chunk(weight, chunk): return chunk or max(16, SCORES.get(weight.device.type, SCORES['cpu'])//len(weight))
@@ -213,11 +287,12 @@ class _TaughtNLL(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunk):
         total, grad = torch.zeros((), device=hidden.device, dtype=torch.float32), torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
-            scores, y = (hidden[i:i+chunk] @ weight.t()).float(), targets[i:i+chunk, None]
-            lse = scores.logsumexp(-1, keepdim=True)
-            total += (lse - scores.gather(1, y)).sum()
-            p = scores.sub_(lse).exp_()
-            grad[i:i+chunk] = p.scatter_add_(1, y, torch.full_like(lse, -1)).to(hidden.dtype) @ weight
+            logp, y = F.log_softmax(hidden[i:i+chunk] @ weight.t(), -1, dtype=torch.float32), targets[i:i+chunk, None]
+            at_target = logp.gather(1, y)
+            total -= at_target.sum()
+            p = logp.exp_().scatter_(1, y, at_target.exp_().sub_(1))
+            grad[i:i+chunk] = p.to(hidden.dtype) @ weight
+            del logp, p # before the next scores are made
         ctx.save_for_backward(grad)
         return total
 

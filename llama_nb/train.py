@@ -31,10 +31,10 @@ from .data import load_data
 from .dialogue import IGNORE_INDEX, get_template
 from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, logger, redact
 from .examples import Ledger, check_vocabulary, encode_all
-from .fastpath import apply_fast_path_, batch_loss, token_nlls, uses_autocast
+from .fastpath import apply_fast_path_, batch_loss, compile_layers_, keep_freed_memory_, token_nlls, unpack_copies_, uses_autocast
 from .files import save_bad_rows
 from .lora import trainable_parameters
-from .memory import CUDA_CONTEXT_BYTES, plan
+from .memory import CUDA_CONTEXT_BYTES, decide, measured_layer_bytes, plan
 from .model import load_model, load_tokenizer, model_shape, pick_device
 from .packing import PackedCollator, PackedRow, pack
 from .quantization import compute_dtype
@@ -143,10 +143,8 @@ def auto_batch_size(
 )->int: # Rows per micro-batch
     "What `per_device_train_batch_size='auto'` stands for here."
     if torch.device(device).type != 'cuda': return 1 if training_config.packing else min(4, max(1, num_rows))
-    size = max(1, min(AUTO_TOKENS//model_config.max_length, num_rows//(MIN_STEPS*training_config.gradient_accumulation_steps)))
-    free = room_bytes()
-    while size > 1 and not plan(model_config, replace(training_config, per_device_train_batch_size=size), lora_config).fits(free): size //= 2
-    return size
+    most_rows = max(1, num_rows//(MIN_STEPS*training_config.gradient_accumulation_steps))
+    return decide(model_config, room_bytes(), training_config, lora_config, AUTO_TOKENS, most_rows).settings['rows']
 
 def num_steps(
     num_rows:int, # Rows of the training set
@@ -299,13 +297,13 @@ def _save_touched(trainer, folder):
     if trainer.data.report.bad: save_bad_rows(trainer.data.report.bad, folder/'bad_rows.jsonl')
 
 # %% ../nbs/27_train.ipynb #84635ff7
-def _checkpointing(trainer, batch_size):
-    "Whether to recompute activations: as set, or if the plan does not fit without."
-    t = trainer.config.training
-    if t.gradient_checkpointing != 'auto': return t.gradient_checkpointing
-    if trainer.device.type != 'cuda': return False
-    without = replace(t, gradient_checkpointing=False, per_device_train_batch_size=batch_size)
-    return not plan(trainer.config.model, without, trainer.config.lora).fits(room_bytes())
+def _decided(trainer, batch_size):
+    "The plan of this run: on a GPU, auto settings follow memory and one measured layer; on a CPU nothing is recomputed unless asked for."
+    c, t = trainer.config, replace(trainer.config.training, per_device_train_batch_size=batch_size)
+    if trainer.device.type != 'cuda':
+        t = replace(t, gradient_checkpointing=t.gradient_checkpointing is True)
+        return plan(c.model, t, c.lora, shape=trainer.model.get_base_model().config, context_bytes=0)
+    return decide(c.model, room_bytes(), t, c.lora, shape=trainer.model.get_base_model().config, layer_bytes=measured_layer_bytes(trainer.model))
 
 def _recomputes(model):
     "Whether activations are recomputed, by whichever name this transformers has for it."
@@ -314,25 +312,31 @@ def _recomputes(model):
 
 def set_checkpointing_(
     model, # A PEFT model
-    on:bool, # Recompute activations in the backward pass
+    on:bool|int, # Recompute activations in the backward pass: of all layers, of none, or of that many
 ):
-    "Switch recomputing on or off, by whichever name this transformers has for it."
+    "Switch recomputing on or off, layer by layer, by whichever name this transformers has for it."
     inner = model.get_base_model()
     name = 'activation' if hasattr(inner, 'activation_checkpointing_enable') else 'gradient'
     if on: getattr(inner, f'{name}_checkpointing_enable')(**{f'{name}_checkpointing_kwargs': {'use_reentrant': False}})
     elif _recomputes(model): getattr(inner, f'{name}_checkpointing_disable')()
+    if on is not True:
+        for layer in inner.model.layers[on:]: layer.gradient_checkpointing = False
 
 def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     "The `PackedTrainer` of a run."
     rows, held, _ = trainer.rows()
     c, model = trainer.config, trainer.model
     args = training_arguments(c.training, run.folder, total_steps, batch_size, bool(held), trainer.device.type == 'cpu')
-    set_checkpointing_(model, _checkpointing(trainer, batch_size))
+    planned = trainer.planned = _decided(trainer, batch_size)
+    set_checkpointing_(model, planned.settings['checkpointed_layers'])
+    if planned.settings['dequantised_copy']: unpack_copies_(model)
     dtype = torch.float32 if c.training.compute == 'fp32' else compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)
     pad = trainer.tokenizer.pad_token_id
-    made = PackedTrainer(model, args, PackedCollator(pad if pad is not None else 0), rows, held or None, callbacks=callbacks, run=run, run_facts=facts,
+    made = PackedTrainer(model, args, PackedCollator(pad if pad is not None else 0, pad_to=batch_size*c.model.max_length if c.training.compile else None), rows, held or None, callbacks=callbacks, run=run, run_facts=facts,
                          fast_path=c.training.fast_path, dtype=dtype)
     made.remove_callback(PrinterCallback)
+    if c.training.compile and getattr(model.get_base_model().model.layers[0], '_compiled_call_impl', None) is None: compile_layers_(model)
+    if trainer.device.type == 'cpu' and c.training.fast_path: keep_freed_memory_()
     return made
 
 # %% ../nbs/27_train.ipynb #4857b27e
@@ -427,6 +431,8 @@ def _restore(hf, checkpoint):
 def _train_loop(trainer, p):
     "Run the stock loop; whatever happens, say how it ended."
     run, hf = p.run, p.hf
+    on_gpu = trainer.device.type == 'cuda'
+    if on_gpu: torch.cuda.reset_peak_memory_stats(trainer.device)
     try:
         with _explained(trainer):
             if p.checkpoint and int(p.checkpoint.name.split('-')[1]) >= p.total: _restore(hf, p.checkpoint)
@@ -441,6 +447,7 @@ def _train_loop(trainer, p):
         hf.model.zero_grad(set_to_none=True)
         for callback in hf.callback_handler.callbacks:
             if hasattr(callback, 'close'): callback.close()
+    run.log('memory', step=hf.state.global_step, planned_bytes=trainer.planned.total, measured_bytes=torch.cuda.max_memory_allocated(trainer.device) if on_gpu else None)
 
 def _finish(trainer, p):
     "Curves, card and, for a run that came to its end, the PEFT folder."

@@ -1,0 +1,64 @@
+"""Training speed on a CPU: the demo model in 4 bits, the same conversations, side by side with TRL; each row in its own process."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.common import RESULTS, save
+from bench.row import ALPHA, COUNT, CPU, MAX_LENGTH, MEDIAN, R, RATE, SECONDS, STEPS, WARM_UP
+
+# what is to be reached: name, of which row, of which number, at least (or at most), what it is compared with
+TARGETS = [('tokens/s, of TRL as shipped', 'real_tokens_per_s', ['TRL as shipped'], 6.0), ('tokens/s, of TRL at its best', 'real_tokens_per_s', ['TRL, no checkpointing', 'TRL, no checkpointing, packed'], 3.5),
+           ('tokens/s, of row 1', 'real_tokens_per_s', ['careful bf16 recipe (row 1)'], 3.3), ('tokens/s, of row 2', 'real_tokens_per_s', ['row 1 without checkpointing (row 2)'], 2.0)]
+
+
+def apart(suite, name, timeout=300):
+    "One row in a process of its own; what it said last if it failed."
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder)/'report.json'
+        done = subprocess.run([sys.executable, '-m', 'bench.row', suite, name, str(report)], capture_output=True, text=True, timeout=timeout,
+                              env={**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'PYTHONPATH': str(RESULTS.parent.parent)})
+        if report.exists(): return json.loads(report.read_text())
+        return dict(not_run=(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1][:300])
+
+
+def compare(rows):
+    "Ours against the others: each target with what was found."
+    us, found = rows['llama_nb'], {}
+    for name, key, others, least in TARGETS:
+        known = [rows[o][key] for o in others if key in rows.get(o, {})]
+        if known: found[name] = dict(ratio=round(us[key]/max(known), 2), at_least=least)
+    first, shipped = rows.get('careful bf16 recipe (row 1)', {}), rows.get('TRL as shipped', {})
+    if 'steps' in first: found['CPU-seconds per token, of row 1'] = dict(ratio=round(us['cpu_s_per_1000_tokens']/first['cpu_s_per_1000_tokens'], 3), at_most=0.36)
+    if 'steps' in shipped: found['peak extra memory, of TRL as shipped'] = dict(ratio=round(us['peak_extra_mib']/shipped['peak_extra_mib'], 2), at_most=1.0)
+    return {k: {**v, 'reached': v['ratio'] >= v['at_least'] if 'at_least' in v else v['ratio'] <= v['at_most']} for k, v in found.items()}
+
+
+def draw(rows, path):
+    "Bars of real tokens per second."
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    shown = {k: v for k, v in rows.items() if 'steps' in v}
+    fig, ax = plt.subplots(figsize=(7, 0.45*len(shown) + 1))
+    ax.barh(list(shown), [v['real_tokens_per_s'] for v in shown.values()], color=['#D55E00' if k.startswith('llama_nb') else '#0072B2' for k in shown])
+    for i, v in enumerate(shown.values()): ax.text(v['real_tokens_per_s'], i, f" {v['real_tokens_per_s']:.0f}  ({v['peak_extra_mib']:,} MiB)", va='center', fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel='real tokens per second (peak memory beyond the model)', xlim=(0, 1.3*max(v['real_tokens_per_s'] for v in shown.values())))
+    fig.savefig(path, dpi=100, bbox_inches='tight')
+
+
+def main(names=tuple(CPU)):
+    "The gate first; then every row, ours at last and once more to show the noise."
+    rows = {}
+    for name in names:
+        rows[name] = apart('cpu', name)
+        print(f'{name:38}', json.dumps(rows[name])[:400], flush=True)
+        if name == 'gate' and not rows[name].get('passed'): sys.exit('the correctness gate failed: no number is worth printing')
+    ratios = compare(rows) if 'steps' in rows.get('llama_nb', {}) else {}
+    for name, ratio in ratios.items(): print(f'{name:38}', ratio)
+    draw(rows, RESULTS/'cpu.png')
+    return save('cpu', rows, ratios=ratios, model='SmolLM2-135M-Instruct, NF4 nested, bf16 compute', conversations=COUNT, median_words=MEDIAN, max_length=MAX_LENGTH, lora_r=R,
+                lora_alpha=ALPHA, learning_rate=RATE, warm_up_steps=WARM_UP, timed_steps_at_least=STEPS, seconds_at_least=SECONDS, threads=os.environ.get('OMP_NUM_THREADS', 'all cores'))

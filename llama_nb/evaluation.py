@@ -24,7 +24,7 @@ from .fastpath import _causal_lm, plain_attention
 from .generate import Reply, generate_replies
 from .losses import ConversationLoss, PerplexityEvaluator, _has_adapter, _no_base, adapter_off, measuring
 from .metrics import bleu_signature, bleu_stats, chrf_signature, chrf_stats, distinct, ratio, repetition_stats, rouge_scores, rouge_signature
-from .report import LABELS, STATISTICS, TITLES, EvaluationReport, Interval, share_interval, sign_test
+from .report import LABELS, STATISTICS, TITLES, EvaluationReport, share_interval, sign_test
 from .views import PALETTE, View, escape, plain_text
 
 _all_ = ['EvaluationReport', 'PerplexityEvaluator', 'ConversationLoss', 'adapter_off', 'measuring', 'LABELS', 'TITLES'] # at home in chapters before this one, and part of it

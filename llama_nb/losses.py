@@ -24,7 +24,7 @@ from .metrics import UnicodeTokenizer, count_words, perplexity, ratio, repetitio
 from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
 from .quality import languages
-from .views import PALETTE, View, escape, plain_text, table
+from .views import PALETTE, View, escape, plain_text
 
 # %% ../nbs/24_losses.ipynb #7c7daf99
 @contextmanager

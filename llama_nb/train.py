@@ -8,7 +8,6 @@ __all__ = ['AUTO_TOKENS', 'MIN_STEPS', 'EpochOrder', 'PackedTrainer', 'to_rows',
            'evaluate_run']
 
 # %% ../nbs/27_train.ipynb #e0d5edb3
-import json
 import math
 import os
 import random

@@ -476,7 +476,10 @@ class Tracker(Guard):
         settings = wandb.Settings(console='off', save_code=False, disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True, silent=True)
         there = wandb.init(project=os.environ.get('WANDB_PROJECT', 'llama_nb'), name=self.run.name, dir=str(self.run.folder), mode=mode,
                            config=tracked_config(self.run.config), settings=settings, reinit='finish_previous')
-        return (lambda values, step: there.log(values, step=step)), there.finish
+        def finish():
+            there.finish()
+            for path in (self.run.folder/'wandb').rglob('debug*.log'): path.unlink(missing_ok=True) # wandb's own log names folders of this machine
+        return (lambda values, step: there.log(values, step=step)), finish
 
     def _try(self, action):
         "Run `action`; on any failure warn once and stop tracking."

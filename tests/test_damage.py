@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fork_run import finished, fork, record, same, train, wait
 
-from llama_nb.checkpoints import MANIFEST, latest_valid, verify_checkpoint, write_manifest
+from llama_nb.checkpoints import MANIFEST, latest_valid, rotate_checkpoints, stage_checkpoint, verify_checkpoint, write_manifest
 from llama_nb.errors import logger
 from llama_nb.runs import Run
 
@@ -63,6 +63,45 @@ def test_damage_is_found(undisturbed, tmp_path, heard):
         found += 1
     record('damage matrix', cases=found, found=found)
     assert found >= 6*8
+
+
+def test_everything_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    "The order of calls into the system: each file, the manifest and the stage are flushed, then renamed, then the parent is flushed."
+    calls, opened = [], {}
+    real = {name: getattr(os, name) for name in ('open', 'fsync', 'rename', 'replace')}
+    def spy_open(path, *args, **kwargs):
+        fd = real['open'](path, *args, **kwargs)
+        opened[fd] = Path(path).name
+        return fd
+    def spy(name, about):
+        def call(*args, **kwargs):
+            calls.append((name, about(*args)))
+            return real[name](*args, **kwargs)
+        return call
+    monkeypatch.setattr(os, 'open', spy_open)
+    monkeypatch.setattr(os, 'fsync', spy('fsync', lambda fd: opened[fd]))
+    monkeypatch.setattr(os, 'rename', spy('rename', lambda a, b: (Path(a).name, Path(b).name)))
+    (tmp_path/'run').mkdir()
+    with stage_checkpoint(tmp_path/'run', 7) as stage:
+        (stage/'weights').write_bytes(b'1')
+        (stage/'sub').mkdir()
+        (stage/'sub'/'state').write_bytes(b'2')
+    assert [about for name, about in calls if name == 'rename'] == [('.tmp-7', 'checkpoint-7')]
+    at = calls.index(('rename', ('.tmp-7', 'checkpoint-7')))
+    flushed = [about for name, about in calls[:at] if name == 'fsync']
+    assert set(flushed) == {'weights', 'state', MANIFEST, 'sub', '.tmp-7'} and flushed[-1] == '.tmp-7'
+    assert flushed.index(MANIFEST) > max(flushed.index('weights'), flushed.index('state'))
+    assert calls[at + 1:] == [('fsync', 'run')]
+
+
+def test_rotation_keeps_two_valid_ones(undisturbed, tmp_path):
+    "Also if the newest is damaged: then nothing older goes."
+    copy = Run(shutil.copytree(undisturbed.folder, tmp_path/'copy'))
+    older = Path(shutil.copytree(copy.checkpoints()[0], copy.folder/'checkpoint-1'))
+    write_manifest(older, 1, copy.id)
+    flip(copy.checkpoints()[-1]/'optimizer.pt')
+    assert rotate_checkpoints(copy.folder, 2, copy.id) == [] and len(copy.checkpoints()) == 3
+    assert rotate_checkpoints(copy.folder, 2, copy.id) == []
 
 
 def test_a_bit_in_the_manifest_is_harmless_or_found(undisturbed, tmp_path):

@@ -66,6 +66,15 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tiny, undisturbed, name, tmp_path
     record('hostile file', kind='pickle', name=name, code_ran=False)
 
 
+def test_code_files_are_refused(undisturbed, tmp_path):
+    "A file of a kind whose loader may run code makes a checkpoint invalid, even if its manifest lists it."
+    for name in LOADABLE[7:10] + LOADABLE[11:]:
+        copy = Path(shutil.copytree(undisturbed.checkpoints()[-1], tmp_path/name/'checkpoint-8'))
+        (copy/name).write_bytes(b'x')
+        write_manifest(copy, 8, undisturbed.id)
+        assert verify_checkpoint(copy) == [f'{name} is of a kind that can run code when it is loaded']
+
+
 def test_a_pickle_in_a_published_run_does_not_run(undisturbed, tmp_path):
     "The same at the top of a run folder, where `load_tuned` looks: only safetensors and JSON are read."
     from llama_nb.model import load_tuned

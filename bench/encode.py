@@ -18,7 +18,7 @@ def encoding(repeats=3):
     from llama_nb.dialogue import encode
     from llama_nb.model import load_tokenizer
     tokenizer = load_tokenizer('demo')
-    loaded = list(DailyDialogDatasetLoader(data_path=str(Path(os.environ['LLAMA_NB_TEST_DATA'])/'data'/'dailydialog')).load('train'))
+    loaded = list(DailyDialogDatasetLoader(data_path=str(Path(os.environ['LLAMA_NB_TEST_DATA'])/'data'/'dailydialog'/'train.zip')).load('train'))
     plain = [[{'role': m.role, 'content': m.content} for m in c.messages] for c in loaded]
     ours, stock = [], []
     for i in range(repeats):

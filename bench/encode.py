@@ -55,4 +55,4 @@ def main():
     if not os.environ.get('LLAMA_NB_TEST_DATA'): sys.exit('LLAMA_NB_TEST_DATA: not set; it names the folder with the real data')
     lengths, rows = encoding()
     for name, row in (rows := {'encoding': rows, 'packing': packing(lengths)}).items(): print(name, row, flush=True)
-    return save('encode', rows, tokenizer='SmolLM2-135M-Instruct', data='DailyDialog, train', processes=1)
+    return save('encode', rows, load_average_at_end=round(os.getloadavg()[0], 2), tokenizer='SmolLM2-135M-Instruct', data='DailyDialog, train', processes=1)

@@ -31,4 +31,4 @@ def main(repeats=2):
             times.append(time.perf_counter() - began)
         rows[name] = {**spread(times), 'limit_s': LIMIT_S, 'conversations': sum(report.num_conversations.values()), 'words': report.num_words, 'tokens': report.tokens.get('total')}
         print(f"{name:24} {rows[name]['median_s']:6.1f} s  (limit {LIMIT_S})")
-    return save('report', rows, repeats=repeats, rows=ROWS)
+    return save('report', rows, repeats=repeats, conversations=ROWS)

@@ -23,7 +23,8 @@ def one_interrupt(tiny, whole, name, g, number, kind):
     "Signal a run just after an event plus a random moment; returns how it ended and how long that took."
     place, trainer = tiny
     folder = place/'runs'/name
-    child = fork(train(trainer, name, eval_steps=2), place/f'{name}.log')
+    often = dict(eval_steps=2, save_steps=1 if kind in ('save_begin', 'checkpoint') else 100)  # or no save but the one that is asked for
+    child = fork(train(trainer, name, **often), place/f'{name}.log')
     counted, k = Count(folder, kind), g.randint(1, 3)
     until(lambda: counted() >= k, child)
     time.sleep(g.random()*0.1)
@@ -36,7 +37,7 @@ def one_interrupt(tiny, whole, name, g, number, kind):
     newest = run.checkpoints()[-1]
     assert verify_checkpoint(newest, run.id) == [] and int(newest.name.split('-')[1]) == run.metrics('loss')[-1][0]
     assert not [p.name for p in folder.iterdir() if p.name.startswith('.tmp')]
-    same(finished(trainer, name, resume=True, eval_steps=2), whole)
+    same(finished(trainer, name, resume=True, **often), whole)
     shutil.rmtree(folder)
     return took
 

@@ -48,7 +48,8 @@ readme: setup ## README.md from nbs/index.ipynb
 docs: setup ## the documentation site in _docs/
 	@$(BIN)/python tools/docs.py
 
-bench: setup ## the CPU benchmark; results in bench/results/
+bench: setup ## the CPU benchmark beside TRL; results in bench/results/
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,data,preference]'
 	@$(BIN)/python -m bench cpu
 
 clean: ## remove what was built (the environment and the model cache stay)

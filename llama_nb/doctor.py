@@ -74,7 +74,7 @@ def _collect(checks, title):
 # %% ../nbs/32_doctor.ipynb #10e4823b
 _MIN_PYTHON = (3, 10)
 _NEEDS = {'torch': '2.10', 'transformers': '5.3', 'peft': '0.17', 'bitsandbytes': '0.48', 'datasets': '4.0', 'accelerate': '1.10', 'pydantic': '2.7', 'nltk': '3.10'}
-_EXTRAS = {'preference': ('trl',), 'export': ('sentencepiece',), 'data': ('rensa', 'py3langid')} # extra -> modules
+_EXTRAS = {'preference': ('trl',), 'export': ('sentencepiece',), 'data': ('rensa', 'py3langid'), 'lm_eval': ('lm_eval',)} # extra -> modules
 
 def _version(text): return tuple(int(n) for n in re.findall(r'\d+', text.split('+')[0])[:3])
 

@@ -64,6 +64,7 @@ def fork(work, log=os.devnull):
         os.dup2(out, 1), os.dup2(out, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        torch.set_num_threads(1)  # the pool of the parent is no good here; made anew while there is one thread, nobody finds it half made
         work()
         code = 0
     except BaseException as e:

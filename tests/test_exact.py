@@ -44,10 +44,12 @@ def test_resumed_is_uninterrupted(tiny, setup):
     counted = Count(tiny[0]/'runs'/name, 'checkpoint')
     for more, resume in ((at, False), (1, True)):
         before = counted()
-        child = fork(train(trainer, name, resume))
+        log = tiny[0]/f'{name}.log'
+        child = fork(train(trainer, name, resume), log)
         until(lambda: counted() >= before + more, child)
         os.kill(child, signal.SIGTERM if setup == 'accumulation 4' else signal.SIGKILL)
-        assert wait(child) in (-9, 130, 0)  # 0: it had come to its end
+        code = wait(child)
+        assert code in (-9, 130, 0), f'exit code {code}: {log.read_text()[-2000:]}'  # 0: it had come to its end
     same(finished(trainer, name, resume=True), whole)
     record('resumed is uninterrupted', setup=setup, identical=True)
 

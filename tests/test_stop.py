@@ -174,7 +174,7 @@ def test_a_real_notebook_kernel(tmp_path):
         text, error = execute(client, cells[5])
         assert error is None and text.startswith('<display_data> background: running'), text
         text, error = execute(client, cells[6])
-        assert (text.splitlines()[-1].split('>')[-1].strip(), error) == ('interrupted True False', None), text
+        assert error is None and text.rstrip().endswith('interrupted True False'), text  # the live view may have written behind the last line before
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -286,8 +286,7 @@ def data_report(
     "Count what stands in a data set and what was done to it."
     read, both = list(read) or [Conversations(train, 'list', '', num_rows=len(train) + len(validation))], [*train, *validation]
     words = [sum(len(m.content.split()) for m in c.messages) for c in both]
-    ordered, keys = sorted(words) or [0], {conversation_key(c) for c in train}
-    at = lambda share: ordered[min(len(ordered) - 1, int(share*len(ordered)))]
+    keys = {conversation_key(c) for c in train}
     bad = tuple(b for r in read for b in r.bad)
     return DataReport(
         source=' + '.join(dict.fromkeys(r.source for r in read)), format=' + '.join(dict.fromkeys(r.format for r in read)),
@@ -296,5 +295,5 @@ def data_report(
         num_characters=sum(len(m.content) for c in both for m in c.messages), roles=dict(Counter(m.role for c in both for m in c.messages)),
         notes=dict(sum((r.notes for r in read), Counter()) + Counter(notes)), duplicates=len(both) - len({fingerprint([c]) for c in both}),
         duplicates_across_split=sum(conversation_key(c) in keys for c in validation), control_strings=sum(any(_CONTROL.search(m.content) for m in c.messages) for c in both),
-        words_per_conversation=dict(min=ordered[0], median=at(.5), p95=at(.95), max=ordered[-1]), settings=dict(settings or {}), fingerprint=fingerprint(both),
+        words_per_conversation=_quantiles(words), settings=dict(settings or {}), fingerprint=fingerprint(both),
         words=tuple(words), bad=bad)

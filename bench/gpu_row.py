@@ -204,7 +204,7 @@ def trl(size, tokens=None, packing=False, attention='sdpa', liger=False, **setti
     tokens, steps, shape = tokens or Here.tokens, Here.warm + Here.timed, shape_of(size)
     made = examples(shape.vocab_size, int(1.3*tokens*steps) + Here.seq)
     if attention == 'varlen':  # their collator gives the borders under transformers' names for them
-        AttentionInterface.register('varlen', lambda module, q, k, v, mask, cu_seq_lens_q=None, max_length_q=None, **kw: packed_attention(module, q, k, v, None, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q, **kw))
+        AttentionInterface.register('varlen', lambda module, q, k, v, mask, cu_seq_lens_q=None, max_length_q=None, **kw: packed_attention(module, q, k, v, None, cu_seqlens=cu_seq_lens_q, max_seqlen=None if max_length_q is None else int(max_length_q), **kw))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({'<unk>': 0, '<s>': 1, '</s>': 2}, '<unk>')), eos_token='</s>', pad_token='</s>', unk_token='<unk>')
     model = build(shape)
     model.set_attn_implementation(attention)

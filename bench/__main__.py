@@ -1,9 +1,11 @@
-"""python -m bench startup|encode|report|stream|cpu|generate|reliability: run measurements on an otherwise idle machine; results go to bench/results/."""
+"""python -m bench startup|encode|report|stream|cpu|gpu|generate|reliability: run measurements on an otherwise idle machine; results go to bench/results/."""
 import importlib
 import sys
 
-SUITES = ('startup', 'encode', 'report', 'stream', 'cpu', 'generate', 'reliability')
+SUITES = ('startup', 'encode', 'report', 'stream', 'cpu', 'gpu', 'generate', 'reliability')
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2 or sys.argv[1] not in SUITES: sys.exit(f'usage: python -m bench {"|".join(SUITES)}')
-    print('wrote', importlib.import_module(f'bench.{sys.argv[1]}').main())
+    name, more = sys.argv[1] if len(sys.argv) > 1 else '', sys.argv[2:]
+    if name not in SUITES or more and name != 'gpu': sys.exit(f'usage: python -m bench {"|".join(SUITES)}')
+    module = importlib.import_module(f'bench.{name}')
+    print('wrote', module.main(more) if name == 'gpu' else module.main())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEW_ROWS', 'SCORES', 'packed_parts', 'unpack', 'lora_linear', 'LoRALinear', 'fuse_lora_', 'unfuse_lora_',
            'unpack_copies_', 'compile_layers_', 'keep_freed_memory_', 'taught_positions', 'supervised_loss',
-           'taught_nll', 'batch_loss', 'apply_fast_path_', 'uses_autocast', 'token_nlls', 'PACKED', 'packed_attention',
-           'plain_attention', 'attention_kernel', 'set_packed_attention_']
+           'taught_nll', 'batch_loss', 'apply_fast_path_', 'uses_autocast', 'token_nlls', 'fp8_copies_', 'fp8_gap',
+           'PACKED', 'packed_attention', 'plain_attention', 'attention_kernel', 'set_packed_attention_']
 
 # %% ../nbs/16_fastpath.ipynb #4f166f3c
 import functools
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import PACKED, _causal_lm, attention_kernel, packed_attention, plain_attention, set_packed_attention_
 from .dialogue import IGNORE_INDEX
 from .errors import logger
+from .quantization import fp8_matmul, quantize_fp8, rows_to_fp8
 
 # %% ../nbs/16_fastpath.ipynb #06e9a4e9
 _all_ = ['PACKED', 'packed_attention', 'plain_attention', 'attention_kernel', 'set_packed_attention_'] # at home in `attention`, and part of the fast path
@@ -51,6 +52,18 @@ def unpack(
 # %% ../nbs/16_fastpath.ipynb #83c5d8b0
 def _rows(x): return x.reshape(-1, x.shape[-1])
 
+def _frozen(rows, bias, sizes, kind, parts):
+    "`rows @ W.t()` and the bias."
+    if kind == 'fp8':
+        out = fp8_matmul(*rows_to_fp8(rows), *parts[:2], rows.dtype, fast=True)
+        return out if bias is None else out.add_(bias.to(out.dtype))
+    W = unpack(parts, sizes, kind, rows.dtype)
+    return rows @ W.t() if bias is None else torch.addmm(bias.to(rows.dtype), rows, W.t())
+
+def _frozen_back(grad, sizes, kind, parts):
+    "`grad @ W`."
+    return fp8_matmul(*rows_to_fp8(grad), *parts[2:], grad.dtype) if kind == 'fp8' else grad @ unpack(parts, sizes, kind, grad.dtype)
+
 def _lora_forward(
     x:Tensor, # `(..., k)` input
     dropped:Tensor|None, # `(..., k)` input of the update, after dropout; None: `x`
@@ -63,8 +76,8 @@ def _lora_forward(
     *parts:Tensor, # Frozen weight, as of `packed_parts`
 )->Tensor: # `(..., n)`, in the dtype of `x`
     "Frozen linear plus low-rank update."
-    rows, W = _rows(x), unpack(parts, sizes, kind, x.dtype)
-    out = rows @ W.t() if bias is None else torch.addmm(bias.to(x.dtype), rows, W.t())
+    rows = _rows(x)
+    out = _frozen(rows, bias, sizes, kind, parts)
     low = (rows if dropped is None else _rows(dropped)) @ lora_A.to(x.dtype).t()
     return out.addmm_(low, lora_B.to(x.dtype).t(), alpha=scaling).view(*x.shape[:-1], sizes[0])
 
@@ -84,7 +97,7 @@ def _lora_backward(
     rows, g, A, B = _rows(x if dropped is None else dropped), _rows(grad), lora_A.to(x.dtype), lora_B.to(x.dtype)
     low = g @ B # dy B, `(rows, r)`
     dA, dB = (low.t() @ rows).to(lora_A.dtype).mul_(scaling), (g.t() @ (rows @ A.t())).to(lora_B.dtype).mul_(scaling)
-    dx = g @ unpack(parts, sizes, kind, x.dtype) if with_x else g.new_empty(0)
+    dx = _frozen_back(g.to(x.dtype), sizes, kind, parts) if with_x else g.new_empty(0)
     if dropped is None: return (dx.addmm_(low, A, alpha=scaling).view(x.shape) if with_x else dx), g.new_empty(0), dA, dB
     return dx.view(x.shape) if with_x else dx, (low @ A).mul_(scaling).view(x.shape), dA, dB
 
@@ -179,6 +192,7 @@ class LoRALinear:
         dropped = dropout(inner) if self.training and getattr(dropout, 'p', 0) > 0 else None
         copy = getattr(self, '_unpacked', None)
         parts, sizes, kind = packed_parts(base.weight) if copy is None or copy.dtype != dtype else packed_parts(copy)
+        if getattr(self, '_fp8', None) is not None and torch.is_grad_enabled(): parts, sizes, kind = self._fp8, sizes[:2], 'fp8'
         out = lora_linear(inner, dropped, self.lora_A[name].weight, self.lora_B[name].weight, base.bias, float(self.scaling[name]), parts, sizes, kind)
         return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
 
@@ -389,3 +403,49 @@ def token_nlls(
     out = torch.zeros(batch['labels'].shape, device=nll.device)
     out[0, where+1] = nll
     return out
+
+# %% ../nbs/16_fastpath.ipynb #e159cdb6
+@torch.no_grad()
+def fp8_copies_(
+    model:nn.Module, # A PEFT model with fused LoRA linears, changed in place
+    on:bool=True, # Make the copies, or drop them
+)->int: # Bytes they take
+    "Let training steps of fused layers multiply frozen weights in eight bits."
+    total = 0
+    for layer in model.modules():
+        if not isinstance(layer, LoRALinear): continue
+        layer.__dict__.pop('_fp8', None)
+        parts, sizes, kind = packed_parts(layer.base_layer.weight)
+        if not on or sizes[0] % 16 or sizes[1] % 16: continue
+        W = unpack(parts, sizes, kind, torch.float32)
+        layer.__dict__['_fp8'] = [*quantize_fp8(W), *quantize_fp8(W.t().contiguous())]
+        total += sum(t.nbytes for t in layer.__dict__['_fp8'])
+    return total
+
+# %% ../nbs/16_fastpath.ipynb #2df86269
+@contextmanager
+def _without_fp8(model):
+    "For a while, no eight-bit copies."
+    kept = [(m, m.__dict__.pop('_fp8')) for m in model.modules() if '_fp8' in m.__dict__]
+    try: yield [m for m, _ in kept]
+    finally:
+        for m, parts in kept: m.__dict__['_fp8'] = parts
+
+def fp8_gap(
+    model:nn.Module, # A PEFT model with `fp8_copies_`
+    batch:dict, # A flat batch from `PackedCollator`, on the model's device
+)->dict[str,float]: # `weights`, `loss`, `gradients`: relative differences; `layers` that have copies
+    "What the copies change in one step, relative to the same step without them; leaves gradients and random states alone."
+    trained = [p for p in model.parameters() if p.requires_grad]
+    def measured():
+        with torch.random.fork_rng(devices=[trained[0].device] if trained[0].is_cuda else []), torch.enable_grad():
+            torch.manual_seed(0)
+            loss = batch_loss(model, batch)[0]
+            return loss.item(), torch.cat([t.flatten() for t in torch.autograd.grad(loss, trained, allow_unused=True) if t is not None])
+    loss, gradients = measured()
+    with _without_fp8(model) as layers: true_loss, true = measured()
+    off = of = 0.
+    for layer in layers:
+        W = unpack(*packed_parts(layer.base_layer.weight), torch.float32)
+        off, of = off + (layer._fp8[0].float()*layer._fp8[1] - W).square().sum(), of + W.square().sum()
+    return dict(weights=float((off/of)**.5), loss=abs(loss - true_loss)/true_loss, gradients=float((gradients - true).norm()/true.norm()), layers=len(layers))

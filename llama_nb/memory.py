@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GiB', 'CHUNK_NUMBERS', 'CARDS', 'CUDA_CONTEXT_BYTES', 'STEP_TOKENS', 'UNPACK_TOKENS', 'matrix_shapes',
            'parameter_counts', 'linear_bytes', 'weight_bytes', 'trained_numbers', 'activation_bytes', 'logits_bytes',
-           'backward_bytes', 'MemoryPlan', 'plan', 'cheapest_changes', 'decide', 'measured_layer_bytes']
+           'backward_bytes', 'fp8_bytes', 'MemoryPlan', 'plan', 'cheapest_changes', 'decide', 'measured_layer_bytes']
 
 # %% ../nbs/17_memory.ipynb #06e05023
 import dataclasses
@@ -144,6 +144,13 @@ def backward_bytes(
 CARDS = {f'{size} GB': int(0.95*size*GiB) for size in (8, 16, 24, 40, 80, 141)} # usable bytes
 CUDA_CONTEXT_BYTES = GiB//2 # CUDA's own memory, kernels and cuBLAS workspace; differs by driver
 
+def fp8_bytes(
+    shape, # `transformers.LlamaConfig`
+    lora_config:LoRAConfig, # What is adapted
+)->int: # Bytes on top of the frozen weights
+    "The eight-bit copies of `compute='fp8'`: adapted matrices whose sizes 16 divides, once for each direction, with a float32 scale per row."
+    return 0 if lora_config.use_dora else sum(n*(2*o*i + 4*(o + i)) for name,(o,i,n) in _targets(shape, lora_config.target_modules).items() if name in matrix_shapes(shape) and not (o % 16 or i % 16))
+
 def _settings(model_config, training_config, shape, checkpointed_layers=None, dequantised_copy=False):
     "What the plan assumes, with every `auto` that nobody has decided replaced by the careful choice."
     t, m = training_config, model_config
@@ -161,13 +168,16 @@ def _parts(shape, s, training_config, lora_config, context_bytes, layer_bytes):
     kept, layer = activation_bytes(shape, lora_config, s['tokens'], n, e, four, fast_path=fast), backward_bytes(shape, lora_config, s['tokens'], n, e, four, fast)
     if layer_bytes is not None: kept = int(s['tokens']*((L - n)*layer_bytes + n*e*shape.hidden_size))
     linears, other = weight_bytes(shape, four, s['use_nested_quant'], e)
+    eight = fp8_bytes(shape, lora_config) if s['compute'] == 'fp8' else 0
     trained, largest = trained_numbers(shape, lora_config), max(o*i for o,i in matrix_shapes(shape).values())
     ranks = 2 if training_config.num_processes > 1 else 1 # buckets in which processes exchange gradients
     return {f"{'4' if four else 8*e}-bit linears": linears, 'other weights': other, 'trained weights': 4*trained, 'gradients': 4*trained*ranks,
             'optimizer': int(_STATE_BYTES[s['optim']]*trained),
             'activations': kept, **({'dequantised copy': e*L*sum(o*i for o,i in matrix_shapes(shape).values())} if s['dequantised_copy'] else {}),
+            **({'fp8 copies': eight} if eight else {}),
             'logits and loss': logits, 'one layer backwards': max(0, layer - logits), # never at the same time: what it needs beyond the loss
-            'workspace': largest*e*(int(four and not s['dequantised_copy']) + (2 if lora_config.use_dora else 0)), 'CUDA context': context_bytes}
+            'workspace': max(largest*e*(int(four and not s['dequantised_copy']) + (2 if lora_config.use_dora else 0)), s['tokens']*shape.intermediate_size*bool(eight)), # a weight unpacked, or an input rounded
+            'CUDA context': context_bytes}
 
 # %% ../nbs/17_memory.ipynb #54875627
 @dataclass(frozen=True)
@@ -251,6 +261,7 @@ def _variations(shape, model, training, lora):
                (model, new(training, per_device_train_batch_size=rows, gradient_accumulation_steps=steps), lora))
     if not s['gradient_checkpointing']: yield 'training.gradient_checkpointing=true', 'about a third slower, same result', (model, new(training, gradient_checkpointing=True), lora)
     if s['compute'] == 'fp32': yield 'training.compute=bf16', 'coarser numbers, on GPUs much faster', (model, new(training, compute='bf16'), lora)
+    if s['compute'] == 'fp8': yield 'training.compute=bf16', 'slower on GPUs with fp8, and more exact', (model, new(training, compute='bf16'), lora)
     if not s['use_4bit']: yield 'model.use_4bit=true', 'coarser frozen weights', (new(model, use_4bit=True), training, lora)
     if s['optim'] in ('adamw_torch_fused', 'adamw_torch'): yield 'training.optim=adamw_8bit', 'coarser optimizer state', (model, new(training, optim='adamw_8bit'), lora)
     if s['max_length'] >= 512: yield f"model.max_length={s['max_length']//2}", 'longer conversations do not fit', (new(model, max_length=s['max_length']//2), training, lora)
@@ -295,10 +306,10 @@ def decide(
     layers = range(L + 1) if training.gradient_checkpointing == 'auto' else [L if training.gradient_checkpointing else 0]
     for r in rows:
         changed = dataclasses.replace(training, per_device_train_batch_size=r)
-        for copy in (True, False) if with_copy and model.use_4bit and training.fast_path else (False,):
+        for copy in (True, False) if with_copy and model.use_4bit and training.fast_path and training.compute != 'fp8' else (False,):
             for n in layers:
                 p = plan(model, changed, lora, checkpointed_layers=n, dequantised_copy=copy, **kwargs)
-                made.append(((1 + n/(3*L))*(1 + (STEP_TOKENS + UNPACK_TOKENS*(model.use_4bit and not copy))/(r*length)), p.total, p))
+                made.append(((1 + n/(3*L))*(1 + (STEP_TOKENS + UNPACK_TOKENS*(model.use_4bit and not copy and training.compute != 'fp8'))/(r*length)), p.total, p))
                 if p.fits(int(0.9*memory_bytes)): break # more recomputing would only cost time
     fitting = [m for m in made if m[1] <= 0.9*memory_bytes]
     return min(fitting, key=lambda m: m[:2])[2] if fitting else min(made, key=lambda m: m[1])[2]
@@ -315,7 +326,8 @@ def measured_layer_bytes(
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, tokens, inner.config.hidden_size, generator=g).to(weight.device, weight.dtype).requires_grad_()
     cos, sin = inner.model.rotary_emb(hidden, torch.arange(tokens, device=weight.device)[None])
-    own, kept = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), cos, sin]}, {}
+    copies = [t for m in layer.modules() for c in (m.__dict__.get('_unpacked'), m.__dict__.get('_fp8')) if c is not None for t in (c if isinstance(c, list) else [c])]
+    own, kept = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *copies, cos, sin]}, {}
     def pack(t):
         if t.untyped_storage().data_ptr() not in own: kept[t.untyped_storage().data_ptr()] = t # holding it keeps the address unique
         return t

@@ -30,13 +30,13 @@ from .data import load_data
 from .dialogue import IGNORE_INDEX, get_template
 from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, logger, redact
 from .examples import Ledger, check_vocabulary, encode_all
-from .fastpath import apply_fast_path_, batch_loss, compile_layers_, keep_freed_memory_, token_nlls, unpack_copies_, uses_autocast
+from .fastpath import apply_fast_path_, batch_loss, compile_layers_, fp8_copies_, fp8_gap, keep_freed_memory_, token_nlls, unpack_copies_, uses_autocast
 from .files import save_bad_rows
 from .lora import trainable_parameters
 from .memory import CUDA_CONTEXT_BYTES, decide, measured_layer_bytes, plan
 from .model import load_model, load_tokenizer, model_shape, pick_device
 from .packing import PackedCollator, PackedRow, pack
-from .quantization import compute_dtype
+from .quantization import check_fp8, compute_dtype
 from .resume import _hash, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, sweep, weights_fingerprint
 from .runs import Run, check_name, environment, write_card, write_json
 
@@ -91,10 +91,10 @@ class PackedTrainer(SafeTrainer, Trainer):
                 batch = self.data_collator(rows[i:i+size])
                 batch.pop('rows')
                 with self.autocast(): nlls = token_nlls(self.model, self._prepare_inputs(batch))
-                total, count = total + nlls.double().sum().item(), count + int((batch['labels'] != IGNORE_INDEX).sum())
+                total, count = total + nlls.double().sum(), count + int((batch['labels'] != IGNORE_INDEX).sum())
                 self.run.beat()
         finally: self.model.train(was_training)
-        metrics = {f'{metric_key_prefix}_loss': total/count, f'{metric_key_prefix}_num_tokens': count}
+        metrics = {f'{metric_key_prefix}_loss': float(total)/count, f'{metric_key_prefix}_num_tokens': count}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -171,7 +171,7 @@ def training_arguments(
         str(folder), **{k: getattr(config, k) for k in same}, per_device_train_batch_size=batch_size, per_device_eval_batch_size=1,
         warmup_steps=math.ceil(config.warmup_ratio*total_steps), save_strategy='steps', save_steps=every(config.save_steps, 5), eval_strategy='steps' if evaluates else 'no',
         eval_steps=every(config.eval_steps, 8) if evaluates else None, report_to='none', disable_tqdm=True, remove_unused_columns=False, logging_nan_inf_filter=False,
-        bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu)
+        bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu, accelerator_config={'non_blocking': not use_cpu}) # batches cross while the GPU computes
 
 # %% ../nbs/27_train.ipynb #6087bf51
 def resolve(
@@ -321,6 +321,16 @@ def set_checkpointing_(
     if on is not True:
         for layer in inner.model.layers[on:]: layer.gradient_checkpointing = False
 
+def _start_fp8(hf, rows, run):
+    "Make the eight-bit copies, and say what they change in a step."
+    fp8_copies_(hf.model)
+    batch = hf.data_collator(rows[:1])
+    del batch['rows']
+    with hf.autocast(): gap = fp8_gap(hf.model.train(), hf._prepare_inputs(batch))
+    run.log('fp8', step=hf.state.global_step, **{f'{k}_off' if k != 'layers' else k: round(v, 5) for k,v in gap.items()})
+    logger.warning('fp8: %d layers multiply in eight bits; weights are off by %.1f %%, and on the first row the loss by %.2f %% and the gradients by %.0f %% from those of %s',
+                   gap['layers'], 100*gap['weights'], 100*gap['loss'], 100*gap['gradients'], str(hf.dtype).removeprefix('torch.'))
+
 def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     "The `PackedTrainer` of a run."
     rows, held, _ = trainer.rows()
@@ -334,16 +344,17 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     made = PackedTrainer(model, args, PackedCollator(pad if pad is not None else 0, pad_to=batch_size*c.model.max_length if c.training.compile else None), rows, held or None, callbacks=callbacks, run=run, run_facts=facts,
                          fast_path=c.training.fast_path, dtype=dtype)
     made.remove_callback(PrinterCallback)
+    if c.training.compute == 'fp8': _start_fp8(made, rows, run)
     if c.training.compile and getattr(model.get_base_model().model.layers[0], '_compiled_call_impl', None) is None: compile_layers_(model)
     if trainer.device.type == 'cpu' and c.training.fast_path: keep_freed_memory_()
     return made
 
 # %% ../nbs/27_train.ipynb #4857b27e
-def _check_able(training, resume):
+def _check_able(training, resume, device):
     "Refuse early what would fail late, and what this version would otherwise ignore."
     if training.num_processes != 1 and int(os.environ.get('WORLD_SIZE', 1)) != training.num_processes:
         raise ConfigError(f'training.num_processes: this is one process, found {training.num_processes}; set it to 1')
-    if training.compute == 'fp8': raise ConfigError('training.compute: fp8 is not there yet; use bf16 or fp32')
+    if training.compute == 'fp8': check_fp8(device)
     if not resume: check_name(training.output_dir, training.run_name)
 
 def _check_idle(trainer):
@@ -369,7 +380,7 @@ class _Prepared(NamedTuple):
 def _prepare(trainer, resume, progress, samples):
     "Everything that can be refused, before the first step."
     c = trainer.config
-    _check_able(c.training, resume)
+    _check_able(c.training, resume, trainer.device)
     rows, held_out, data_facts = trainer.rows()
     model = trainer.model
     need = 12*trainable_parameters(model)[0]*(c.training.save_total_limit + 1) # weights and two moments in float32; one more while a save is under way

@@ -1,0 +1,60 @@
+"""The GPU benchmark's CPU twin: every row of ours with small shapes, so that the first run on a GPU is not the first run at all."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.gpu import TARGETS, targets  # noqa: E402
+from bench.gpu_row import ROWS  # noqa: E402
+from tiny_run import ENV  # noqa: E402
+
+
+def bench(*arguments): return subprocess.run([sys.executable, '-m', 'bench', 'gpu', *map(str, arguments)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def test_every_row_small(tmp_path):
+    before = sorted((ROOT/'bench'/'results').iterdir())
+    done = bench('--device', 'cpu', '--tiny', '--out', tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads((tmp_path/'gpu.json').read_text())
+    rows = result['rows']
+    assert list(rows) == list(ROWS) and (tmp_path/'gpu.png').exists()
+    assert rows['gate']['passed'] and rows['gate']['fp8']['gradients'] < .2 and rows['gate']['fp8']['gradients'] > rows['gate']['ours']['gradients']
+    for name, row in rows.items():
+        if 'llama_nb' in name or 'again' in name or 'smallest' in name:
+            assert 'not_run' not in row, (name, row)
+            assert row['steps'] == 2 and row['slowest'] <= row['real_tokens_per_s'] <= row['fastest'] and row['supervised_tokens_per_s'] < .5*row['real_tokens_per_s']
+        elif 'TRL' in name or 'unsloth' in name: assert row.get('not_run') or row['steps'] == 2
+    ours = {k: rows[k] for k in ('F  llama_nb, 7B', 'G  llama_nb, all layers recomputed, 7B', 'H  llama_nb, fp8, 7B', 'F  llama_nb, compiled layers, 7B', 'F  again')}
+    plain, recomputed, eight, compiled, again = (r['loss'] for r in ours.values())
+    assert plain == again and abs(recomputed - plain) < 1e-6 and abs(compiled - plain) < 1e-3 and 0 < abs(eight - plain) < 1e-2  # the same work in each row
+    assert [r['recomputed_layers'] for r in ours.values()] == [0, 2, 0, 0, 0]
+    assert len({r['tokens_per_step'] for r in ours.values()}) == 1  # filling is not counted
+    assert len(rows['planner, 7B']['settings']) == 6
+    assert max(rows['machine']['attention with fewer key heads']['errors']) < .02
+    assert {t['reached'] for t in result['targets']} == {'not measured'}  # small shapes reach nothing
+    assert sorted((ROOT/'bench'/'results').iterdir()) == before
+
+
+def test_targets_say_what_was_reached():
+    rows = {'F  llama_nb, 7B': dict(real_tokens_per_s=18000.), 'planner, 7B': dict(settings=[{}]*4 + [dict(measured_gib='out of memory')], furthest=.05), 'H  llama_nb, fp8, 7B': dict(not_run='why')}
+    found = {t['target']: t['reached'] for t in targets(rows)}
+    assert len(found) == len(TARGETS)
+    assert found['7B, bf16, real tokens/s'] is True and found['plan against measured, furthest of six'] is True
+    assert [found[k] for k in ('7B, fp8, real tokens/s', '7B, 4 x 2,048, all layers recomputed, GiB allocated', '8B, bf16, real tokens/s')] == ['not measured']*3
+    rows['F  llama_nb, 7B']['real_tokens_per_s'] = 16000.
+    assert targets(rows)[0]['reached'] is False
+
+
+def test_refuses_what_measures_nothing(tmp_path):
+    import torch
+    assert bench('--device', 'cpu', '--tiny').returncode == 2 and bench('--device', 'cpu', '--out', tmp_path).returncode == 2
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    done = bench('a', '--out', tmp_path)
+    assert done.returncode == 1 and 'no CUDA device here' in done.stderr and not list(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, 'tools/gpu.py', '--out', str(tmp_path)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and 'no CUDA device here' in done.stderr

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can check, in one go and within ten minutes: the cells and tests marked `gpu`, then the benchmark.
+"""Everything that only a GPU can check, in steps of at most ten minutes: the cells and tests marked `gpu`, then the two parts of the benchmark.
 
     python tools/gpu.py [cells] [tests] [a] [b] [--out FOLDER]
 

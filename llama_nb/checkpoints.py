@@ -135,7 +135,7 @@ def disk_full(
 def _no_space(error):
     "Whether an exception means a full disk; safetensors and torch say it in words only."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return True
-    return any(words in str(error) for words in ('No space left on device', 'Disk quota exceeded', 'File too large', 'inline_container.cc'))
+    return any(words in str(error) for words in ('No space left on device', 'Disk quota exceeded', 'File too large', 'inline_container.cc', 'iostream error', 'failed writing'))
 
 @contextmanager
 def stage_checkpoint(

@@ -247,7 +247,7 @@ def test_cut_differently_it_is_the_same_training(tiny):
     for rate in (2e-4, 0.01):  # the default and fifty times as much: rounding moves a weight by a share of the rate
         ends = []
         for size, accumulation in ((12, 1), (1, 12), (3, 4)):
-            trainer = make_trainer(tiny[0], warm=False, lora=dict(lora_dropout=0.0), packing=False, compute='fp32', per_device_train_batch_size=size,
+            trainer = make_trainer(tiny[0], warm=False, lora=dict(lora_dropout=0.0), data=dict(val_size=0.3), packing=False, compute='fp32', per_device_train_batch_size=size,
                                    gradient_accumulation_steps=accumulation, max_steps=3, save_steps=3, learning_rate=rate)
             run = finished(trainer, f'cut-{size}x{accumulation}-{rate}')
             ends.append(load_file(run.folder/'adapter_model.safetensors'))

@@ -17,7 +17,7 @@ MUTANTS = {
     'written beside, then renamed': ('checkpoints', "stage, final = folder/f'.tmp-{step}', folder/f'checkpoint-{step}'", "stage, final = folder/f'checkpoint-{step}', folder/f'checkpoint-{step}'", 'test_damage.py::test_everything_is_on_the_disk_before_the_name'),
     'two valid ones are kept': ('checkpoints', 'if valid == keep:', 'if valid == 1:', 'test_damage.py::test_rotation_keeps_two_valid_ones'),
     'the run a checkpoint belongs to': ('checkpoints', "if run_id and manifest.get('run') not in (None, run_id)", 'if False', 'test_damage.py::test_a_stale_checkpoint_of_another_run_is_skipped'),
-    'a full disk is told as such': ('checkpoints', 'raise disk_full(folder, final.name, written) from e', 'raise', 'test_damage.py::test_file_size_limit'),
+    'a full disk is told as such': ('checkpoints', 'raise disk_full(folder, final.name, written, sum(map(_bytes, checkpoints(folder)[-1:]))) from e', 'raise', 'test_damage.py::test_file_size_limit'),
     'the update of a NaN is skipped': ('guards', 'inner.found_inf = bad.float()', 'inner.found_inf = torch.zeros(())', 'test_exact.py::test_a_number_that_is_none_stops_the_run'),
     'a NaN is noticed': ('guards', 'if bad: raise self._error', 'if False: raise self._error', 'test_exact.py::test_a_number_that_is_none_stops_the_run'),
     'a loss that explodes is noticed': ('guards', 'if self.count < self.patience:', 'if True:', 'test_exact.py::test_a_loss_that_explodes_stops_the_run'),

@@ -159,6 +159,7 @@ def test_a_missing_part_is_not_gone_on_without(tiny, half, part):
     (newest/part).unlink()
     write_manifest(newest, 3, half.id)
     with pytest.raises(Exception, match=f'has no {part}'): trainer.train(resume=True, progress=False)
+    record('missing part', part=part, refused=True)
 
 
 def planted(where, value, at):
@@ -206,6 +207,7 @@ def test_a_skipped_update_leaves_the_run_as_it_was(tiny, undisturbed, tmp_path):
     code = wait(fork(train(tiny[1], 'healed', before=planted('forward', math.nan, at=6)), tmp_path/'log'))
     assert code == 1
     same(finished(tiny[1], 'healed', resume=True), undisturbed)
+    record('resumed after a non-finite number', identical=True)
 
 
 def test_ten_clean_runs_raise_no_alarm(tiny, tmp_path):
@@ -223,7 +225,9 @@ def test_a_loss_that_explodes_stops_the_run(tiny, tmp_path):
     said = (tmp_path/'log').read_text().splitlines()[-1]
     assert code == 1 and said.startswith('DivergenceError: step 24: loss') and '4 steps in a row' in said, said
     run = Run(tiny[0]/'runs'/'spiking')
-    assert run.latest_valid().name == 'checkpoint-20' and sum(e['kind'] == 'spike' for e in run.events()) == 4
+    spikes = [e['step'] for e in run.events() if e['kind'] == 'spike']
+    assert run.latest_valid().name == 'checkpoint-20' and spikes == [21, 22, 23, 24], spikes
+    record('loss that explodes', from_step=21, stopped_after_step=spikes[-1], newest_checkpoint=20)
 
 
 def planted_spike(at):
@@ -238,6 +242,7 @@ def test_nothing_taught_is_refused_before_training(tmp_path, tiny):
     path.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n'*3)
     trainer = LLAMATrainer(tiny[1].config.model, tiny[1].config.lora, replace(tiny[1].config.data, dataset_name=str(path)), tiny[1].config.training, device='cpu')
     with pytest.raises(DataError, match='mute.jsonl:1'): trainer.rows()
+    record('nothing taught', refused_with_its_line=True)
 
 
 def test_cut_differently_it_is_the_same_training(tiny):
@@ -274,3 +279,4 @@ def test_memory_that_is_not_there(tiny, tmp_path):
     assert code == 3 and said.startswith('OutOfMemoryError: out of memory in the forward and backward: the largest part of it is '), said
     assert 'set training.' in said
     assert Run(tiny[0]/'runs'/'too-big').latest_valid().name == 'checkpoint-3'
+    record('memory that is not there', exit_code=code, newest_checkpoint=3, failed_in_step=4)

@@ -34,7 +34,7 @@ def figures_of(rows):
         values = [r[name] for r in rows if name in r]
         if isinstance(values[0], list): continue
         kinds = Counter(map(said, values))
-        if len(kinds) == 1 and len(values) == len(rows): told.append(f'{name} {said(values[0])}')
+        if len(kinds) == 1: told.append(f'{name} {said(values[0])}' + (f' in {len(values)}' if len(values) < len(rows) else ''))
         elif all(type(v) in (int, float) for v in values): told.append(f'{name} {min(values):,} to {max(values):,}')
         elif len(kinds) <= 6: told.append(f"{name} {', '.join(f'{k} {n}' for k, n in kinds.items())}")
     return '; '.join(told)

@@ -242,8 +242,8 @@ def _limit_here():
     try: import resource
     except ImportError: return
     cpu = int(time.process_time()) + _TRIAL_CPU_S
-    for kind,soft in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, _TRIAL_BYTES), (resource.RLIMIT_CORE, 0)):
-        with suppress(ValueError, OSError): resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
+    for name,soft in (('RLIMIT_CPU', cpu), ('RLIMIT_AS', _TRIAL_BYTES), ('RLIMIT_CORE', 0)):
+        with suppress(AttributeError, ValueError, OSError): resource.setrlimit(getattr(resource, name), (soft, resource.getrlimit(getattr(resource, name))[1]))
 
 def _try_here(text:str, date:str, special:dict, chats:list)->str: # Empty, `'memory'` or `'steps'`
     "Compile and render under the limits. What a template refuses is no fault here: that is told when it is rendered in earnest."

@@ -113,7 +113,7 @@ def test_hostile_safetensors(undisturbed, tmp_path):
         else: path.write_bytes(content)
         code, said, took = within_limits(lambda: check_adapter(folder), tmp_path/'log')
         assert code == 1 and said.startswith('CheckpointError: ') and len(said) < 300, (what, code, said)
-        record('hostile file', kind='safetensors', name=what, code_ran=False, refused=True, seconds=took)
+        record('hostile file', kind='safetensors', name=what, refused=True, seconds=took)
     save_file(dict(list(tensors.items())[:-1]), path)
     code, said, took = within_limits(lambda: check_adapter(folder), tmp_path/'log')
     assert code == 1 and 'incomplete' in said, said  # peft warns and goes on
@@ -135,7 +135,7 @@ def test_hostile_gguf(tmp_path):
         (tmp_path/'model.gguf').write_bytes(content)
         code, said, took = within_limits(lambda: model_shape(str(tmp_path/'model.gguf')), tmp_path/'log')
         assert code == 3 and said.startswith('ResourceError: ') and 'not a sound GGUF file' in said, (what, code, said)
-        record('hostile file', kind='gguf', name=what, code_ran=False, refused=True, seconds=took)
+        record('hostile file', kind='gguf', name=what, refused=True, seconds=took)
 
 
 TEMPLATES = {

@@ -1,7 +1,6 @@
 """One row of a benchmark, in a process of its own: `python -m bench.row cpu <row> <report.json>`."""
 import json
 import logging
-import os
 import re
 import sys
 import tempfile

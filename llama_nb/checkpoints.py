@@ -125,17 +125,18 @@ def disk_full(
     folder, # Where the disk is full
     what:str, # What could not be written
     written_bytes:int=0, # How much of it was
+    need_bytes:int=0, # How much it needs, as far as is known
 )->ResourceError: # To raise
     "A full disk, in one line."
-    free = shutil.disk_usage(folder).free
-    return ResourceError(f'disk full: {what} in {Path(folder)} stopped after {written_bytes/1e6:,.1f} MB, {free/1e6:,.1f} MB are free; '
+    free, of = shutil.disk_usage(folder).free, f' of about {need_bytes/1e6:,.1f}' if need_bytes else ''
+    return ResourceError(f'disk full: {what} in {Path(folder)} stopped after {written_bytes/1e6:,.1f} MB{of}, {free/1e6:,.1f} MB are free; '
                          'earlier checkpoints are untouched; make room, then resume')
 
 # %% ../nbs/18_checkpoints.ipynb #1829b457
 def _no_space(error):
     "Whether an exception means a full disk; safetensors and torch say it in words only."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return True
-    return any(words in str(error) for words in ('No space left on device', 'Disk quota exceeded', 'File too large', 'inline_container.cc'))
+    return any(words in str(error) for words in ('No space left on device', 'Disk quota exceeded', 'File too large', 'inline_container.cc', 'iostream error', 'failed writing'))
 
 @contextmanager
 def stage_checkpoint(
@@ -159,7 +160,7 @@ def stage_checkpoint(
         written = _bytes(stage) if stage.exists() else 0
         shutil.rmtree(stage, ignore_errors=True)
         if not _no_space(e): raise
-        raise disk_full(folder, final.name, written) from e
+        raise disk_full(folder, final.name, written, sum(map(_bytes, checkpoints(folder)[-1:]))) from e
     if final.exists(): _remove(final)
     _name(stage, final)
     tell('checkpoint', step=step, bytes=_bytes(final))

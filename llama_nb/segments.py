@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from .errors import ConfigError, DataError, did_you_mean, shorten
-from .template import _ALPACA, TEMPLATES, ChatTemplate, _program, _Watched
+from .errors import ConfigError, DataError, LlamaNbError, did_you_mean, shorten
+from .template import _ALPACA, TEMPLATES, ChatTemplate, _is_known, _program, _trial, _Watched
 
 # %% ../nbs/07_segments.ipynb #a273e5f4
 def _steps(node:dict|None)->list[dict]:
@@ -203,6 +203,8 @@ def _parts(enc, roles:tuple)->list:
     return parts
 
 # %% ../nbs/07_segments.ipynb #5ad1ba4c
+def _clean(n:int)->list[str]: return [('Hello there.', 'I see, 42!', 'Is it far?', 'yes')[i % 4] for i in range(n)]
+
 class _Encoder:
     "One template on one tokenizer."
 
@@ -213,7 +215,11 @@ class _Encoder:
         if template.name == 'tokenizer': # markers in plain text can not be told from content by any tokenizer
             template = replace(template, markers=tuple(m for m in TEMPLATES['llama-2'].markers if m in template.text and m not in names))
         self.tokens, self.template, self.shapes, self.lock, self.end_ids = tokens, template, OrderedDict(), threading.RLock(), {}
-        self.program = _program(template.text, template.date)
+        self.longest = float('inf') # messages in a conversation that may be rendered without a trial
+        if not _is_known(template.text): self._try(('user',), ('user', 'assistant')*32, ('system', 'user', 'assistant', 'tool', 'assistant'))
+        try: self.program = _program(template.text, template.date)
+        except LlamaNbError: raise
+        except Exception as e: _refuse(template.name, f'is not valid Jinja ({shorten(e, 90)})')
         self._check_prompt()
         stops = [*self.end_ids, tokens.eos, *(i for i,t in tokens.control.items() if t in _STOPS)]
         self.template = replace(template, stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)))
@@ -222,7 +228,7 @@ class _Encoder:
         "The conversation as the template writes it; `ask` adds the start of an answer. Raises jinja's `TemplateError`, whatever the template did."
         from jinja2 import TemplateError
         try: return self.program.render(messages=messages, add_generation_prompt=ask, tools=None, documents=None, **self.tokens.special)
-        except TemplateError: raise
+        except (TemplateError, LlamaNbError): raise
         except Exception as e: raise TemplateError(f'{type(e).__name__}: {e}') from None # the sandbox says no in many ways
 
     def probe(self, roles:tuple, contents:list[str])->str:
@@ -240,13 +246,24 @@ class _Encoder:
         "The parts for this sequence of roles, made and proved once."
         with self.lock:
             if roles not in self.shapes:
+                if len(roles) > self.longest: self._try(roles, roles*2)
                 self.shapes[roles] = self._prove(roles, _parts(self, roles))
                 if len(self.shapes) > 4096: self.shapes.popitem(last=False)
             return self.shapes[roles]
 
+    def _try(self, *shapes:tuple):
+        "Render conversations of these roles in a process of its own; raises `ConfigError` if that takes too much."
+        chats = []
+        for roles in shapes:
+            marks = _placeholders(len(roles), self.template.text)
+            for texts in (marks, [_SPACE + m + _SPACE for m in marks], _clean(len(roles))): chats.append([{'role': r, 'content': t} for r,t in zip(roles, texts)])
+        why = _trial(self.template.text, self.template.date, tuple(sorted(self.tokens.special.items())), json.dumps(chats))
+        if why: _refuse(self.template.name, f'was tried on a few short messages and {why}')
+        self.longest = max(map(len, shapes))
+
     def _prove(self, roles:tuple, parts:list)->list:
         "On clean content the parts must give the ids of the whole rendered text."
-        clean = [('Hello there.', 'I see, 42!', 'Is it far?', 'yes')[i % 4] for i in range(len(roles))]
+        clean = _clean(len(roles))
         whole = self.tokens.full.encode(self.render([{'role': r, 'content': c} for r,c in zip(roles, clean)]), add_special_tokens=False).ids
         ids = [i for p in parts for i in (p.ids if isinstance(p, _Fixed) else _content_ids(self.tokens, p.text(clean[p.message]), p.after))]
         if ids != whole and self.template.text != _ALPACA: _refuse(self.template.name, "is written so that this tokenizer joins its text to the messages' text")
@@ -255,7 +272,10 @@ class _Encoder:
     def _check_prompt(self):
         "What asks for an answer must be what stands before an answer in training, or nothing."
         user = {'role': 'user', 'content': 'Hi'}
-        shape, (ask, plain) = self.shape(('user', 'assistant')), [self.render([user], a) for a in (True, False)]
+        from jinja2 import TemplateError
+        shape = self.shape(('user', 'assistant'))
+        try: ask, plain = [self.render([user], a) for a in (True, False)]
+        except TemplateError as e: _refuse(self.template.name, f'can not write a question alone ({shorten(e, 90)})')
         before = ''.join(p.text if isinstance(p, _Fixed) else p.text('Hi') for p in shape[:next(i for i,p in enumerate(shape) if isinstance(p, _Slot) and p.message)])
         if ask not in (before, before + ' ', plain): _refuse(self.template.name, 'asks for an answer with other text than it trains an answer with')
 

@@ -9,12 +9,18 @@ __all__ = ['IGNORE_INDEX', 'ROLES', 'PINNED_DATE', 'TEMPLATES', 'Message', 'Sour
 # %% ../nbs/05_template.ipynb #149d4395
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DataError, did_you_mean, shorten
+from .errors import ConfigError, DataError, did_you_mean, shorten
 
 # %% ../nbs/05_template.ipynb #1315b51c
 IGNORE_INDEX = -100 # A label with this value does not count in the loss: `torch.nn.functional.cross_entropy`'s default
@@ -187,12 +193,25 @@ class _Watched(str):
         if not name.startswith('_') and name not in ('strip', 'lstrip', 'rstrip', 'seen'): self._note(f'.{name}')
         return str.__getattribute__(self, name)
 
+_MAX_STEPS = 200_000 # Rounds of loops and calls of macros in one rendering
+
 @lru_cache(maxsize=32)
 def _program(text:str, date:str):
-    "Compile a template as transformers does, with the clock stopped at `date`."
+    "Compile a template as transformers does, with the clock stopped at `date` and the rounds of its loops counted."
     from datetime import datetime
-    from jinja2 import TemplateError, ext
+    from jinja2 import TemplateError, ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Counted(ImmutableSandboxedEnvironment):
+        def step(self, context):
+            context.eval_ctx.steps = n = getattr(context.eval_ctx, 'steps', 0) + 1
+            if n > _MAX_STEPS: raise ConfigError(f'the chat template takes more than {_MAX_STEPS:,} steps for one conversation; choose another one')
+        def _parse(self, source, name, filename):
+            tree = super()._parse(source, name, filename)
+            for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+                step = nodes.Call(nodes.EnvironmentAttribute('step'), [nodes.ContextReference()], [], None, None)
+                node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
+            return tree.set_environment(self)
 
     class Generation(ext.Extension):
         tags = {'generation'} # marks the answers for transformers' own mask; writes nothing itself
@@ -202,11 +221,68 @@ def _program(text:str, date:str):
     def refuse(message): raise TemplateError(message)
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    env = Counted(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     env.filters['tojson'] = tojson
     day = datetime.strptime(date, '%d %b %Y')
     env.globals.update(raise_exception=refuse, strftime_now=day.strftime, date_string=date)
     return env.from_string(text)
+
+# %% ../nbs/05_template.ipynb #124bd6e3
+_KNOWN = {'e8d5b5a546d3f19df16a5320c614fab05bdc4edd50e850f1afd947b503ea41cf', # Llama 2, as its tokenizer brings it
+          'b48c47f6443892716176eb200bf4ef108f64e06ca26ed0fa8ebc0a4b3992fcb2', # Llama 3
+          '872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788'} # The demo model, SmolLM2
+_TRIAL_CPU_S, _TRIAL_WALL_S, _TRIAL_BYTES = 1, 5, 320*2**20 # Limits of the process a template is tried in
+
+def _is_known(text:str)->bool:
+    "Whether a template needs no trial: it is ours, or an official one."
+    return any(t.text == text for t in TEMPLATES.values()) or hashlib.sha256(text.encode(errors='replace')).hexdigest() in _KNOWN
+
+def _limit_here():
+    "What this process may use from now on, where the system can hold it to that."
+    try: import resource
+    except ImportError: return
+    cpu = int(time.process_time()) + _TRIAL_CPU_S
+    for name,soft in (('RLIMIT_CPU', cpu), ('RLIMIT_AS', _TRIAL_BYTES), ('RLIMIT_CORE', 0)):
+        with suppress(AttributeError, ValueError, OSError): resource.setrlimit(getattr(resource, name), (soft, resource.getrlimit(getattr(resource, name))[1]))
+
+def _try_here(text:str, date:str, special:dict, chats:list)->str: # Empty, `'memory'` or `'steps'`
+    "Compile and render under the limits. What a template refuses is no fault here: that is told when it is rendered in earnest."
+    _limit_here()
+    try:
+        program = _program(text, date)
+        for chat in chats:
+            for ask in (False, True):
+                try: program.render(messages=[{**m, 'content': _Watched(m['content'])} for m in chat], add_generation_prompt=ask, tools=None, documents=None, **special)
+                except (MemoryError, ConfigError): raise
+                except Exception: pass
+    except MemoryError: return 'memory'
+    except ConfigError: return 'steps'
+    except Exception: pass
+    return ''
+
+# %% ../nbs/05_template.ipynb #a9941fd0
+_CHILD = "import json, sys; job = json.load(sys.stdin); sys.path[:] = job.pop('path'); from llama_nb.template import _try_here; print(_try_here(**job))"
+
+@lru_cache(maxsize=256)
+def _trial(
+    text:str, # The Jinja program
+    date:str, # The pinned date
+    special:tuple, # Pairs of name and token, as a template gets them
+    chats:str, # Conversations to write, as JSON
+)->str: # What it did that it must not; empty if nothing
+    "Compile and render a template in a process of its own, once. Raises `ConfigError` if that was not possible."
+    path = [str(Path(sys.modules['llama_nb'].__file__).parents[1]), *map(str, sys.path)]
+    job = json.dumps(dict(path=path, text=text, date=date, special=dict(special), chats=json.loads(chats)))
+    try: done = subprocess.run([sys.executable, '-I', '-S', '-c', _CHILD], input=job, capture_output=True, text=True, timeout=_TRIAL_WALL_S,
+                               creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
+    except subprocess.TimeoutExpired: raise ConfigError(f'the chat template did not end within {_TRIAL_WALL_S} s when it was tried; choose another one, or try again if this machine is busy') from None
+    except OSError as e: raise ConfigError(f'the chat template could not be tried in a process of its own ({shorten(e, 90)}); choose one by name') from None
+    if done.stdout.strip() == 'memory': return f'needs more than {_TRIAL_BYTES//2**20} MB of memory'
+    if done.stdout.strip() == 'steps': return f'takes more than {_MAX_STEPS:,} steps'
+    if done.returncode == -getattr(signal, 'SIGXCPU', 0) < 0: return f'computes for more than {_TRIAL_CPU_S} s'
+    if done.returncode < 0: return f'ends Python by signal {-done.returncode}'
+    if done.returncode: raise ConfigError(f'the chat template could not be tried in a process of its own ({shorten((done.stderr.strip().splitlines() or [""])[-1], 90)}); choose one by name')
+    return ''
 
 # %% ../nbs/05_template.ipynb #fdee42f7
 _TOY_TEXT = ('The quick brown fox jumps over the lazy dog. How was your day? Long, but good. What did you do? I baked bread. '

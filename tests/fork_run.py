@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tiny_run import make_tiny
+from tiny_run import make_tiny, record  # noqa: F401 (`record` for the tests that fork)
 
 from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
 from llama_nb.errors import exit_code, one_line
@@ -124,9 +124,3 @@ class Count:
         block = block[:block.rfind(b'\n') + 1]
         self.at, self.n = self.at + len(block), self.n + block.count(self.key)
         return self.n
-
-
-def record(test, **figures):
-    "Keep the figures of a test where `python -m bench reliability` looks for them."
-    if path := os.environ.get('LLAMA_NB_FIGURES'):
-        with open(path, 'a') as f: f.write(json.dumps({'test': test, **figures}) + '\n')

@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from fork_run import fork, record, train, wait
 from safetensors.torch import save_file
 
@@ -28,19 +27,22 @@ class Evil:
 
 
 def within_limits(work, log):
-    "Run `work` in a child with a limit on memory and time; returns its exit code and its last line."
+    "Run `work` in a child with a limit on memory and time; returns its exit code, its last line and its seconds."
     def limited():
         now = int(next(line.split()[1] for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmSize')))*1024
         resource.setrlimit(resource.RLIMIT_AS, (now + LIMIT_BYTES, now + LIMIT_BYTES))
-        work()
+        try: work()
+        except LlamaNbError as e:
+            assert '\n' not in str(e), str(e)
+            raise
     Path(log).unlink(missing_ok=True)
-    child, until = fork(limited, log), time.monotonic() + LIMIT_S
+    began, child = time.monotonic(), fork(limited, log)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if time.monotonic() > until: os.kill(child, 9)
+        if time.monotonic() > began + LIMIT_S: os.kill(child, 9)
         time.sleep(0.01)
-    code = wait(child)
+    took, code = time.monotonic() - began, wait(child)
     lines = Path(log).read_text().splitlines()
-    return code, lines[-1] if lines else ''
+    return code, lines[-1] if lines else '', round(took, 2)
 
 
 LOADABLE = ['optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'trainer_state.json', 'run.json', 'adapter_model.safetensors', 'adapter_config.json', 'adapter_model.bin',
@@ -109,11 +111,11 @@ def test_hostile_safetensors(undisturbed, tmp_path):
         path.unlink()
         if content is None: save_file({k: v*float('nan') for k, v in tensors.items()}, path)
         else: path.write_bytes(content)
-        code, said = within_limits(lambda: check_adapter(folder), tmp_path/'log')
+        code, said, took = within_limits(lambda: check_adapter(folder), tmp_path/'log')
         assert code == 1 and said.startswith('CheckpointError: ') and len(said) < 300, (what, code, said)
-        record('hostile file', kind='safetensors', name=what, code_ran=False)
+        record('hostile file', kind='safetensors', name=what, refused=True, seconds=took)
     save_file(dict(list(tensors.items())[:-1]), path)
-    code, said = within_limits(lambda: check_adapter(folder), tmp_path/'log')
+    code, said, took = within_limits(lambda: check_adapter(folder), tmp_path/'log')
     assert code == 1 and 'incomplete' in said, said  # peft warns and goes on
 
 
@@ -131,9 +133,9 @@ def test_hostile_gguf(tmp_path):
     from llama_nb.model import model_shape
     for what, content in gguf_files().items():
         (tmp_path/'model.gguf').write_bytes(content)
-        code, said = within_limits(lambda: model_shape(str(tmp_path/'model.gguf')), tmp_path/'log')
+        code, said, took = within_limits(lambda: model_shape(str(tmp_path/'model.gguf')), tmp_path/'log')
         assert code == 3 and said.startswith('ResourceError: ') and 'not a sound GGUF file' in said, (what, code, said)
-        record('hostile file', kind='gguf', name=what, code_ran=False)
+        record('hostile file', kind='gguf', name=what, refused=True, seconds=took)
 
 
 TEMPLATES = {
@@ -145,23 +147,59 @@ TEMPLATES = {
     'a range without end': "{% for i in range(10000000000) %}x{% endfor %}",
     'format with attributes': "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
     'an import': "{% import 'os' as os %}{{ os.mkdir('MARK') }}",
+    # those that want time or memory; each must be refused
+    'a loop in a loop': "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}",
+    'a macro that calls itself twice': "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    'a text a billion times': "{{ 'x' * 10**9 }}",
+    'a billion spaces': "{{ 'x'.center(10**9) }}",
+    'a number of ten billion digits': "{{ 10**(10**10) }}",
+    'a list of lists of lists': "{{ (range(100000)|list * 1000)|sort }}",
+    'a text that doubles with each message': "{% set n = namespace(x='x') %}{% for m in messages %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    'only in a long conversation': "{% if messages|length > 100 %}{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}{% endif %}",
+    'only in one of seven messages': "{% if messages|length == 7 %}{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}{% endif %}",
+    'a length of the content': "{% for m in messages %}{% for a in range(m.content|length ** 3) %}{% for b in range(90000) %}{% endfor %}{% endfor %}{% endfor %}",
+    'brackets in brackets': "{{ " + '['*3000 + ']'*3000 + " }}",
+    'no Jinja at all': "{% for %}{{",
 }
+GREEDY = list(TEMPLATES)[8:]
+WRITES = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
 
 
 @pytest.mark.parametrize('what', TEMPLATES)
 def test_hostile_chat_template(tiny, what, tmp_path):
-    "A tokenizer's own template that tries to get out: refused, or without effect; never code, never a hang."
+    "A tokenizer's own template that tries to get out, or that takes time or memory: refused, or without effect; never code, never a hang."
     from llama_nb.dialogue import encode
     from llama_nb.model import load_tokenizer
     folder = Path(shutil.copytree(tiny[0]/'tiny', tmp_path/'model'))
     mark = tmp_path/'ran'
-    text = TEMPLATES[what].replace('MARK', str(mark))
-    (folder/'chat_template.jinja').write_text(text + "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}")
-    def work(): encode([dict(role='user', content='{{ 7*7 }}'), dict(role='assistant', content='fine')], load_tokenizer(folder), 'tokenizer')
-    code, said = within_limits(work, tmp_path/'log')
-    assert not mark.exists() and code in (0, 1, 2, 4), (code, said)  # not killed by the clock
-    if code: assert said.startswith(('ConfigError: ', 'DataError: ')), said
-    record('hostile file', kind='jinja', name=what, code_ran=False, refused=bool(code))
+    (folder/'chat_template.jinja').write_text(TEMPLATES[what].replace('MARK', str(mark)) + WRITES)
+    turn = [dict(role='user', content='{{ 7*7 }}'), dict(role='assistant', content='fine')]
+    def work():
+        tokenizer = load_tokenizer(folder)
+        for chat in (turn, [dict(role='system', content='x'), *turn*3], turn*51): encode(chat, tokenizer, 'tokenizer')
+    code, said, took = within_limits(work, tmp_path/'log')
+    assert not mark.exists() and code in (0, 2, 4), (code, said)  # not killed by the clock
+    if code or what in GREEDY: assert said.startswith(('ConfigError: ', 'DataError: ')) and 'template' in said and len(said) < 300, (code, said)
+    record('hostile file', kind='jinja', name=what, code_ran=False, refused=bool(code), seconds=took)
+
+
+def test_an_unknown_template_that_means_no_harm(tiny, tmp_path):
+    "Followed as before; its trial costs a process of its own once, and a longer conversation another one."
+    from llama_nb.dialogue import encode
+    from llama_nb.model import load_tokenizer
+    from llama_nb.template import _trial
+    folder = Path(shutil.copytree(tiny[0]/'tiny', tmp_path/'model'))
+    (folder/'chat_template.jinja').write_text('{# not seen before #}' + WRITES)
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    turn = [dict(role='user', content='{{ 7*7 }}'), dict(role='assistant', content='fine')]
+    before, spent = _trial.cache_info().misses, used()
+    for chat in (turn, turn*2, turn*30): ids = encode(chat, load_tokenizer(folder), 'tokenizer').input_ids
+    spent = used() - spent
+    assert ids == encode(chat, tiny[1].tokenizer, 'chatml').input_ids
+    assert _trial.cache_info().misses == before + 1 and spent < 0.3, spent
+    encode(turn*40, load_tokenizer(folder), 'tokenizer')
+    assert _trial.cache_info().misses == before + 2
+    record('trial of a template', cpu_s=round(spent, 3), passed=True)
 
 
 def test_names_that_lead_outside(tmp_path, undisturbed):

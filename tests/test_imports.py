@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import record
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT/'llama_nb'
@@ -84,6 +85,7 @@ wrong = [n for n,owned in owners.items() if getattr(llama_nb, n, None) is not ow
 print(json.dumps([after, asked, [n for n in llama_nb.__all__ if n not in globals()], wrong]))''')
     after, asked, missing, wrong = found
     assert after == dict.fromkeys(['package', *NO_TORCH], [])
+    record('imports', modules=len(after), heavy=sum(map(len, after.values())), connections=len(asked))
     assert asked == []  # star import loads every module: none of them calls home
     assert missing == []
     assert wrong == []  # a module named like its function must not hide it
@@ -112,11 +114,13 @@ RULES = {'weights_only=False': r'weights_only\s*=\s*False', 'trust_remote_code=T
 
 @pytest.mark.parametrize('rule', RULES)
 def test_static_rule(rule):
-    hits = []
+    hits, lines = [], 0
     for path in PACKAGE.rglob('*.py'):
         for i,line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+            lines += 1
             code = re.sub(r'(\'\'\'|""").*?\1', '', line)
             if re.search(RULES[rule], code): hits.append(f'{path.name}:{i}: {line.strip()[:80]}')
+    record('static rule', rule=rule, lines=lines, hits=len(hits))
     assert not hits, '\n'.join(hits)
 
 

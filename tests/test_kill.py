@@ -47,8 +47,8 @@ def median_save_s(run):
     return statistics.median(e['time'] - began[e['step']] for e in run.events() if e['kind'] == 'checkpoint')
 
 
-def random_kills(trainer, whole, n, seed):
-    "Kill n runs and finish each; returns how many died inside a save."
+def random_kills(trainer, whole, n, seed, least):
+    "Kill n runs and finish each; `least`: the share that has to die inside a save, for the trial to say something."
     save_s = median_save_s(whole)
     times = [e['time'] for e in whole.events() if e['kind'] in ('start', 'finished')]
     g, inside, cut = random.Random(seed), 0, 0
@@ -63,17 +63,16 @@ def random_kills(trainer, whole, n, seed):
         save_s = median_save_s(run)  # the machine may be faster or slower by now
         shutil.rmtree(run.folder)
     record('random kill -9', trials=n, triggered_by_a_save=sum(i % 3 < 2 for i in range(n)), killed=cut, inside_a_save=inside, lost_checkpoints=0, resume_errors=0, identical=n)
-    assert inside >= n/4, f'only {inside} of {n} kills fell into a save'  # by the clock: on an idle machine more than half
-    return inside
+    assert inside >= least*n, f'only {inside} of {n} kills fell into a save, {least:.0%} should: this machine was busy, try again when it is idle'
 
 
 def test_random_kill(tiny, undisturbed):
     "30 kills: no checkpoint lost, no resume refused, every logged number and every byte as if never killed."
-    random_kills(tiny[1], undisturbed, 30, seed=1)
+    random_kills(tiny[1], undisturbed, 30, seed=1, least=.25)  # the machine may be busy with other tests
 
 
 @pytest.mark.slow
-def test_random_kill_200(tiny, undisturbed): random_kills(tiny[1], undisturbed, 200, seed=2)
+def test_random_kill_200(tiny, undisturbed): random_kills(tiny[1], undisturbed, 200, seed=2, least=.6)  # on an idle machine
 
 
 # the calls into the system and into the libraries that write files, by the names of their C functions

@@ -17,7 +17,7 @@ MUTANTS = {
     'written beside, then renamed': ('checkpoints', "stage, final = folder/f'.tmp-{step}', folder/f'checkpoint-{step}'", "stage, final = folder/f'checkpoint-{step}', folder/f'checkpoint-{step}'", 'test_damage.py::test_everything_is_on_the_disk_before_the_name'),
     'two valid ones are kept': ('checkpoints', 'if valid == keep:', 'if valid == 1:', 'test_damage.py::test_rotation_keeps_two_valid_ones'),
     'the run a checkpoint belongs to': ('checkpoints', "if run_id and manifest.get('run') not in (None, run_id)", 'if False', 'test_damage.py::test_a_stale_checkpoint_of_another_run_is_skipped'),
-    'a full disk is told as such': ('checkpoints', 'raise disk_full(folder, final.name, written) from e', 'raise', 'test_damage.py::test_file_size_limit'),
+    'a full disk is told as such': ('checkpoints', 'raise disk_full(folder, final.name, written, sum(map(_bytes, checkpoints(folder)[-1:]))) from e', 'raise', 'test_damage.py::test_file_size_limit'),
     'the update of a NaN is skipped': ('guards', 'inner.found_inf = bad.float()', 'inner.found_inf = torch.zeros(())', 'test_exact.py::test_a_number_that_is_none_stops_the_run'),
     'a NaN is noticed': ('guards', 'if bad: raise self._error', 'if False: raise self._error', 'test_exact.py::test_a_number_that_is_none_stops_the_run'),
     'a loss that explodes is noticed': ('guards', 'if self.count < self.patience:', 'if True:', 'test_exact.py::test_a_loss_that_explodes_stops_the_run'),
@@ -27,6 +27,9 @@ MUTANTS = {
     'an interrupt saves': ('guards', 'control.should_save = control.should_training_stop = True', 'control.should_training_stop = True', 'test_stop.py::test_interrupts'),
     'one process at a time': ('resume', "if run.status == 'running' and", 'if False and', 'test_stop.py::test_two_processes_do_not_share_a_run'),
     'headers are walked before they are believed': ('model', 'check_gguf(file)\n', 'pass\n', 'test_hostile.py::test_hostile_gguf'),
+    'a role is one of four words': ('template', 'if self.role not in ROLES:', 'if False:', 'test_injection.py::test_a_role_is_one_of_four_words'),
+    'content is read without control tokens': ('segments', 'content = _without_control(state, set(self.control.values()))', 'content = state', 'test_injection.py::test_no_control_token_from_content'),
+    'a template is tried first': ('segments', 'if why: _refuse(', 'if False: _refuse(', 'test_hostile.py::test_hostile_chat_template'),
     'pickles are refused by name': ('checkpoints', "'.bin', '.pkl'", "'.never'", 'test_hostile.py::test_code_files_are_refused'),
 }
 

@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from tiny_run import finish, make_tiny, start, wait_for, write_config
+from tiny_run import finish, make_tiny, record, start, wait_for, write_config
 
 from llama_nb.checkpoints import verify_checkpoint
 from llama_nb.runs import Run
@@ -57,6 +57,7 @@ def test_killed_twice_then_resumed_is_the_same_run(place, whole):
     assert code == 0, out
     same(Run(folder), whole)
     assert not [p.name for p in folder.iterdir() if p.name.startswith(('.tmp', '.trash'))]
+    record('killed twice, by the command line', identical=True)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -74,6 +75,7 @@ def test_interrupt_saves_and_exits_130(place, whole, number):
     newest = run.checkpoints()[-1]
     assert verify_checkpoint(newest, run.id) == [] and int(newest.name.split('-')[1]) == run.metrics('loss')[-1][0] < 16
     assert run.metrics('loss') == whole.metrics('loss')[:len(run.metrics('loss'))]
+    record('interrupted, by the command line', signal=number.name, exit_code=130, valid_checkpoint=True)
 
 
 def test_changed_settings_are_refused(place, whole):

@@ -1,6 +1,5 @@
 """Canaries: keys, a home folder and dialogues in the environment, on the command line and in the data; none of them is found in what a run leaves behind."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_a_run_keeps_no_secret(place):
     found = hits(folder, [*SECRETS.values(), WORDS]) + hits(folder, [str(place)], PATHS)
     files = sum(p.is_file() for p in folder.rglob('*'))
     assert found == [] and not [s for s in (*SECRETS.values(), WORDS, str(place)) if s in said], (found, said[-500:])
-    record('secret canaries', case='run with wandb and tensorboard', files=files, hits=0)
+    record('secret canaries', case='run with wandb and tensorboard', files=files, hits=len(found))
 
 
 def test_an_error_tells_no_secret(place):
@@ -92,10 +91,12 @@ except Exception as e: print(one_line(e, 1000))
 def test_no_notebook_and_no_page_of_ours_holds_a_secret():
     "Kept outputs of the notebooks: nothing that looks like a key, and no home folder."
     import re
-    root, found = Path(__file__).resolve().parents[1], []
+    root, found, read = Path(__file__).resolve().parents[1], [], 0
     keys = re.compile(r'hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|/home/[a-z]+/|/root/')
     for path in [*(root/'nbs').rglob('*.ipynb'), root/'README.md']:
         if path.suffix == '.md': texts = [path.read_text(encoding='utf-8')]
         else: texts = [json.dumps(c.get('outputs', [])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+        read += 1
         found += [f'{path.name}: {m[0]}' for t in texts for m in keys.finditer(t)]
+    record('secret canaries', case='kept outputs of notebooks', files=read, hits=len(found))
     assert not found, found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fork_run import Count, finished, fork, record, same, train, until, wait
-from tiny_run import ENV, start, write_config
+from tiny_run import ENV
 
 from llama_nb.checkpoints import verify_checkpoint
 from llama_nb.runs import Run
@@ -76,6 +76,7 @@ def test_twice_is_now(tiny, undisturbed):
     run = Run(place/'runs'/'twice')
     assert run.status == 'interrupted' and run.latest_valid().name == 'checkpoint-3'
     same(finished(trainer, 'twice', resume=True), undisturbed)
+    record('interrupted twice', exit_code_130=True, identical_after_resume=True)
 
 
 def test_stopped_by_the_command_line(tiny, tmp_path):
@@ -93,6 +94,7 @@ def test_stopped_by_the_command_line(tiny, tmp_path):
     assert 'interrupted' in watching.communicate(timeout=60)[0].splitlines()[-1] or watching.returncode == 0
     run = Run(folder)
     assert run.latest_valid().name == f'checkpoint-{run.metrics("loss")[-1][0]}' and not (folder/'STOP').exists()
+    record('stopped from another process', exit_code_130=True, valid_checkpoint=True)
 
 
 def test_two_processes_do_not_share_a_run(tiny, tmp_path):
@@ -107,6 +109,7 @@ def test_two_processes_do_not_share_a_run(tiny, tmp_path):
     assert until(lambda: counted() > seen, child)
     os.kill(child, signal.SIGTERM)
     assert wait(child) == 130
+    record('two processes on one run', second_refused=True, first_undisturbed=True)
 
 
 NOTEBOOK = ['''

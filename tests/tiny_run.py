@@ -1,4 +1,5 @@
 """A tiny model with a tokenizer of bytes, and runs of it in processes of their own; shared by the tests of runs."""
+import json
 import os
 import subprocess
 import sys
@@ -58,3 +59,9 @@ def wait_for(process, condition, timeout=180):
         time.sleep(0.005)
     process.kill()
     raise TimeoutError(process.communicate()[0][-2000:])
+
+
+def record(test, **figures):
+    "Keep the figures of a test where `python -m bench reliability` looks for them."
+    if path := os.environ.get('LLAMA_NB_FIGURES'):
+        with open(path, 'a') as f: f.write(json.dumps({'test': test, **figures}) + '\n')

@@ -78,7 +78,9 @@ def _weights(
     scores = rows.new_empty(len(key), rows.shape[1]//n, n, m)
     scores[..., :m-n], scores[..., m-n:] = 0, square.to(rows)
     scores = scores.view(*rows.shape[:2], m).baddbmm_(rows, key.transpose(1, 2), alpha=scaling)
-    return scores.to(torch.promote_types(rows.dtype, torch.float32)).softmax(-1).to(rows.dtype)
+    scores = scores.to(torch.promote_types(rows.dtype, torch.float32)) # one name, so that no two of the three copies are held in vain
+    scores = scores.softmax(-1)
+    return scores.to(rows.dtype)
 
 # %% ../nbs/15_attention.ipynb #a331d8f5
 def _product(a, b, alpha): return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)

@@ -146,6 +146,7 @@ class _SwiGLULoRA(torch.autograd.Function):
         gate, up, lora_A, lora_B, *parts = ctx.saved_tensors
         opened, product = swiglu_parts(gate, up)
         d_product, _, dA, dB = _lora_backward(grad, product, None, lora_A, lora_B, ctx.scaling, ctx.sizes, ctx.kind, parts, True)
+        del product # before one more of its size is made
         return *swiglu_backward(d_product, gate, up, opened), dA, dB, None, None, None, None, *[None]*len(parts)
 
 class _LoRAGroup(torch.autograd.Function):
@@ -374,7 +375,8 @@ def _chunk(weight, chunk): return chunk or max(16, SCORES.get(weight.device.type
 
 def _scored_(scores, targets):
     "Summed NLL in float32; the scores become softmax minus one at the target, its gradient."
-    p = scores.softmax(-1, dtype=torch.float32)
+    p = scores.to(torch.float32, copy=True)
+    torch.softmax(p, -1, out=p)
     nll = scores.amax(-1).float() - p.amax(-1).log() - scores.gather(1, targets)[:, 0].float() # the largest share is exp(0)/sum: this is logsumexp - score
     scores.copy_(p.scatter_add_(1, targets, p.new_full((len(p), 1), -1)))
     return nll.sum()

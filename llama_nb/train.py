@@ -427,11 +427,19 @@ def _restore(hf, checkpoint):
     hf.state = TrainerState.load_from_json(str(checkpoint/'trainer_state.json'))
     hf._load_from_checkpoint(str(checkpoint))
 
+def _resident_bytes(name, reset=False):
+    "`VmRSS` or, since it was reset, the peak `VmHWM` of this process as Linux counts them; `None` elsewhere."
+    try:
+        if reset: Path('/proc/self/clear_refs').write_text('5')
+        return next(int(line.split()[1])*1024 for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(name + ':'))
+    except (OSError, StopIteration): return None
+
 def _train_loop(trainer, p):
     "Run the stock loop; whatever happens, say how it ended."
     run, hf = p.run, p.hf
     on_gpu = trainer.device.type == 'cuda'
     if on_gpu: torch.cuda.reset_peak_memory_stats(trainer.device)
+    before = None if on_gpu else _resident_bytes('VmRSS', reset=True)
     try:
         with _explained(trainer):
             if p.checkpoint and int(p.checkpoint.name.split('-')[1]) >= p.total: _restore(hf, p.checkpoint)
@@ -446,7 +454,10 @@ def _train_loop(trainer, p):
         hf.model.zero_grad(set_to_none=True)
         for callback in hf.callback_handler.callbacks:
             if hasattr(callback, 'close'): callback.close()
-    run.log('memory', step=hf.state.global_step, planned_bytes=trainer.planned.total, measured_bytes=torch.cuda.max_memory_allocated(trainer.device) if on_gpu else None)
+    peak, parts = None if before is None else _resident_bytes('VmHWM'), trainer.planned.parts
+    loaded = sum(size for name,size in parts.items() if 'weights' in name or 'linears' in name or name in ('dequantised copy', 'CUDA context')) # there before the first step
+    run.log('memory', step=hf.state.global_step, planned_bytes=trainer.planned.total, measured_bytes=torch.cuda.max_memory_allocated(trainer.device) if on_gpu else None,
+            planned_growth_bytes=trainer.planned.total - loaded, resident_growth_bytes=None if peak is None else peak - before) # the second on a CPU: what the whole process grew by, weights not counted
 
 def _finish(trainer, p):
     "Curves, card and, for a run that came to its end, the PEFT folder."

@@ -51,6 +51,7 @@ def unpack(
 
 # %% ../nbs/16_fastpath.ipynb #83c5d8b0
 def _rows(x): return x.reshape(-1, x.shape[-1])
+def _scaled(a, b, alpha): return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
 
 def _lora_forward(
     x:Tensor, # `(..., k)` input
@@ -65,9 +66,10 @@ def _lora_forward(
 )->Tensor: # `(..., n)`, in the dtype of `x`
     "Frozen linear plus low-rank update."
     rows, W = _rows(x), unpack(parts, sizes, kind, x.dtype)
-    out = rows @ W.t() if bias is None else torch.addmm(bias.to(x.dtype), rows, W.t())
     low = (rows if dropped is None else _rows(dropped)) @ lora_A.to(x.dtype).t()
-    return out.addmm_(low, lora_B.to(x.dtype).t(), alpha=scaling).view(*x.shape[:-1], sizes[0])
+    out = _scaled(low, lora_B.to(x.dtype).t(), scaling)
+    if bias is not None: out += bias.to(x.dtype)
+    return out.addmm_(rows, W.t()).view(*x.shape[:-1], sizes[0])
 
 def _lora_backward(
     grad:Tensor, # `(..., n)`
@@ -85,9 +87,11 @@ def _lora_backward(
     rows, g, A, B = _rows(x if dropped is None else dropped), _rows(grad), lora_A.to(x.dtype), lora_B.to(x.dtype)
     low = g @ B # dy B, `(rows, r)`
     dA, dB = (low.t() @ rows).to(lora_A.dtype).mul_(scaling), (g.t() @ (rows @ A.t())).to(lora_B.dtype).mul_(scaling)
-    dx = g @ unpack(parts, sizes, kind, x.dtype) if with_x else g.new_empty(0)
-    if dropped is None: return (dx.addmm_(low, A, alpha=scaling).view(x.shape) if with_x else dx), g.new_empty(0), dA, dB
-    return dx.view(x.shape) if with_x else dx, (low @ A).mul_(scaling).view(x.shape), dA, dB
+    if dropped is None:
+        if not with_x: return g.new_empty(0), g.new_empty(0), dA, dB
+        return _scaled(low, A, scaling).addmm_(g, unpack(parts, sizes, kind, x.dtype)).view(x.shape), g.new_empty(0), dA, dB
+    dx = (g @ unpack(parts, sizes, kind, x.dtype)).view(x.shape) if with_x else g.new_empty(0)
+    return dx, _scaled(low, A, scaling).view(x.shape), dA, dB
 
 # %% ../nbs/16_fastpath.ipynb #ed7152c0
 @torch.library.custom_op('llama_nb::lora_linear', mutates_args=())
@@ -157,8 +161,8 @@ class _LoRAGroup(torch.autograd.Function):
         lows = rows @ torch.cat(As).to(x.dtype).t() # `(rows, sum of r)`
         ctx.save_for_backward(x, lows, *tensors)
         ctx.settings = scaling, sizes, kinds, counts
-        outs = [rows @ unpack([*p], s, kind, x.dtype).t() for p, s, kind in zip(parts, sizes, kinds)]
-        for out, low, B in zip(outs, lows.split([len(A) for A in As], 1), Bs): out.addmm_(low, B.to(x.dtype).t(), alpha=scaling)
+        outs = [_scaled(low, B.to(x.dtype).t(), scaling) for low, B in zip(lows.split([len(A) for A in As], 1), Bs)]
+        for out, p, s, kind in zip(outs, parts, sizes, kinds): out.addmm_(rows, unpack([*p], s, kind, x.dtype).t())
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
@@ -172,7 +176,7 @@ class _LoRAGroup(torch.autograd.Function):
         dAs = (back.t() @ rows).to(As[0].dtype).mul_(scaling).split(ranks)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.addmm(back.new_empty(()), back, torch.cat(As).to(x.dtype), beta=0, alpha=scaling)
+            dx = _scaled(back, torch.cat(As).to(x.dtype), scaling)
             for g, p, s, kind in zip(gs, parts, sizes, kinds): dx.addmm_(g, unpack([*p], s, kind, x.dtype))
             dx = dx.view(x.shape)
         return dx, None, None, None, None, *dAs, *dBs, *[None]*sum(counts)

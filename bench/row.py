@@ -182,7 +182,7 @@ def gate():
         model, g = load_model(ModelConfig('demo', bnb_4bit_compute_dtype=dtype), LoRAConfig(r=R, lora_alpha=ALPHA), 'cpu').train(), torch.Generator().manual_seed(0)
         for name, p in model.named_parameters():
             if 'lora_B' in name: torch.nn.init.normal_(p, std=0.02, generator=g)
-        apply_fast_path_(model, lora=lora)
+        apply_fast_path_(model, lora=lora, layers=lora)
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype == 'bfloat16' and uses_autocast(model)): loss = batch_loss(model, batch)[0]
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])

@@ -29,7 +29,7 @@ _MODULES = {
     'guards': '',  # a name can not be a module and a function at once: `from llama_nb.guards import guards`
     'generate': 'generate_replies stream_reply ChatSession samples_timeline',
     'metrics': 'Perplexity Bleu ChrF Rouge corpus_bleu',
-    'report': 'EvaluationReport bootstrap_interval paired_difference',
+    'report': 'EvaluationReport load_report bootstrap_interval paired_difference',
     'losses': 'PerplexityEvaluator top_losses explain',
     'evaluation': 'QualitativeEvaluator EvaluationFramework compare run_lm_eval',
     'resume': '',

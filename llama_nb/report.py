@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Statistic', 'STATISTICS', 'LOWER_IS_BETTER', 'LABELS', 'TITLES', 'Interval', 'bootstrap_interval', 'Difference',
            'paired_difference', 'distinct_interval', 'distinct_difference', 'sign_test', 'share_interval',
-           'EvaluationReport']
+           'EvaluationReport', 'load_report']
 
 # %% ../nbs/25_report.ipynb #ef4f8de9
 import json, math, os
@@ -18,7 +18,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, DataError, did_you_mean, shorten
 from .metrics import _ngrams, bleu_from_stats, chrf_from_stats, perplexity, ratio
 from .views import PALETTE, View, escape, picture, table
 
@@ -420,3 +420,24 @@ def _save_report(report, folder):
     _write(folder/'samples.jsonl', ''.join(json.dumps(_clean(s), ensure_ascii=False, allow_nan=False) + '\n' for s in report.samples))
     _report_page(report).save(folder/'report.html')
     return folder
+
+# %% ../nbs/25_report.ipynb #88a48b0c
+def load_report(
+    saved, # Folder of a saved report, e.g. `<run>/eval/validation`, or what its `metrics.json` holds
+)->EvaluationReport: # Scores, differences, settings, and the samples if there are any
+    "A saved report, to look at. Raises `DataError` where none was saved, or what is there is none."
+    samples, place = [], 'metrics.json'
+    try:
+        if not isinstance(saved, dict):
+            folder, place = Path(saved), Path(saved)/'metrics.json'
+            saved = json.loads(place.read_text(encoding='utf-8'))
+            if (folder/'samples.jsonl').is_file(): samples = [json.loads(line) for line in (folder/'samples.jsonl').read_text(encoding='utf-8').splitlines()]
+        settings = saved['settings']
+        rest = settings.get('confidence', 0.95), settings.get('n', 0)
+        number = lambda found: [math.nan if found[k] is None else found[k] for k in ('value', 'low', 'high')]
+        report = EvaluationReport({k: {} for k in saved['scores']}, samples, settings, saved['skipped'])
+        report.scores = {k: {name: Interval(*number(i), *rest) for name,i in metrics.items()} for k,metrics in saved['scores'].items()}
+        report.differences = {k: {name: Difference(*number(d), *rest, None, d['p_value']) for name,d in metrics.items()} for k,metrics in saved['differences'].items()}
+    except FileNotFoundError: raise DataError(f'{place}: no report was saved there; run llama-nb evaluate RUN, or report.save(folder)') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e: raise DataError(f'{place}: not a saved report ({type(e).__name__}: {shorten(e)})') from None
+    return report

@@ -8,7 +8,8 @@ import torch
 from bench.common import RESULTS, save, spread
 
 PROMPTS, NEW_TOKENS, BATCH = 48, 128, 16
-REPEATS = {'bfloat16': 3, 'float32': 2, '4-bit': 1} # what fits into six minutes on two cores
+BUDGET_S = {'bfloat16': 110, 'float32': 190, '4-bit': 150} # all three in less than eight minutes on two cores
+PROFILED = dict(prompts=16, new_tokens=64, kind='bfloat16', ops=8) # with torch.profiler, after the measurement
 
 
 def prompts(tokenizer):
@@ -42,43 +43,82 @@ def stock(model, tokenizer, conversations, ids, batch_size, by_length=False):
 
 
 WAYS = {'one at a time': (ours, 1, {}), 'stock, in order': (stock, BATCH, {}), 'stock, by length': (stock, BATCH, {'by_length': True}), 'ours': (ours, BATCH, {})}
+FEW = slice(3, None, 6) # of the prompts, sorted by the length of their replies: those answered one at a time
 
 
-def measure(kind, repeats):
-    "All ways on one model in turn, `repeats` times; the slow ways only once, one at a time on every sixth prompt of those sorted by reply length."
+def profile(model, tokenizer, conversations, ids):
+    "Where a batch spends its time: share of each operation, for ours and for stock, and the passes through the model."
+    from torch.profiler import ProfilerActivity
+    global NEW_TOKENS
+    before, NEW_TOKENS, found = NEW_TOKENS, PROFILED['new_tokens'], {}
+    try:
+        for name in ('ours', 'stock, in order'):
+            way, batch_size, more = WAYS[name]
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen: way(model, tokenizer, conversations[:PROFILED['prompts']], ids[:PROFILED['prompts']], batch_size, **more)
+            ops = sorted(seen.key_averages(), key=lambda op: -op.self_cpu_time_total)
+            total = sum(op.self_cpu_time_total for op in ops)
+            found[name] = {op.key: round(op.self_cpu_time_total/total, 3) for op in ops[:PROFILED['ops']]} | {'all': 1.0, 'self_cpu_s': round(total/1e6, 2)}
+    finally: NEW_TOKENS = before
+    return found
+
+
+def passes(model, run):
+    "What `run` returns, and how many times it went through the model."
+    count = []
+    hook = model.register_forward_pre_hook(lambda *_: count.append(1))
+    try: return run(), len(count)
+    finally: hook.remove()
+
+
+def measure(kind, budget_s=None, at_least=2, at_most=3):
+    "All ways on one model in turn: ours and stock in order `at_least` times, the slow ways once; more where the budget [s] has room."
     from llama_nb.config import ModelConfig
     from llama_nb.model import demo_model, load_model, load_tokenizer
+    budget_s = BUDGET_S[kind] if budget_s is None else budget_s
     folder = demo_model()
     tokenizer, model = load_tokenizer(folder), load_model(ModelConfig(model_name=folder, use_4bit=kind == '4-bit'), device='cpu')
     model = (model if kind == '4-bit' else model.to(getattr(torch, kind))).eval()
     conversations, ids = prompts(tokenizer)
-    found, lengths, same = {name: [] for name in WAYS}, {}, {}
+    found, replies, num_passes, begun = {}, {}, {}, time.perf_counter()
     ours(model, tokenizer, conversations[:2], ids[:2], 2) # the first pass of a process is never like the others
-    for repeat in range(repeats):
-        for name, (way, batch_size, more) in reversed(WAYS.items()):
-            if name in ('one at a time', 'stock, by length') and repeat or name == 'stock, by length' and repeats == 1: continue
-            few = sorted(range(len(ids)), key=lambda i: len(same['ours'][i]))[3::6] if name == 'one at a time' else range(len(ids))
-            start = time.perf_counter()
-            replies = way(model, tokenizer, [conversations[i] for i in few], [ids[i] for i in few], batch_size, **more)
-            seconds = time.perf_counter() - start
-            lengths[name], same[name] = [len(r) for r in replies], replies
-            found[name].append(seconds)
-    found = {name: seconds for name, seconds in found.items() if seconds}
-    rows = {name: {**spread(found[name]), 'replies': len(lengths[name]), 'tokens': sum(lengths[name]), 'tokens_per_s': round(sum(lengths[name])/spread(found[name])['median_s'], 1)} for name in found}
-    for name in found: rows[name]['ours_is_faster'] = round(rows['ours']['tokens_per_s']/rows[name]['tokens_per_s'], 2)
-    rows['ours']['equal_to_stock'] = sum(a == b for a, b in zip(same['ours'], same['stock, in order']))
-    rows['ours']['reply_lengths'] = sorted(lengths['ours'])
+
+    def go(name):
+        few = sorted(range(len(ids)), key=lambda i: len(replies['ours'][i]))[FEW] if name == 'one at a time' else range(len(ids))
+        way, batch_size, more = WAYS[name]
+        start = time.perf_counter()
+        replies[name], num_passes[name] = passes(model, lambda: way(model, tokenizer, [conversations[i] for i in few], [ids[i] for i in few], batch_size, **more))
+        found.setdefault(name, []).append(time.perf_counter() - start)
+
+    fits = lambda *names: time.perf_counter() - begun + sum(found[name][-1] for name in names) <= budget_s
+    pair = ('ours', 'stock, in order')
+    for name in (*pair, 'one at a time', *pair*(at_least - 1)): go(name)
+    if fits('stock, in order'): go('stock, by length')
+    while len(found['ours']) < at_most and fits(*pair):
+        for name in pair: go(name)
+    rows = {}
+    for name in [name for name in WAYS if name in found]:
+        tokens = sum(map(len, replies[name]))
+        rows[name] = {**spread(found[name]), 'replies': len(replies[name]), 'tokens': tokens, 'passes': num_passes[name], 'tokens_per_s': round(tokens/spread(found[name])['median_s'], 1)}
+    for row in rows.values(): row['ours_is_faster'] = round(rows['ours']['tokens_per_s']/row['tokens_per_s'], 2)
+    rows['ours']['equal_to_stock'] = sum(a == b for a, b in zip(replies['ours'], replies['stock, in order']))
+    rows['ours']['reply_lengths'] = sorted(map(len, replies['ours']))
+    if kind == PROFILED['kind']: rows['profile'] = profile(model, tokenizer, conversations, ids)
     return rows
 
 
-def main(kinds=('bfloat16', 'float32')):
+def main(kinds=tuple(BUDGET_S)):
     "Measure each kind of number, and save the result; kinds measured before and not now keep theirs."
     path = RESULTS/'generate.json'
-    rows = json.loads(path.read_text())['rows'] if path.exists() else {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    rows, shares = kept.get('rows', {}), kept.get('profile')
     for kind in kinds:
-        rows[kind] = measure(kind, REPEATS[kind])
-        for name, row in rows[kind].items(): print(f"{kind:9} {name:17} {row['tokens_per_s']:7.1f} tokens/s, ours is {row['ours_is_faster']:.2f} times as fast", flush=True)
-    return save('generate', rows, model='SmolLM2-135M-Instruct', prompts=PROMPTS, max_new_tokens=NEW_TOKENS, batch_size=BATCH, repeats=REPEATS, threads=torch.get_num_threads(), greedy=True)
+        rows[kind] = measure(kind)
+        shares = rows[kind].pop('profile', shares)
+        for name, row in rows[kind].items(): print(f"{kind:9} {name:17} {row['tokens_per_s']:7.1f} tokens/s in {row['passes']:4} passes, ours is {row['ours_is_faster']:.2f} times as fast", flush=True)
+    path = save('generate', rows, model='SmolLM2-135M-Instruct', prompts=PROMPTS, max_new_tokens=NEW_TOKENS, batch_size=BATCH, budget_s=BUDGET_S, profiled=PROFILED, threads=torch.get_num_threads(), greedy=True)
+    result = json.loads(path.read_text())
+    if shares: path.write_text(json.dumps(result | {'profile': shares}, indent=1) + '\n')
+    return path
 
 
-if __name__ == '__main__': print('wrote', main(tuple(sys.argv[1:]) or ('bfloat16', 'float32')))
+if __name__ == '__main__': print('wrote', main(tuple(sys.argv[1:]) or tuple(BUDGET_S)))

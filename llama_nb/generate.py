@@ -51,30 +51,74 @@ class _Choice:
         self.generators = [_generator(seed, p) for p in prompts] if do_sample else None
 
     def __call__(self, logits:Tensor, rows:list[int])->list[int]: # One id per row
-        logits = logits.float()
-        if logits.isnan().any(): raise NonFiniteError('the model scores tokens with NaN; its weights or adapter are damaged')
-        if self.generators is None: return logits.argmax(-1).tolist()
+        best = logits.max(-1) # a NaN counts as the greatest: no pass of its own, and no copy in float32
+        if best.values.isnan().any(): raise NonFiniteError('the model scores tokens with NaN; its weights or adapter are damaged')
+        if self.generators is None: return best.indices.tolist()
         uniforms = torch.cat([torch.rand(1, generator=self.generators[r]) for r in rows]).to(logits.device)
-        return _sample(logits, uniforms, self.temperature, self.top_p).tolist()
+        return _sample(logits.float(), uniforms, self.temperature, self.top_p).tolist()
 
 # %% ../nbs/23_generate.ipynb #2301eec1
-def _is_plain(cache): return all(type(layer) is DynamicLayer for layer in cache.layers) # no sliding window, no recurrent state
+class _Roomy(DynamicLayer):
+    "Keys and values of a layer with free columns behind them and free rows below: `keys` and `values` are views of `rooms`."
+    more, rooms, start = 64, None, 0 # columns added at a time; `(rows, Hkv, columns, D)` for keys and for values; first column in use
 
-def _map_cache_(cache, change):
-    "Apply `change` to the keys and the values of each layer, in place."
-    for layer in cache.layers: layer.keys, layer.values = change(layer.keys), change(layer.values)
+    def _look(self, rows, start, stop):
+        self.start, (self.keys, self.values) = start, (room[:rows, :, start:stop] for room in self.rooms)
+
+    def _move(self, rows, left, width):
+        "Into rooms of so many rows, behind `left` free columns; `width` columns will be in use behind those."
+        old, at = (self.keys, self.values), self.get_seq_length()
+        self.rooms = [x.new_zeros(rows, *x.shape[1:2], left + width + self.more, x.shape[-1]) for x in old]
+        for room,x in zip(self.rooms, old): room[:len(x), :, left:left + at] = x
+        self._look(len(old[0]), left, left + at)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        rows, new, width = len(key_states), key_states.shape[-2], self.get_seq_length()
+        if self.rooms is None or self.start + width + new > self.rooms[0].shape[-2]: self._move(rows, 0, width + new)
+        stop = self.start + width + new
+        for room,x in zip(self.rooms, (key_states, value_states)): room[:rows, :, stop - new:stop] = x
+        self._look(rows, self.start, stop)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        moved = [(to, at) for to,at in enumerate(indices.tolist()) if to != at]
+        if moved:
+            to, at = map(list, zip(*moved))
+            for x in (self.keys, self.values): x[to] = x[at]
+        self._look(len(indices), self.start, self.start + self.get_seq_length())
+
+    def skip(self, columns:int):
+        "Look at fewer columns: these, on the left, are padding in every row."
+        self._look(len(self.keys), self.start + columns, self.start + self.get_seq_length())
+
+    def join(self, other:DynamicLayer):
+        "Put the rows of another layer below, the last columns side by side; the gap on the left of the shorter ones is the mask's to hide."
+        (rows, _, width, _), (more, _, wide, _) = self.keys.shape, other.keys.shape
+        if rows + more > len(self.rooms[0]) or wide > self.start + width: self._move(rows + more, max(0, wide - width), width)
+        stop = self.start + width
+        for room,x in zip(self.rooms, (other.keys, other.values)): room[rows:rows + more, :, stop - wide:stop] = x
+        self._look(rows + more, stop - max(width, wide), stop)
+
+def _new_cache(model):
+    "An empty cache for a model, with room where the model attends to everything."
+    cache = DynamicCache(config=model.config)
+    if all(type(layer) is DynamicLayer for layer in cache.layers): cache.layers = [_Roomy() for _ in cache.layers]
     return cache
 
-def _merge_(cache, other):
-    "Stack the rows of two caches, the shorter one padded on the left; changes and returns `cache`."
-    width = max(cache.get_seq_length(), other.get_seq_length())
-    pad = lambda x: F.pad(x, (0, 0, width - x.shape[-2], 0))
-    for a,b in zip(cache.layers, other.layers): a.keys, a.values = torch.cat([pad(a.keys), pad(b.keys)]), torch.cat([pad(a.values), pad(b.values)])
-    return cache
+def _is_plain(cache): return all(type(layer) is _Roomy for layer in cache.layers) # no sliding window, no recurrent state
+
+def _close_up(keep:list[int])->list[int]: # The same places, those behind the new end moved into the gaps
+    "In which order rows go on, so that as few as possible move."
+    there, behind = {i for i in keep if i < len(keep)}, iter([i for i in keep if i >= len(keep)])
+    return [i if i in there else next(behind) for i in range(len(keep))]
 
 def _common(a:list, b:list)->int:
     "Length of the common beginning."
     return next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
 
 # %% ../nbs/23_generate.ipynb #440bc04b
 class _Rows:
@@ -105,7 +149,7 @@ class _Rows:
         mask = self.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts])
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         input_ids = self.tensor([[self.pad_id]*(width - len(p)) + p for p in prompts])
-        if cache is None: cache = DynamicCache(config=self.model.config)
+        if cache is None: cache = _new_cache(self.model)
         new, keep, cache = self._forward(rows, input_ids[:, known:], mask, position_ids[:, known:], cache)
         self._go_on(rows, new, keep, mask, position_ids[:, -1:] + 1, cache)
 
@@ -118,18 +162,20 @@ class _Rows:
     def _go_on(self, rows, new, keep, mask, position_ids, cache):
         "Add the rows that go on to those that are open."
         if keep and len(keep) < len(rows):
+            keep = _close_up(keep)
             cache.batch_select_indices(self.tensor(keep))
             mask, position_ids = mask[keep], position_ids[keep]
         last = self.tensor([[new[i]] for i in keep])
         if self.rows and keep:
             width = max(self.mask.shape[1] - 1, mask.shape[1]) # the open rows' mask already counts the token they will read next
             widen = lambda m, w: F.pad(m, (w - m.shape[1], 0))
-            cache, mask = _merge_(self.cache, cache), torch.cat([widen(self.mask[:, :-1], width), widen(mask, width)])
+            for layer,new_rows in zip(self.cache.layers, cache.layers): layer.join(new_rows)
+            cache, mask = self.cache, torch.cat([widen(self.mask[:, :-1], width), widen(mask, width)])
             position_ids, last = torch.cat([self.position_ids, position_ids]), torch.cat([self.last, last])
         elif self.rows: return
-        if keep and _is_plain(cache) and (idle := int(mask.any(0).int().argmax())): # columns that are padding in every row
+        if 0 < len(keep) != len(rows) and _is_plain(cache) and (idle := int(mask.any(0).int().argmax())): # columns that are padding in every row
             mask = mask[:, idle:]
-            _map_cache_(cache, lambda x: x[:, :, idle:])
+            for layer in cache.layers: layer.skip(idle)
         self.rows, self.cache, self.last, self.position_ids = self.rows + [rows[i] for i in keep], cache, last, position_ids
         self.mask = F.pad(mask, (0, 1), value=1) if keep else mask
 
@@ -196,7 +242,7 @@ def generate_replies(
     with _generating(model):
         while waiting or rows.rows:
             free = batch_size - len(rows.rows)
-            if waiting and rows.can_be_joined and (free > batch_size//4 or not rows.rows): # a few at a time: reading prompts costs a pass
+            if waiting and rows.can_be_joined and (free > batch_size//8 or not rows.rows): # a few at a time: reading prompts costs a pass
                 new = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 rows.join(new, [prompts[i] for i in new])
             else: rows.step()

@@ -233,6 +233,7 @@ def _evaluate(
     max_perplexity:Annotated[Optional[float], typer.Option('--max-perplexity', help='Exit with 5 if the tuned perplexity is higher.', show_default=False)]=None,
     fail_under:Annotated[Optional[list[str]], typer.Option('--fail-under', metavar='METRIC=VALUE', help='Exit with 5 if a score is worse, e.g. rougeL=0.2; may stand several times.', show_default=False)]=None,
     data_text:Annotated[bool, typer.Option(' /--no-data-text', help='Write scores, rows and replies only, no text of the data.')]=True,
+    by:Annotated[Optional[str], typer.Option('--by', metavar='COLUMN', help='Split every number by this key of the conversations, e.g. dataset.', show_default=False)]=None,
     as_json:_Json=False,
 ):
     "Compare base and tuned on the held-out conversations of a run."
@@ -247,7 +248,7 @@ def _evaluate(
     model, tokenizer = load_tuned(run)
     base_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False)) if cfg.model.use_4bit else None
     rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow)
-    report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out)
+    report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out, by)
     report.save(Path(run)/'eval'/'validation', data_text)
     write_card(Run(run)) # the card shows the newest scores
     return _judged(report, thresholds)

@@ -19,7 +19,7 @@ from torch import nn
 
 from .config import EvaluationConfig
 from .dialogue import Conversation, as_conversation, encode_prompt, get_template
-from .errors import DataError, exit_code, import_extra, logger, one_line, redact
+from .errors import ConfigError, DataError, did_you_mean, exit_code, import_extra, logger, one_line, redact
 from .fastpath import _causal_lm, plain_attention
 from .generate import Reply, generate_replies
 from .losses import ConversationLoss, PerplexityEvaluator, _has_adapter, _no_base, adapter_off, measuring
@@ -129,6 +129,16 @@ class Measured(NamedTuple):
 # %% ../nbs/27_evaluation.ipynb #30ccf81e
 _REPLY_METRICS = {'bleu', 'chrf', 'rouge'} # those that need replies
 
+def _groups(conversations, by):
+    "Places of conversations by slice, in the order of their names."
+    if by is None: return {}
+    if isinstance(by, str) and not any(by in c.meta for c in conversations):
+        known = sorted({key for c in conversations for key in c.meta})
+        raise ConfigError(f"by: no conversation has {by!r}; they have {', '.join(known) or 'nothing to slice by'}{did_you_mean(by, known)}")
+    groups = {}
+    for i,c in enumerate(conversations): groups.setdefault(str(by(c) if callable(by) else c.meta.get(by, '(none)')), []).append(i)
+    return dict(sorted(groups.items()))
+
 class EvaluationFramework:
     "Evaluate a model, its base with the adapter off, and the 16-bit base, on the same held-out conversations."
     def __init__(self,
@@ -181,9 +191,11 @@ class EvaluationFramework:
 
     def evaluate(self,
         conversations:Sequence, # Held-out conversations; more than `num_samples` are drawn from by the seed
-    )->EvaluationReport: # Scores, intervals, paired differences, samples
-        "Measure every model there is. Raises `DataError` for nothing to measure or an answer that is missing."
+        by:str|Callable|None=None, # Slices: a key of the conversations' `meta`, or what names the slice of a conversation
+    )->EvaluationReport: # Scores, intervals, paired differences, samples, slices
+        "Measure every model there is. Raises `DataError` for nothing to measure or an answer that is missing, `ConfigError` for a key that no conversation has."
         chosen, dropped = self.choose(conversations)
+        groups = _groups(chosen, by)
         found, skipped = {'tuned' if _has_adapter(self.model) else 'model': self.measure(self.model, chosen)}, {}
         base = 'base_4bit' if _is_4bit(self.model) else 'base'
         if not _no_base(self.model):
@@ -192,7 +204,9 @@ class EvaluationFramework:
         measured, why = self._measure_16bit(chosen)
         if measured: found['base_16bit'] = measured
         else: skipped['base_16bit'] = why
-        return _make_report(self, chosen, dropped, found, skipped)
+        report = _make_report(self, chosen, dropped, found, skipped)
+        if by is not None: report.groups, report.settings['by'] = groups, by if isinstance(by, str) else getattr(by, '__name__', 'a function')
+        return report
 
     def _measure_16bit(self, chosen):
         "The 16-bit base's numbers, or the reason why there are none."

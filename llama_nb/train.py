@@ -253,10 +253,10 @@ class LLAMATrainer:
     def is_training(self)->bool:
         "Whether a training runs in the background."
         return self._thread is not None and self._thread.is_alive()
-    def evaluate(self, name='validation'):
+    def evaluate(self, name='validation', by=None):
         "Score base and tuned; see `evaluate_run`."
         _check_idle(self)
-        return evaluate_run(self, name)
+        return evaluate_run(self, name, by)
     def chat(self, text:str)->str:
         "One turn of a conversation with the model as it is now; it remembers the earlier ones."
         from llama_nb.generate import ChatSession
@@ -539,6 +539,7 @@ def publish(
 def evaluate_run(
     trainer:LLAMATrainer, # Whose model and validation set
     name:str='validation', # Folder below `eval/`
+    by=None, # Slices, as in `EvaluationFramework.evaluate`
 ): # An `EvaluationReport`
     "Score base and tuned on the held-out conversations. Raises `DataError` if none were held out."
     from llama_nb.evaluation import EvaluationFramework
@@ -547,7 +548,7 @@ def evaluate_run(
     plain = (lambda: load_model(replace(c.model, use_4bit=False), device=trainer.device)) if c.evaluation.include_16bit and c.model.use_4bit else None
     framework = EvaluationFramework(trainer.model, trainer.tokenizer, c.evaluation, base_16bit=plain, template=c.data.template,
                                     max_length=c.model.max_length, on_overflow=c.data.on_overflow)
-    report = framework.evaluate(trainer.data.validation)
+    report = framework.evaluate(trainer.data.validation, by)
     if trainer.run is not None:
         report.save(trainer.run.folder/'eval'/name)
         write_card(trainer.run)

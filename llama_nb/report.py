@@ -412,7 +412,7 @@ def _sample_rows(report, indices, max_chars=800):
         s = report.samples[i]
         asked = '\n'.join(f"{m['role']}: {m['content']}" for m in s['prompt'][-3:])
         replies, nats = s.get('replies') or {}, s.get('loss') or {}
-        loss = '\n'.join(f'{LABELS.get(k, k)} {nats[k]:.3f}' for k in _in_order(nats, LABELS))
+        loss = '\n'.join(f'{LABELS.get(k, k)} {nats[k]:.3f}'.replace(' ', '\xa0') for k in _in_order(nats, LABELS))
         yield {'row': str(s['row'] or i), 'asked': cut(asked), 'reference': cut(s['reference'] or ''),
                **{LABELS.get(k, k): cut(replies[k]['text']) + ('' if replies[k]['ended'] else ' [cut at max_new_tokens]') for k in _in_order(replies, LABELS)}, 'nats per token': loss}
 
@@ -428,7 +428,9 @@ def _report_page(report):
     spread = _plot_distributions(report)
     parts = ['<h1>Evaluation</h1>', _report_table(report).html, _plot_report(report).html, *([spread.html] if spread else [])]
     for reason,indices in _chosen(report).items() if report.samples else ():
-        parts += [f'<h2>{len(indices)} conversations, {escape(reason)}</h2>', table(list(_sample_rows(report, indices))).html]
+        rows = list(_sample_rows(report, indices))
+        shown = [k for k in rows[0] if any(r[k] for r in rows)] # no column for what was left out, or never there
+        parts += [f'<h2>{len(indices)} conversations, {escape(reason)}</h2>', table(rows, shown).html]
     parts += ['<h2>Settings</h2>', table(list(_setting_rows(_clean(report.settings))), columns=['setting', 'value']).html]
     return View('\n'.join(parts), repr(_report_table(report)))
 

@@ -412,7 +412,7 @@ def _sample_rows(report, indices, max_chars=800):
         s = report.samples[i]
         asked = '\n'.join(f"{m['role']}: {m['content']}" for m in s['prompt'][-3:])
         replies, nats = s.get('replies') or {}, s.get('loss') or {}
-        loss = '\n'.join(f'{LABELS.get(k, k)} {nats[k]:.3f}'.replace(' ', '\xa0') for k in _in_order(nats, LABELS))
+        loss = '\n'.join(f'{LABELS.get(k, k)} {nats[k]:.3f}'.translate({32: '\xa0', 45: '\u2011'}) for k in _in_order(nats, LABELS))
         yield {'row': str(s['row'] or i), 'asked': cut(asked), 'reference': cut(s['reference'] or ''),
                **{LABELS.get(k, k): cut(replies[k]['text']) + ('' if replies[k]['ended'] else ' [cut at max_new_tokens]') for k in _in_order(replies, LABELS)}, 'nats per token': loss}
 

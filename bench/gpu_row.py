@@ -169,7 +169,7 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
         args = training_arguments(t, run.folder, steps, s['rows'], False, Here.device == 'cpu')
         size = s['rows']
         assert len(rows) >= steps*size, 'a second epoch would change the order'
-        trainer = PackedTrainer(model, args, PackedCollator(0, pad_to=size*Here.seq if compiled else None), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16)
+        trainer = PackedTrainer(model, args, PackedCollator(0, **(dict(pad_to=size*Here.seq, longest=Here.seq) if compiled else {})), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16)
         trainer.remove_callback(PrinterCallback)
         clock = Clock()
 

@@ -53,7 +53,7 @@ def watch(trainer, clock):
 
     def training_step(model, inputs, *args, **kwargs):
         mask, borders = inputs.get('attention_mask'), inputs.get('cu_seqlens')
-        filling = PAD is not None and borders is not None and int((inputs['input_ids'][0, borders[-2]:] != PAD).sum()) == 0 and int(borders[-1] - borders[-2]) or 0
+        filling = inputs['input_ids'].shape[1] - 1 - int((inputs['input_ids'][0] != PAD).nonzero()[-1]) if PAD is not None and borders is not None else 0
         clock.tokens += int(mask.sum()) if mask is not None else inputs['input_ids'].numel() - filling
         loss = inner(model, inputs, *args, **kwargs)
         clock.losses.append(float(loss))

@@ -30,7 +30,7 @@ def _one_by_one(
     if groups > 1: key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return torch.cat([
         F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, dropout_p=dropout)
-        for a, b in zip(borders, borders[1:])], dim=2)
+        for a, b in zip(borders, borders[1:]) if b > a], dim=2)
 
 # %% ../nbs/15_attention.ipynb #c95b2885
 BLOCK = 192 # queries of a tile

@@ -341,7 +341,8 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     if planned.settings['dequantised_copy']: unpack_copies_(model)
     dtype = torch.float32 if c.training.compute == 'fp32' else compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)
     pad = trainer.tokenizer.pad_token_id
-    made = PackedTrainer(model, args, PackedCollator(pad if pad is not None else 0, pad_to=batch_size*c.model.max_length if c.training.compile else None), rows, held or None, callbacks=callbacks, run=run, run_facts=facts,
+    one_shape = dict(pad_to=batch_size*c.model.max_length, longest=c.model.max_length) if c.training.compile else {} # else the compiler starts anew with each batch
+    made = PackedTrainer(model, args, PackedCollator(pad if pad is not None else 0, **one_shape), rows, held or None, callbacks=callbacks, run=run, run_facts=facts,
                          fast_path=c.training.fast_path, dtype=dtype)
     made.remove_callback(PrinterCallback)
     if c.training.compute == 'fp8': _start_fp8(made, rows, run)

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 COUNT, MEDIAN, MAX_LENGTH, R, ALPHA, RATE = 320, 85, 1024, 16, 32, 2e-4  # words; about 120 tokens with the template
-WARM_UP, STEPS, SECONDS = 1, 3, 10.  # steps left out; fewest timed; seconds after which no further step begins
+WARM_UP, COMPILING, STEPS, SECONDS = 1, 4, 3, 10.  # steps left out, and while layers are compiled; fewest timed; seconds of these after which no further step begins
 
 
 PAD = None  # id of filling at the end of a row, where a row may have any
@@ -17,8 +17,8 @@ PAD = None  # id of filling at the end of a row, where a row may have any
 
 class Clock:
     "Wall and CPU seconds and real tokens of each optimizer step, and the memory on top of the loaded model."
-    def __init__(self, seconds=SECONDS):
-        self.tokens, self.steps, self.losses, self.seconds = 0, [], [], seconds
+    def __init__(self, seconds=SECONDS, warm_up=WARM_UP):
+        self.tokens, self.steps, self.losses, self.seconds, self.warm_up = 0, [], [], seconds, warm_up
         self.reset_memory()
         self.began, self.at = time.perf_counter(), (time.perf_counter(), time.process_time())
 
@@ -35,11 +35,12 @@ class Clock:
         now = time.perf_counter(), time.process_time()
         self.steps.append((now[0] - self.at[0], now[1] - self.at[1], self.tokens))
         self.tokens, self.at = 0, now
-        return len(self.steps) >= WARM_UP + STEPS and now[0] - self.began > self.seconds
+        if len(self.steps) == self.warm_up: self.began = now[0]
+        return len(self.steps) >= self.warm_up + STEPS and now[0] - self.began > self.seconds
 
     def report(self, **more):
         from statistics import median
-        timed = self.steps[WARM_UP:]
+        timed = self.steps[self.warm_up:]
         rates = sorted(tokens/wall for wall, _, tokens in timed)
         return dict(real_tokens_per_s=round(median(rates), 1), slowest=round(rates[0], 1), fastest=round(rates[-1], 1), steps=len(timed),
                     cpu_s_per_1000_tokens=round(1000*median(cpu/tokens for _, cpu, tokens in timed), 3), tokens_per_step=round(median(t for *_, t in timed)),
@@ -147,7 +148,7 @@ def ours(**training):
                                TrainingConfig(output_dir=folder, max_steps=1000, save_steps=1000, **training), device='cpu')
         trainer.rows(), trainer.model
         PAD = trainer.tokenizer.pad_token_id
-        clock, made = Clock(), PackedTrainer.train
+        clock, made = Clock(warm_up=COMPILING if training.get('compile') else WARM_UP), PackedTrainer.train
 
         def train(self, *args, **kwargs):
             watch(self, clock)

@@ -103,19 +103,28 @@ def paired_difference(
     return Difference(value, *_limits(samples, n, confidence), confidence, n, samples, p_value)
 
 # %% ../nbs/25_report.ipynb #65306bfd
-def _without_one(texts, n):
-    "Distinct-n, and what it is without each text in turn."
-    grams = [_ngrams(t, n) for t in texts]
-    owners, total = Counter(g for c in grams for g in c), np.array([c.total() for c in grams], dtype=float)
-    alone = np.array([sum(owners[g] == 1 for g in c) for c in grams], dtype=float)
-    with np.errstate(invalid='ignore', divide='ignore'): left = (len(owners) - alone)/(total.sum() - total)
-    return len(owners)/max(1, total.sum()), np.nan_to_num(left)
+_ORDERS = 8 # conversations that may share an n-gram and still count in the variance
+_SIGNS = {k: (-1)**(k + 1)*sum(math.comb(_ORDERS, j) for j in range(k, _ORDERS + 1))/2**_ORDERS for k in range(2, _ORDERS + 1)} # Efron and Thisted's weights
 
-def _jackknife(value, left, confidence):
-    "Ends of a normal interval with the jackknife's standard error."
+def _without_one(grams):
+    "Distinct-n of counted n-grams, what it is without each text in turn, and the share of n-grams that stand in just these texts: `{places: share}`."
+    owners, total = {}, np.array([c.total() for c in grams], dtype=float)
+    for i,c in enumerate(grams):
+        for g in c: owners.setdefault(g, []).append(i)
+    alone, everything = np.zeros(len(grams)), max(1, total.sum())
+    for o in owners.values():
+        if len(o) == 1: alone[o[0]] += 1
+    with np.errstate(invalid='ignore', divide='ignore'): left = (len(owners) - alone)/(total.sum() - total)
+    shared = Counter(tuple(o) for o in owners.values() if 1 < len(o) <= _ORDERS)
+    return len(owners)/everything, np.nan_to_num(left), {k: v/everything for k,v in shared.items()}
+
+def _distinct_limits(value, left, shared, confidence):
+    "Ends of a normal interval, from the jackknife's variance less what it counts several times."
     n = len(left)
     if n < 2: return math.nan, math.nan
-    half = NormalDist().inv_cdf((1 + confidence)/2)*math.sqrt((n - 1)/n*((left - left.mean())**2).sum())
+    jackknife = (n - 1)/n*((left - left.mean())**2).sum()
+    variance = max(jackknife/4, jackknife + sum(_SIGNS[len(k)]*v*v for k,v in shared.items()))
+    half = NormalDist().inv_cdf((1 + confidence)/2)*math.sqrt(variance)
     return float(value - half), float(value + half)
 
 def distinct_interval(
@@ -123,10 +132,11 @@ def distinct_interval(
     n:int=1, # N-gram order
     confidence:float=0.95, # Level of the interval
 )->Interval: # Distinct-n and its interval
-    "Distinct-n of a set of replies with a jackknife interval. Raises `ValueError` for no text. Source: Tukey 1958; Li et al. 2016."
+    "Distinct-n of a set of replies with a corrected jackknife interval. Raises `ValueError` for no text. Source: Efron and Stein 1981; Efron and Thisted 1976; Li et al. 2016."
     if not len(texts): raise ValueError('expected at least one text, got none')
-    value, left = _without_one(texts, n)
-    return Interval(value, *_jackknife(value, left, confidence), confidence, len(texts))
+    value, left, shared = _without_one([_ngrams(t, n) for t in texts])
+    return Interval(value, *_distinct_limits(value, left, shared, confidence), confidence, len(texts))
+
 
 # %% ../nbs/25_report.ipynb #9daa3627
 def _swapped_distinct(first, second, n, num_rows, seed, block=4096):
@@ -154,12 +164,13 @@ def distinct_difference(
     num_bootstrap:int=1000, # Permutations
     seed:int=42, # Same seed, same result
 )->Difference: # Distinct-n of `first` minus that of `second`
-    "Paired jackknife and permutation test for distinct-n. Raises `ValueError` if lengths differ or nothing is given."
+    "Paired, corrected jackknife and permutation test for distinct-n. Raises `ValueError` if lengths differ or nothing is given."
     if len(first) != len(second) or not len(first): raise ValueError(f'paired texts must be equally many and not none, got {len(first)} and {len(second)}')
-    (x, left_x), (y, left_y) = _without_one(first, n), _without_one(second, n)
+    (x, left_x, shared_x), (y, left_y, shared_y) = [_without_one([_ngrams(t, n) for t in texts]) for texts in (first, second)]
+    shared = {k: shared_x.get(k, 0) - shared_y.get(k, 0) for k in {**shared_x, **shared_y}}
     swapped = np.nan_to_num(_swapped_distinct(first, second, n, num_bootstrap, seed + 1))
     p_value = (1 + int((np.abs(swapped) >= abs(x - y) - 1e-12).sum()))/(num_bootstrap + 1)
-    return Difference(x - y, *_jackknife(x - y, left_x - left_y, confidence), confidence, len(first), None, p_value)
+    return Difference(x - y, *_distinct_limits(x - y, left_x - left_y, shared, confidence), confidence, len(first), None, p_value)
 
 # %% ../nbs/25_report.ipynb #45561e8e
 def sign_test(

@@ -158,7 +158,7 @@ def test_shapes_of_the_gpu_path():
 
     import llama_nb.quantization as quantization
     from llama_nb.attention import attention_kernel
-    from llama_nb.fastpath import _lora_backward, _lora_forward
+    from llama_nb.linears import _lora_backward, _lora_forward
     assert attention_kernel('cuda') == 'varlen_attn'
     with FakeTensorMode(), torch.no_grad(), patch.object(quantization, '_rows_to_fp8', lambda: quantization.quantize_fp8):
         new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device='cuda')

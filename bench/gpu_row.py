@@ -190,7 +190,6 @@ def wanted(*packages):
 def trl(size, tokens=None, packing=False, attention='sdpa', liger=False, **settings):
     "TRL's SFTTrainer on the same conversations, with its own defaults but for what is named."
     if missing := wanted('trl', 'datasets', *(('liger_kernel',) if liger else ())): return dict(not_run=f'{missing} is not installed')
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models

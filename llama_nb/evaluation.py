@@ -195,7 +195,7 @@ class EvaluationFramework:
     )->EvaluationReport: # Scores, intervals, paired differences, samples, slices
         "Measure every model there is. Raises `DataError` for nothing to measure or an answer that is missing, `ConfigError` for a key that no conversation has."
         chosen, dropped = self.choose(conversations)
-        groups = _groups(chosen, by)
+        groups = _groups(chosen, by) # before the long part
         found, skipped = {'tuned' if _has_adapter(self.model) else 'model': self.measure(self.model, chosen)}, {}
         base = 'base_4bit' if _is_4bit(self.model) else 'base'
         if not _no_base(self.model):
@@ -204,9 +204,7 @@ class EvaluationFramework:
         measured, why = self._measure_16bit(chosen)
         if measured: found['base_16bit'] = measured
         else: skipped['base_16bit'] = why
-        report = _make_report(self, chosen, dropped, found, skipped)
-        if by is not None: report.groups, report.settings['by'] = groups, by if isinstance(by, str) else getattr(by, '__name__', 'a function')
-        return report
+        return _make_report(self, chosen, dropped, found, skipped, by, groups)
 
     def _measure_16bit(self, chosen):
         "The 16-bit base's numbers, or the reason why there are none."
@@ -237,7 +235,7 @@ def _settings(framework, chosen, dropped, found):
         num_tokens=sum(l.num_tokens for l in first.losses), data=dict(sha256=_fingerprint(chosen), dropped=dropped), models={k: m.facts for k,m in found.items()},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__))
 
-def _make_report(framework, chosen, dropped, found, skipped):
+def _make_report(framework, chosen, dropped, found, skipped, by, groups):
     "Tables, samples and settings of what was measured, as an `EvaluationReport`."
     samples = []
     for i,conversation in enumerate(chosen):
@@ -245,8 +243,8 @@ def _make_report(framework, chosen, dropped, found, skipped):
         samples.append(dict(row=str(conversation.row) if conversation.row else None, prompt=cut.to_dicts()[:-1], reference=reference,
             replies={k: dict(text=m.replies[i].text, ended=bool(m.replies[i].ended), num_tokens=len(m.replies[i].token_ids)) for k,m in found.items() if m.replies},
             loss={k: m.losses[i].nll/m.losses[i].num_tokens for k,m in found.items() if m.losses}))
-    return EvaluationReport({k: m.tables for k,m in found.items()}, samples,
-                            _settings(framework, chosen, dropped, found), skipped)
+    named = {} if by is None else {'by': by if isinstance(by, str) else getattr(by, '__name__', 'a function')}
+    return EvaluationReport({k: m.tables for k,m in found.items()}, samples, _settings(framework, chosen, dropped, found) | named, skipped, groups)
 
 # %% ../nbs/27_evaluation.ipynb #8433115c
 def _diff(first:str, second:str): # Two `(html, text)`: what only the first has, what only the second has

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attention import PACKED, _causal_lm, attention_kernel, packed_attention, plain_attention, set_packed_attention_
 from .dialogue import IGNORE_INDEX
 from .layers import fuse_layers_
-from .linears import (FEW_ROWS, LoRALinear, compile_layers_, fuse_lora_, lora_linear, packed_parts, unfuse_lora_, unpack, unpack_copies_)
+from .linears import FEW_ROWS, LoRALinear, _copies_, compile_layers_, fuse_lora_, lora_linear, packed_parts, unfuse_lora_, unpack, unpack_copies_
 from .quantization import quantize_fp8
 
 # %% ../nbs/18_fastpath.ipynb #06e9a4e9
@@ -179,22 +179,16 @@ def token_nlls(
     return out
 
 # %% ../nbs/18_fastpath.ipynb #e159cdb6
-@torch.no_grad()
 def fp8_copies_(
     model:nn.Module, # A PEFT model with fused LoRA linears, changed in place
     on:bool=True, # Make the copies, or drop them
 )->int: # Bytes they take
     "Let training steps of fused layers multiply frozen weights in eight bits."
-    total = 0
-    for layer in model.modules():
-        if not isinstance(layer, LoRALinear): continue
-        layer.__dict__.pop('_fp8', None)
-        parts, sizes, kind = packed_parts(layer.base_layer.weight)
-        if not on or sizes[0] % 16 or sizes[1] % 16: continue
+    def both_ways(layer, parts, sizes, kind):
+        if not on or sizes[0] % 16 or sizes[1] % 16: return None
         W = unpack(parts, sizes, kind, torch.float32)
-        layer.__dict__['_fp8'] = [*quantize_fp8(W), *quantize_fp8(W.t().contiguous())]
-        total += sum(t.nbytes for t in layer.__dict__['_fp8'])
-    return total
+        return [*quantize_fp8(W), *quantize_fp8(W.t().contiguous())]
+    return _copies_(model, '_fp8', both_ways)
 
 # %% ../nbs/18_fastpath.ipynb #2df86269
 @contextmanager

@@ -316,20 +316,24 @@ def unfuse_lora_(
 
 # %% ../nbs/17_linears.ipynb #da3dd5d2
 @torch.no_grad()
+def _copies_(model, name, make):
+    "Keep beside each fused layer, as `name`, what `make` gives for it and its frozen weight; drop it where that is `None`. The bytes kept."
+    total = 0
+    for layer in model.modules():
+        if not isinstance(layer, LoRALinear): continue
+        layer.__dict__.pop(name, None)
+        copy = make(layer, *packed_parts(layer.base_layer.weight))
+        if copy is None: continue
+        layer.__dict__[name] = copy
+        total += sum(t.nbytes for t in (copy if isinstance(copy, list) else [copy]))
+    return total
+
 def unpack_copies_(
     model:nn.Module, # A PEFT model with fused LoRA linears, changed in place
     on:bool=True, # Make the copies, or drop them
 )->int: # Bytes they take
     "Hold the frozen 4-bit weights of fused layers unpacked as well."
-    total = 0
-    for layer in model.modules():
-        if not isinstance(layer, LoRALinear): continue
-        layer.__dict__.pop('_unpacked', None)
-        parts, sizes, kind = packed_parts(layer.base_layer.weight)
-        if not on or not kind: continue
-        layer.__dict__['_unpacked'] = unpack(parts, sizes, kind, layer.base_layer.compute_dtype)
-        total += layer.__dict__['_unpacked'].nbytes
-    return total
+    return _copies_(model, '_unpacked', lambda layer, parts, sizes, kind: unpack(parts, sizes, kind, layer.base_layer.compute_dtype) if on and kind else None)
 
 # %% ../nbs/17_linears.ipynb #635a5ba7
 def _in_training(layer):

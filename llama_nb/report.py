@@ -334,13 +334,15 @@ def _change(d):
 
 def _in_order(names, order): return sorted(names, key=lambda name: [*order, name].index(name))
 
+def _title(group): return ' − '.join(LABELS.get(part, part) for part in group.split(' - '))
+
 def _slice_table(report):
     "Slice by slice: its size, the main scores of each model, and their change against the first base; a slice of a few says no more than its scores."
     shown, rows = [name for name in ('perplexity', 'bleu', 'rougeL', 'ended') if any(name in metrics for metrics in report.scores.values())], []
     for name,part in report.slices.items():
         base = next(iter(part.differences), None)
         for i,metric in enumerate(shown):
-            change = {} if base is None or metric not in part.differences[base] else {' − '.join(LABELS.get(k, k) for k in base.split(' - ')):
+            change = {} if base is None or metric not in part.differences[base] else {_title(base):
                 f"too few to say: {part.settings['n']}" if part.settings['n'] < FEW else _change(part.differences[base][metric])}
             rows.append({'slice': '' if i else name, 'conversations': '' if i else part.settings['n'], 'metric': TITLES[metric],
                          **{LABELS.get(k, k): _with_interval(part.scores[k][metric]) for k in _in_order(part.scores, LABELS) if metric in part.scores[k]}, **change})
@@ -348,16 +350,15 @@ def _slice_table(report):
 
 def _report_table(report):
     "Scores by model, then paired differences: a row per metric."
-    title = lambda group: ' − '.join(LABELS.get(part, part) for part in group.split(' - '))
     def rows(groups, show):
         cells = {}
         for group,metrics in groups.items():
-            for name,value in metrics.items(): cells.setdefault(name, {'metric': TITLES.get(name, name)})[title(group)] = show(value)
+            for name,value in metrics.items(): cells.setdefault(name, {'metric': TITLES.get(name, name)})[_title(group)] = show(value)
         return [cells[name] for name in _in_order(cells, TITLES)]
     n = max((s.n for metrics in report.scores.values() for s in metrics.values()), default=0)
     top = f"{n} conversations, with {report.settings.get('confidence', 0.95):.0%} intervals resampled by conversation"
-    parts = [table(rows(report.scores, _with_interval), ['metric', *map(title, _in_order(report.scores, LABELS))], top)]
-    if report.differences: parts.append(table(rows(report.differences, _change), ['metric', *map(title, report.differences)], 'Paired differences, with permutation p-values'))
+    parts = [table(rows(report.scores, _with_interval), ['metric', *map(_title, _in_order(report.scores, LABELS))], top)]
+    if report.differences: parts.append(table(rows(report.differences, _change), ['metric', *map(_title, report.differences)], 'Paired differences, with permutation p-values'))
     if report.slices: parts.append(_slice_table(report))
     notes = [f'{LABELS.get(k, k)}: not measured: {why}' for k,why in report.skipped.items()]
     return View(''.join(p.html for p in parts) + ''.join(f'<p>{escape(note)}</p>' for note in notes), '\n\n'.join(p.text for p in parts) + ''.join(f'\n{note}' for note in notes))

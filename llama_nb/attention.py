@@ -38,6 +38,7 @@ BLOCK = 192 # queries of a tile
 @functools.lru_cache(maxsize=8)
 def _tiles(
     borders:tuple[int,...], # Borders of the conversations
+    dtype:torch.dtype=torch.float32, # Of the scores
 )->list[tuple[int,int,int,Tensor]]: # First key, first query, end of both, and the square that is added to the last scores
     "Tiles of the row: neighbouring short conversations together, long ones piece by piece."
     together, made = [], []
@@ -49,34 +50,34 @@ def _tiles(
         token = torch.arange(i, j)
         same = torch.bucketize(token, torch.tensor(starts), right=True)
         able = (same[:, None] == same) & (token[:, None] >= token)
-        made.append((a, i, j, torch.zeros(able.shape).masked_fill_(~able, float('-inf'))))
+        made.append((a, i, j, torch.zeros(able.shape, dtype=dtype).masked_fill_(~able, float('-inf'))))
     return made
 
-def _heads_first(
-    rows:Tensor, # `(n, H, D)` a slice of tokens
+def _by_heads(
+    rows:Tensor, # `(T, H, D)`
     key_heads:int, # Key heads
-)->Tensor: # `(Hkv, H/Hkv*n, D)`
-    "Tokens of a tile, the heads that share a key head below one another."
-    n, H, D = rows.shape
-    return rows.reshape(n, key_heads, H//key_heads, D).permute(1, 2, 0, 3).reshape(key_heads, -1, D)
+)->Tensor: # `(Hkv, T*H/Hkv, D)`
+    "By key head, then by token."
+    T, H, D = rows.shape
+    return rows.reshape(T, key_heads, H//key_heads, D).transpose(0, 1).reshape(key_heads, -1, D)
 
-def _tokens_first(
-    blocks:Tensor, # `(Hkv, H/Hkv*n, D)`
-    n:int, # Tokens
-)->Tensor: # `(n, Hkv, H/Hkv, D)`, a view
+def _by_tokens(
+    blocks:Tensor, # `(Hkv, T*H/Hkv, D)`
+    T:int, # Tokens
+)->Tensor: # `(T, H, D)`
     "The way back."
-    return blocks.view(len(blocks), -1, n, blocks.shape[-1]).permute(2, 0, 1, 3)
+    return blocks.view(len(blocks), T, -1, blocks.shape[-1]).transpose(0, 1).reshape(T, -1, blocks.shape[-1])
 
 def _weights(
-    rows:Tensor, # `(Hkv, H/Hkv*n, D)` queries
+    rows:Tensor, # `(Hkv, n*H/Hkv, D)` queries
     key:Tensor, # `(Hkv, m, D)`, m >= n; the last n belong to the queries themselves
     square:Tensor, # `(n, n)`: 0 where a query may look, minus infinity elsewhere
     scaling:float, # Factor on the scores
-)->Tensor: # `(Hkv, H/Hkv*n, m)` rows that sum to one
+)->Tensor: # `(Hkv, n*H/Hkv, m)` rows that sum to one
     "Attention weights of a tile."
     n, m = len(square), key.shape[1]
-    scores = rows.new_empty(len(key), rows.shape[1]//n, n, m)
-    scores[..., :m-n], scores[..., m-n:] = 0, square.to(rows)
+    scores = rows.new_empty(len(key), n, rows.shape[1]//n, m)
+    scores[..., :m-n], scores[..., m-n:] = 0, square[:, None]
     scores = scores.view(*rows.shape[:2], m).baddbmm_(rows, key.transpose(1, 2), alpha=scaling)
     scores = scores.to(torch.promote_types(rows.dtype, torch.float32)) # one name, so that no two of the three copies are held in vain
     scores = scores.softmax(-1)
@@ -86,56 +87,67 @@ def _weights(
 def _product(a, b, alpha): return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
 
 def _tile_backward(
-    rows:Tensor, # `(Hkv, H/Hkv*n, D)` queries
+    P:Tensor, # `(Hkv, n*H/Hkv, m)` attention weights
+    rows:Tensor, # `(Hkv, n*H/Hkv, D)` queries
     key:Tensor, # `(Hkv, m, D)`
     value:Tensor, # `(Hkv, m, D)`
-    back:Tensor, # `(Hkv, H/Hkv*n, D)` gradient of the result
-    square:Tensor, # `(n, n)` as in the forward pass
+    back:Tensor, # `(Hkv, n*H/Hkv, D)` gradient of the result
     scaling:float, # Factor on the scores
 )->tuple[Tensor,Tensor,Tensor]: # Gradients of queries, keys and values of the tile
     "The formulas above for one tile."
-    P = _weights(rows, key, square, scaling)
     dS = torch._softmax_backward_data(back @ value.transpose(1, 2), P, -1, P.dtype)
     return _product(dS, key, scaling), _product(dS.transpose(1, 2), rows, scaling), P.transpose(1, 2) @ back
 
 # %% ../nbs/15_attention.ipynb #be893251
 def _forward(
-    query:Tensor, # `(H, T, D)`
+    query:Tensor, # `(Hkv, T*H/Hkv, D)`
     key:Tensor, # `(Hkv, T, D)`
     value:Tensor, # `(Hkv, T, D)`
-    cu_seqlens:Tensor, # `(n+1,)` borders
+    tiles:list, # As of `_tiles`
     scaling:float, # Factor on the scores
-)->Tensor: # `(T, H, D)`
+    kept:list[Tensor]|None=None, # Gets the weights of tiles without earlier keys
+)->Tensor: # `(Hkv, T*H/Hkv, D)`
     "Causal attention per conversation, tile by tile."
-    (H, T, D), K, q = query.shape, len(key), query.transpose(0, 1)
-    out = query.new_empty(T, K, H//K, D)
-    for a, i, j, square in _tiles(tuple(cu_seqlens.tolist())):
-        out[i:j] = _tokens_first(_weights(_heads_first(q[i:j], K), key[:, a:j], square, scaling) @ value[:, a:j], j - i)
-    return out.view(T, H, D)
+    G, out = query.shape[1]//key.shape[1], torch.empty_like(query)
+    for a, i, j, square in tiles:
+        P = _weights(query[:, G*i:G*j], key[:, a:j], square, scaling)
+        out[:, G*i:G*j] = P @ value[:, a:j]
+        if kept is not None and a == i: kept.append(P)
+    return out
 
 def _backward(
-    grad:Tensor, # `(T, H, D)`
+    grad:Tensor, # `(Hkv, T*H/Hkv, D)`
     query:Tensor, # As in the forward pass
     key:Tensor, # As in the forward pass
     value:Tensor, # As in the forward pass
-    cu_seqlens:Tensor, # `(n+1,)` borders
+    tiles:list, # As in the forward pass
     scaling:float, # Factor on the scores
+    kept:list[Tensor]|None=None, # What the forward pass put there; emptied
 )->tuple[Tensor,Tensor,Tensor]: # Gradients of query, key and value
-    "All tiles backwards."
-    (H, T, D), K, q = query.shape, len(key), query.transpose(0, 1)
-    dq, wide = query.new_empty(T, K, H//K, D), torch.promote_types(query.dtype, torch.float32)
-    dk, dv = (torch.zeros(K, T, D, dtype=wide, device=query.device) for _ in range(2))
-    for a, i, j, square in _tiles(tuple(cu_seqlens.tolist())):
-        found, *parts = _tile_backward(_heads_first(q[i:j], K), key[:, a:j], value[:, a:j], _heads_first(grad[i:j], K), square, scaling)
-        dq[i:j] = _tokens_first(found, j - i)
-        for whole, part in zip((dk, dv), parts): whole[:, a:j] += part
-    return dq.view(T, H, D).transpose(0, 1), dk.to(key.dtype), dv.to(key.dtype)
+    "All tiles backwards, the last one first."
+    G, wide, sums = query.shape[1]//key.shape[1], torch.promote_types(query.dtype, torch.float32), None
+    dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
+    for a, i, j, square in reversed(tiles):
+        rows = query[:, G*i:G*j]
+        P = kept.pop() if kept and a == i else _weights(rows, key[:, a:j], square, scaling)
+        dq[:, G*i:G*j], *parts = _tile_backward(P, rows, key[:, a:j], value[:, a:j], grad[:, G*i:G*j], scaling)
+        if sums is None: sums = parts if a == i else [part.to(wide) for part in parts]
+        else:
+            for whole, part in zip(sums, parts): whole[:, :j-a] += part.to(wide)
+        if a == i: # the first tile of its keys: nothing more comes to them
+            for whole, made in zip((dk, dv), sums): whole[:, a:a+made.shape[1]] = made
+            sums = None
+    return dq, dk, dv
 
 # %% ../nbs/15_attention.ipynb #66878454
+def _laid(query, key, value):
+    "As `_forward` takes them."
+    return _by_heads(query.transpose(0, 1), len(key)), key.contiguous(), value.contiguous()
+
 @torch.library.custom_op('llama_nb::packed_attention', mutates_args=())
 def _attend_op(query:Tensor, key:Tensor, value:Tensor, cu_seqlens:Tensor, scaling:float)->Tensor:
     "`_forward` as a closed box."
-    return _forward(query, key, value, cu_seqlens, scaling)
+    return _by_tokens(_forward(*_laid(query, key, value), _tiles(tuple(cu_seqlens.tolist()), query.dtype), scaling), query.shape[1])
 
 @_attend_op.register_fake
 def _(query, key, value, cu_seqlens, scaling): return query.new_empty(query.shape[1], query.shape[0], query.shape[2])
@@ -143,7 +155,8 @@ def _(query, key, value, cu_seqlens, scaling): return query.new_empty(query.shap
 @torch.library.custom_op('llama_nb::packed_attention_backward', mutates_args=())
 def _attend_op_backward(grad:Tensor, query:Tensor, key:Tensor, value:Tensor, cu_seqlens:Tensor, scaling:float)->tuple[Tensor,Tensor,Tensor]:
     "`_backward` as a closed box."
-    return _backward(grad, query, key, value, cu_seqlens, scaling)
+    dq, dk, dv = _backward(_by_heads(grad, len(key)), *_laid(query, key, value), _tiles(tuple(cu_seqlens.tolist()), query.dtype), scaling)
+    return _by_tokens(dq, len(grad)).transpose(0, 1), dk, dv
 
 @_attend_op_backward.register_fake
 def _(grad, query, key, value, cu_seqlens, scaling): return query.new_empty(query.shape[1], query.shape[0], query.shape[2]).transpose(0, 1), key.new_empty(key.shape), value.new_empty(value.shape)
@@ -153,18 +166,26 @@ def _keep(ctx, inputs, output):
     *tensors, ctx.scaling = inputs
     ctx.save_for_backward(*tensors)
 
-def _back(backward):
-    "The way back by one of the two forms of `_backward`."
-    def back(ctx, grad):
-        return *backward(grad, *ctx.saved_tensors, ctx.scaling), None, None
-    return back
+def _back(ctx, grad): return *_attend_op_backward(grad, *ctx.saved_tensors, ctx.scaling), None, None
 
-_attend_op.register_autograd(_back(_attend_op_backward), setup_context=_keep)
+_attend_op.register_autograd(_back, setup_context=_keep)
 
 # %% ../nbs/15_attention.ipynb #db4512de
 class _Attend(torch.autograd.Function):
     "The same two functions without the box."
-    forward, setup_context, backward = staticmethod(_forward), staticmethod(_keep), staticmethod(_back(_backward))
+    @staticmethod
+    def forward(ctx, query, key, value, cu_seqlens, scaling):
+        laid, kept = _laid(query, key, value), []
+        ctx.tiles, ctx.scaling = _tiles(tuple(cu_seqlens.tolist()), query.dtype), scaling
+        out = _by_tokens(_forward(*laid, ctx.tiles, scaling, kept), query.shape[1])
+        ctx.save_for_backward(*laid, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *kept = ctx.saved_tensors
+        dq, dk, dv = _backward(_by_heads(grad, len(key)), query, key, value, ctx.tiles, ctx.scaling, kept)
+        return _by_tokens(dq, len(grad)).transpose(0, 1), dk, dv, None, None
 
 def _attend(
     query:Tensor, # `(H, T, D)`

@@ -152,7 +152,6 @@ def ours(**training):
 
         def train(self, *args, **kwargs):
             watch(self, clock)
-            clock.reset_memory()
             clock.began, clock.at = time.perf_counter(), (time.perf_counter(), time.process_time())
             return made(self, *args, **kwargs)
         PackedTrainer.train = train

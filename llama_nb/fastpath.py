@@ -55,7 +55,7 @@ def supervised_loss(
     return nll/(len(targets) if num_items is None else num_items)
 
 # %% ../nbs/18_fastpath.ipynb #00e8aa61
-SCORES = {'cuda': 2**27, 'cpu': 2**24} # scores held at a time: in bf16 256 MiB on a GPU, 32 MiB elsewhere
+SCORES = {'cuda': 2**27, 'cpu': 2**25} # scores held at a time: in bf16 256 MiB on a GPU, 64 MiB elsewhere
 CACHED = 2**20 # of these, in float32 at a time on a CPU: what its cache holds; a GPU takes them all at once
 
 def _chunk(weight, chunk): return chunk or max(16, SCORES.get(weight.device.type, SCORES['cpu'])//len(weight))

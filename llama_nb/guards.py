@@ -367,7 +367,7 @@ class EventLog(Guard):
 
     def on_step_end(self, args, state, control, **kwargs):
         window = self.trainer.window
-        self.tokens += sum(b['input_ids'].numel() for b in window['batches'] if isinstance(b, dict) and 'input_ids' in b)
+        self.tokens += sum(b.get('num_tokens', b['input_ids'].numel()) for b in window['batches'] if isinstance(b, dict) and 'input_ids' in b)
         self.taught = self.taught + (window['num_items'] if window['num_items'] is not None else 0)
         self.run.beat()
 
@@ -430,7 +430,7 @@ class ProgressBar(Guard):
         self.bar, self.shown = (self.make or tqdm)(total=state.max_steps, initial=state.global_step, unit='step'), {}
         self.tokens, self.since = 0, time.monotonic()
     def on_step_end(self, args, state, control, **kwargs):
-        self.tokens += sum(b['input_ids'].numel() for b in self.trainer.window['batches'] if isinstance(b, dict) and 'input_ids' in b)
+        self.tokens += sum(b.get('num_tokens', b['input_ids'].numel()) for b in self.trainer.window['batches'] if isinstance(b, dict) and 'input_ids' in b)
         self.bar.update(state.global_step - self.bar.n)
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = {'loss': 'loss', 'eval_loss': 'validation', 'learning_rate': 'lr'}

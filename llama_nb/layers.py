@@ -53,10 +53,12 @@ def rms_norm(
 # %% ../nbs/16_layers.ipynb #a29c000b
 def _turned(x, cos, sin, sign=1):
     "Each head's vector turned; `x` is `(B, H, T, D)`, laid out by tokens."
-    f, half = _wide(x.transpose(1, 2), copy=True), x.shape[-1]//2
-    c, s = (_wide(t[..., None, :half]) for t in (cos, sin))
-    other = torch.cat((f[..., half:], f[..., :half]), -1)
-    return f.mul_(torch.cat((c, c), -1)).addcmul_(other, torch.cat((-sign*s, sign*s), -1)).to(x.dtype).transpose(1, 2)
+    f, half = _wide(x.transpose(1, 2)), x.shape[-1]//2
+    s = _wide(sin[..., None, :half])
+    out = f*_wide(cos[..., None, :])
+    out[..., :half].addcmul_(f[..., half:], s, value=-sign)
+    out[..., half:].addcmul_(f[..., :half], s, value=sign)
+    return out.to(x.dtype).transpose(1, 2)
 
 class _Rotate(torch.autograd.Function):
     "There by the angle, back by its opposite."

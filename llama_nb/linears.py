@@ -68,13 +68,22 @@ def _lora_forward(
     sizes:list[int], # As of `packed_parts`
     kind:str, # As of `packed_parts`
     *parts:Tensor, # Frozen weight, as of `packed_parts`
-)->Tensor: # `(..., n)`, in the dtype of `x`
+)->tuple[Tensor,Tensor]: # `(..., n)` in the dtype of `x`, and the product with `lora_A`, `(rows, r)`
     "Frozen linear plus low-rank update."
     rows = _rows(x)
     low = (rows if dropped is None else _rows(dropped)) @ lora_A.to(x.dtype).t()
     out = _scaled(low, lora_B.to(x.dtype).t(), scaling)
     if bias is not None: out += bias.to(x.dtype)
-    return _frozen(rows, sizes, kind, parts, out).view(*x.shape[:-1], sizes[0])
+    return _frozen(rows, sizes, kind, parts, out).view(*x.shape[:-1], sizes[0]), low
+
+def _update_gradient(
+    low:Tensor, # `(rows, r)`
+    wide:Tensor, # `(rows, n)`
+    like:Tensor, # The adapter
+    scaling:float, # Factor on the update
+)->Tensor: # `(n, r)` gradient of `lora_B`
+    "`wide.t() @ low`, by the form that reads `wide` along its rows."
+    return (low.t() @ wide).to(like.dtype).mul_(scaling).t().contiguous()
 
 def _lora_backward(
     grad:Tensor, # `(..., n)`
@@ -87,11 +96,12 @@ def _lora_backward(
     kind:str, # As in the forward pass
     parts:list[Tensor], # As in the forward pass
     with_x:bool, # Whether `x` wants a gradient: the first layer's does not
+    inner:Tensor|None=None, # The product with `lora_A`; None: made again
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # Gradients of `x`, `dropped`, `lora_A`, `lora_B`; empty where there is none
     "The formulas above; the weight is unpacked again."
     rows, g, A, B = _rows(x if dropped is None else dropped), _rows(grad), lora_A.to(x.dtype), lora_B.to(x.dtype)
     low = g @ B # dy B, `(rows, r)`
-    dA, dB = (low.t() @ rows).to(lora_A.dtype).mul_(scaling), (g.t() @ (rows @ A.t())).to(lora_B.dtype).mul_(scaling)
+    dA, dB = (low.t() @ rows).to(lora_A.dtype).mul_(scaling), _update_gradient(rows @ A.t() if inner is None else inner, g, lora_B, scaling)
     if not with_x: return g.new_empty(0), g.new_empty(0) if dropped is None else _scaled(low, A, scaling).view(x.shape), dA, dB
     if dropped is None: return _frozen_back(g, sizes, kind, parts, _scaled(low, A, scaling)).view(x.shape), g.new_empty(0), dA, dB
     return _frozen_back(g, sizes, kind, parts).view(x.shape), _scaled(low, A, scaling).view(x.shape), dA, dB
@@ -100,7 +110,7 @@ def _lora_backward(
 @torch.library.custom_op('llama_nb::lora_linear', mutates_args=())
 def _lora_op(x:Tensor, dropped:Tensor|None, lora_A:Tensor, lora_B:Tensor, bias:Tensor|None, scaling:float, sizes:list[int], kind:str, parts:list[Tensor])->Tensor:
     "`_lora_forward` as a closed box."
-    return _lora_forward(x, dropped, lora_A, lora_B, bias, scaling, sizes, kind, *parts)
+    return _lora_forward(x, dropped, lora_A, lora_B, bias, scaling, sizes, kind, *parts)[0]
 
 @_lora_op.register_fake
 def _(x, dropped, lora_A, lora_B, bias, scaling, sizes, kind, parts): return x.new_empty(*x.shape[:-1], sizes[0])
@@ -117,44 +127,50 @@ def _(grad, x, dropped, lora_A, lora_B, scaling, sizes, kind, parts, with_x):
 
 def _keep(ctx, inputs, output):
     "What the way back needs: the input, the adapters, and the weight as it is stored."
-    x, dropped, lora_A, lora_B, _, ctx.scaling, ctx.sizes, ctx.kind, *parts = inputs
-    ctx.boxed = len(parts) == 1 and isinstance(parts[0], list)
-    ctx.save_for_backward(x, dropped, lora_A, lora_B, *(parts[0] if ctx.boxed else parts))
+    x, dropped, lora_A, lora_B, _, ctx.scaling, ctx.sizes, ctx.kind, parts = inputs
+    ctx.save_for_backward(x, dropped, lora_A, lora_B, *parts)
 
-def _back(backward):
-    "The way back by one of the two forms of `_lora_backward`."
-    def back(ctx, grad):
-        x, dropped, lora_A, lora_B, *parts = ctx.saved_tensors
-        with_x = ctx.needs_input_grad[0]
-        dx, d_dropped, dA, dB = backward(grad, x, dropped, lora_A, lora_B, ctx.scaling, ctx.sizes, ctx.kind, parts, with_x)
-        none = [[None]*len(parts)] if ctx.boxed else [None]*len(parts)
-        return dx if with_x else None, d_dropped if dropped is not None else None, dA, dB, None, None, None, None, *none
-    return back
+def _back(ctx, grad):
+    x, dropped, lora_A, lora_B, *parts = ctx.saved_tensors
+    with_x = ctx.needs_input_grad[0]
+    dx, d_dropped, dA, dB = _lora_op_backward(grad, x, dropped, lora_A, lora_B, ctx.scaling, ctx.sizes, ctx.kind, parts, with_x)
+    return dx if with_x else None, d_dropped if dropped is not None else None, dA, dB, None, None, None, None, [None]*len(parts)
 
-_lora_op.register_autograd(_back(_lora_op_backward), setup_context=_keep)
+_lora_op.register_autograd(_back, setup_context=_keep)
 
 # %% ../nbs/17_linears.ipynb #1b5b909c
 class _LoRA(torch.autograd.Function):
     "The same two functions without the box."
-    forward, setup_context, backward = staticmethod(_lora_forward), staticmethod(_keep), staticmethod(_back(_lora_backward))
+    @staticmethod
+    def forward(ctx, x, dropped, lora_A, lora_B, bias, *settings):
+        out, low = _lora_forward(x, dropped, lora_A, lora_B, bias, *settings)
+        ctx.settings = settings[:3] # scaling, sizes, kind; then the parts
+        ctx.save_for_backward(x, dropped, lora_A, lora_B, low, *settings[3:])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, dropped, lora_A, lora_B, low, *parts = ctx.saved_tensors
+        with_x = ctx.needs_input_grad[0]
+        dx, d_dropped, dA, dB = _lora_backward(grad, x, dropped, lora_A, lora_B, *ctx.settings, parts, with_x, low)
+        return dx if with_x else None, d_dropped if dropped is not None else None, dA, dB, *[None]*(4 + len(parts))
 
 class _SwiGLULoRA(torch.autograd.Function):
     "The same on silu(gate)*up, which is made again on the way back."
     @staticmethod
-    def forward(gate, up, *rest): return _lora_forward(swiglu_parts(gate, up)[1], None, *rest)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        gate, up, lora_A, lora_B, _, ctx.scaling, ctx.sizes, ctx.kind, *parts = inputs
-        ctx.save_for_backward(gate, up, lora_A, lora_B, *parts)
+    def forward(ctx, gate, up, lora_A, lora_B, bias, *settings):
+        out, low = _lora_forward(swiglu_parts(gate, up)[1], None, lora_A, lora_B, bias, *settings)
+        ctx.settings = settings[:3]
+        ctx.save_for_backward(gate, up, lora_A, lora_B, low, *settings[3:])
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up, lora_A, lora_B, *parts = ctx.saved_tensors
+        gate, up, lora_A, lora_B, low, *parts = ctx.saved_tensors
         opened, product = swiglu_parts(gate, up)
-        d_product, _, dA, dB = _lora_backward(grad, product, None, lora_A, lora_B, ctx.scaling, ctx.sizes, ctx.kind, parts, True)
+        d_product, _, dA, dB = _lora_backward(grad, product, None, lora_A, lora_B, *ctx.settings, parts, True, low)
         del product # before one more of its size is made
-        return *swiglu_backward(d_product, gate, up, opened), dA, dB, None, None, None, None, *[None]*len(parts)
+        return *swiglu_backward(d_product, gate, up, opened), dA, dB, *[None]*(4 + len(parts))
 
 class _LoRAGroup(torch.autograd.Function):
     "Several LoRA linears on one input, which is read once for all their updates; the gradients for it add up in place."
@@ -174,8 +190,8 @@ class _LoRAGroup(torch.autograd.Function):
         scaling, sizes, kinds, counts = ctx.settings
         rows, gs, (As, Bs, parts) = _rows(x), [_rows(g) for g in grads], _grouped(counts, tensors)
         ranks = [len(A) for A in As]
-        dBs = [(g.t() @ low).to(B.dtype).mul_(scaling) for g, low, B in zip(gs, lows.split(ranks, 1), Bs)]
-        back = torch.cat([g @ B.to(x.dtype) for g, B in zip(gs, Bs)], 1)
+        back, dBs = zip(*((g @ B.to(x.dtype), _update_gradient(low, g, B, scaling)) for g, low, B in zip(gs, lows.split(ranks, 1), Bs)))
+        back = torch.cat(back, 1)
         dAs = (back.t() @ rows).to(As[0].dtype).mul_(scaling).split(ranks)
         dx = None
         if ctx.needs_input_grad[0]:

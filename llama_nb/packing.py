@@ -110,7 +110,7 @@ class PackedCollator:
 
     def __call__(self,
         features:Sequence[PackedRow|Example], # What shares this micro-batch
-    )->dict: # `input_ids`, `labels`, `position_ids` `(1, T)` int64; `cu_seqlens` `(n+1,)` int32; `max_seqlen`; `taught` `(N,)` int64; `rows`
+    )->dict: # `input_ids`, `labels`, `position_ids` `(1, T)` int64; `cu_seqlens` `(n+1,)` int32; `max_seqlen`; `taught` `(N,)` int64; `num_tokens` without filling; `rows`
         """Lay everything in one row. Raises `ValueError` if there is nothing to lay."""
         features = list(features)
         if not features: raise ValueError("an empty batch: give at least one row")
@@ -118,7 +118,7 @@ class PackedCollator:
         labels = [l for f in features for l in f.labels]
         lengths = [n for f in features for n in (f.lengths if isinstance(f, PackedRow) else (len(f.input_ids),))]
         rows = [r for f in features for r in (f.rows if isinstance(f, PackedRow) else (f.row,))]
-        tail = -len(ids) % self.pad_to if self.pad_to else 0
+        num_tokens, tail = len(ids), -len(ids) % self.pad_to if self.pad_to else 0
         if tail:
             ids, labels = ids + [self.pad_id]*tail, labels + [IGNORE_INDEX]*tail
             pieces = [min(self.longest or tail, tail - at) for at in range(0, tail, self.longest or tail)]
@@ -132,4 +132,4 @@ class PackedCollator:
         return dict(
             input_ids=torch.tensor([ids]), labels=labels, taught=(labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0],
             position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-            cu_seqlens=torch.tensor(cu, dtype=torch.int32), max_seqlen=self.longest or max(lengths), rows=rows)
+            cu_seqlens=torch.tensor(cu, dtype=torch.int32), max_seqlen=self.longest or max(lengths), num_tokens=num_tokens, rows=rows)

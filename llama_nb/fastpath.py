@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import PACKED, _causal_lm, attention_kernel, packed_attention, plain_attention, set_packed_attention_
 from .dialogue import IGNORE_INDEX
-from .layers import fuse_layers_
+from .layers import fuse_layers_, takes_rows
 from .linears import FEW_ROWS, LoRALinear, _copies_, compile_layers_, fuse_lora_, lora_linear, packed_parts, unfuse_lora_, unpack, unpack_copies_
 from .quantization import quantize_fp8
 
@@ -111,9 +111,10 @@ def _frozen_head(model):
     head = _causal_lm(getattr(model, 'module', model)).get_output_embeddings()
     return head if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad else None
 
-def _inputs(batch, where):
+def _inputs(model, batch, where):
     "What the model's forward takes."
-    return dict(input_ids=batch['input_ids'], position_ids=batch['position_ids'], cu_seqlens=batch['cu_seqlens'], max_seqlen=batch.get('max_seqlen'), logits_to_keep=where, use_cache=False)
+    some = {'wanted': where} if takes_rows(model) else {'logits_to_keep': where}
+    return dict(input_ids=batch['input_ids'], position_ids=batch['position_ids'], cu_seqlens=batch['cu_seqlens'], max_seqlen=batch.get('max_seqlen'), use_cache=False, **some)
 
 def _where(batch):
     "Taught positions: from the collator on a GPU, else from the labels themselves."
@@ -132,8 +133,8 @@ def batch_loss(
     Goes through the model's own `forward`, so wrappers (PEFT, distributed) see it. Raises `ValueError` if nothing is taught."""
     where, head = _where(batch), _frozen_head(model)
     targets = batch['labels'][0, where+1]
-    if head is None: return supervised_loss(model(**_inputs(batch, where)).logits[0], targets, num_items), len(targets)
-    with _open_head(head): hidden = model(**_inputs(batch, where)).logits[0]
+    if head is None: return supervised_loss(model(**_inputs(model, batch, where)).logits[0], targets, num_items), len(targets)
+    with _open_head(head): hidden = model(**_inputs(model, batch, where)).logits[0]
     return taught_nll(hidden, head.weight, targets, chunk)/(len(targets) if num_items is None else num_items), len(targets)
 
 # %% ../nbs/18_fastpath.ipynb #f8014902
@@ -169,9 +170,9 @@ def token_nlls(
     Raises `ValueError` if nothing is taught. The model's train/eval mode is the caller's to choose."""
     where, head = _where(batch), _frozen_head(model)
     targets = batch['labels'][0, where+1]
-    if head is None: pieces = model(**_inputs(batch, where)).logits[0].split(chunk)
+    if head is None: pieces = model(**_inputs(model, batch, where)).logits[0].split(chunk)
     else:
-        with _open_head(head): hidden = model(**_inputs(batch, where)).logits[0]
+        with _open_head(head): hidden = model(**_inputs(model, batch, where)).logits[0]
         pieces = (head(rows) for rows in hidden.split(chunk))
     nll = torch.cat([F.cross_entropy(scores.float(), t, reduction='none') for scores, t in zip(pieces, targets.split(chunk))])
     out = torch.zeros(batch['labels'].shape, device=nll.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention import _causal_lm
 from .errors import logger
-from .layers import swiglu, swiglu_backward, swiglu_parts
+from .layers import swiglu, swiglu_backward, swiglu_parts, whole_last_
 from .quantization import fp8_matmul, rows_to_fp8
 
 # %% ../nbs/17_linears.ipynb #01414d1a
@@ -362,6 +362,7 @@ def compile_layers_(
     backend:str='inductor', # What compiles the graph
 )->nn.Module: # The same model
     "Compile each layer as one graph, for training steps. Raises torch's own error at a break. Needs rows of one length: each new one is compiled anew."
+    whole_last_(model)
     for layer in _causal_lm(model).model.layers:
         layer.compile(fullgraph=True, dynamic=False, backend=backend)
         _in_training(layer)

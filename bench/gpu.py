@@ -1,4 +1,4 @@
-"""Training speed and memory on one GPU, rows A to J of the specification: `python -m bench gpu [a|b] [--device cpu --tiny] [--out FOLDER]`; each part within ten minutes.
+"""Training speed and memory on one GPU, rows A to J of the specification: `python -m bench gpu [a|b] [--device cpu --tiny] [--out FOLDER]`; each part within ten minutes. `--seconds 400` runs what fits, the rows that matter most first.
 
 With `--device cpu --tiny` the same rows run with small shapes in this process: a test of the benchmark, not a measurement."""
 import argparse
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from bench.common import RESULTS, machine
-from bench.gpu_row import ALPHA, PARTS, RATE, ROWS, Here, row
+from bench.gpu_row import ALPHA, FIRST, PARTS, RATE, ROWS, Here, row
 
 # name, row, where the number stands, direction, limit; for one H200
 TARGETS = [('7B, bf16, real tokens/s', 'F  llama_nb, 7B', ('real_tokens_per_s',), '>=', 17000), ('7B, bf16, compiled layers, real tokens/s', 'F  llama_nb, compiled layers, 7B', ('real_tokens_per_s',), '>=', 17000),
@@ -22,6 +22,7 @@ TARGETS = [('7B, bf16, real tokens/s', 'F  llama_nb, 7B', ('real_tokens_per_s',)
            ('7B, 4 x 2,048, all layers recomputed, GiB allocated', 'planner, 7B', ('settings', 4, 'measured_gib'), '<=', 8.5), ('plan against measured, furthest of six', 'planner, 7B', ('furthest',), '<=', 0.1),
            ('bf16 products, TFLOP/s', 'machine', ('bf16 16384x4096x11008, TFLOP/s',), '>=', 600)]
 SECONDS = 570  # a call on a lent machine may take ten minutes
+LATE = dict(not_run='no time left in this call')
 
 
 def targets(rows):
@@ -70,7 +71,7 @@ def write(folder, rows, device, tiny):
     path, gpu = folder/'gpu.json', next((r['gpu'] for r in rows.values() if 'gpu' in r), device)
     if path.exists():
         before = json.loads(path.read_text())
-        if before.get('gpu') == gpu and before['settings']['tiny'] == tiny: rows = {**before['rows'], **rows}
+        if before.get('gpu') == gpu and before['settings']['tiny'] == tiny: rows = {**rows, **{n: r for n, r in before['rows'].items() if n not in rows or rows[n] == LATE}}
     rows = {name: rows[name] for name in ROWS if name in rows}
     packages = {p: v for p, v in machine()['versions'].items()}
     result = dict(date=datetime.date.today().isoformat(), gpu=gpu, **{**machine(), 'versions': packages}, targets=targets({} if tiny else rows), rows=rows,
@@ -87,6 +88,7 @@ def main(arguments=()):
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
     parser.add_argument('--tiny', action='store_true', help='small shapes, in this process')
     parser.add_argument('--out', type=Path, default=RESULTS)
+    parser.add_argument('--seconds', type=float, help='stop beginning rows after that; without a part the rows that matter most come first')
     a = parser.parse_args(list(arguments))
     if a.device == 'cpu' and not a.tiny: parser.error('on a CPU only --tiny makes sense')
     if a.device == 'cpu' and a.out.resolve() == RESULTS.resolve(): parser.error('a CPU measures nothing here; give --out another folder')
@@ -96,9 +98,9 @@ def main(arguments=()):
     a.out.mkdir(parents=True, exist_ok=True)
     Here.set(a.device, a.tiny)
     began, rows = time.monotonic(), {}
-    for name in PARTS[a.part] if a.part else ROWS:
-        left = SECONDS*(1 if a.part else 2) - (time.monotonic() - began)
-        if left < 20: rows[name] = dict(not_run='no time left in this call')
+    for name in PARTS[a.part] if a.part else [*FIRST, *(n for n in ROWS if n not in FIRST)] if a.seconds else ROWS:
+        left = (a.seconds or SECONDS*(1 if a.part else 2)) - (time.monotonic() - began)
+        if left < 20: rows[name] = LATE
         else: rows[name] = row(name) if a.device == 'cpu' else apart(name, a.device, a.tiny, min(left, 180))
         print(f'{name:48}', json.dumps(rows[name])[:600], flush=True)
         path, result = write(a.out, rows, a.device, a.tiny)

@@ -150,7 +150,7 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
     from llama_nb.packing import PackedCollator, pack
     from llama_nb.quantization import check_fp8
     from llama_nb.runs import create_run
-    from llama_nb.train import PackedTrainer, room_bytes, set_checkpointing_, training_arguments
+    from llama_nb.train import MULTIPLE, PackedTrainer, room_bytes, set_checkpointing_, training_arguments
     tokens, steps, shape = tokens or Here.tokens, Here.warm + Here.timed, shape_of(size)
     if compute == 'fp8': check_fp8(Here.device)
     made = examples(shape.vocab_size, int(1.2*tokens*steps) + Here.seq)
@@ -169,7 +169,7 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
         args = training_arguments(t, run.folder, steps, s['rows'], False, Here.device == 'cpu')
         size = s['rows']
         assert len(rows) >= steps*size, 'a second epoch would change the order'
-        trainer = PackedTrainer(model, args, PackedCollator(0, **(dict(pad_to=size*Here.seq, longest=Here.seq) if compiled else {})), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16)
+        trainer = PackedTrainer(model, args, PackedCollator(0, **(dict(pad_to=size*Here.seq, longest=Here.seq) if compiled else dict(pad_to=MULTIPLE))), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16)
         trainer.remove_callback(PrinterCallback)
         clock = Clock()
 
@@ -187,13 +187,19 @@ def wanted(*packages):
     return next((p for p in packages if importlib.util.find_spec(p) is None), None)
 
 
-def trl(size, tokens=None, packing=False, attention='sdpa', liger=False, **settings):
+def word_tokenizer():
+    "A tokenizer of three words: conversations come as numbers already."
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({'<unk>': 0, '<s>': 1, '</s>': 2}, '<unk>')), bos_token='<s>', eos_token='</s>', pad_token='</s>', unk_token='<unk>')
+
+
+def trl(size, tokens=None, packing=False, attention='sdpa', liger=False, made_by=None, **settings):
     "TRL's SFTTrainer on the same conversations, with its own defaults but for what is named."
     if missing := wanted('trl', 'datasets', *(('liger_kernel',) if liger else ())): return dict(not_run=f'{missing} is not installed')
     from datasets import Dataset
     from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-    from transformers import AttentionInterface, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import AttentionInterface, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from llama_nb.attention import packed_attention
@@ -204,9 +210,8 @@ def trl(size, tokens=None, packing=False, attention='sdpa', liger=False, **setti
     made = examples(shape.vocab_size, int(1.3*tokens*steps) + Here.seq)
     if attention == 'varlen':  # their collator gives the borders under transformers' names for them
         AttentionInterface.register('varlen', lambda module, q, k, v, mask, cu_seq_lens_q=None, max_length_q=None, **kw: packed_attention(module, q, k, v, None, cu_seqlens=cu_seq_lens_q, max_seqlen=None if max_length_q is None else int(max_length_q), **kw))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({'<unk>': 0, '<s>': 1, '</s>': 2}, '<unk>')), eos_token='</s>', pad_token='</s>', unk_token='<unk>')
-    model = build(shape)
-    model.set_attn_implementation(attention)
+    model, tokenizer = made_by(shape) if made_by else (build(shape), word_tokenizer())
+    if not made_by: model.set_attn_implementation(attention)
     rows = 1 if packing else min(8, max(1, tokens//Here.seq))
     mean = sum(len(e.input_ids) for e in made)/len(made)
     if packing: rows, accumulation = max(1, tokens//Here.seq), 1
@@ -215,7 +220,8 @@ def trl(size, tokens=None, packing=False, attention='sdpa', liger=False, **setti
         args = SFTConfig(folder, max_steps=steps, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True, use_cpu=Here.device == 'cpu', packing=packing, max_length=Here.seq,
                          per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation, learning_rate=RATE, **settings)
         data = Dataset.from_list([{'input_ids': e.input_ids, 'assistant_masks': [int(l != -100) for l in e.labels]} for e in made])
-        trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=LoraConfig(r=R, lora_alpha=ALPHA, target_modules='all-linear', task_type='CAUSAL_LM'))
+        lora = None if made_by else LoraConfig(r=R, lora_alpha=ALPHA, target_modules='all-linear', task_type='CAUSAL_LM')
+        trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
         clock, seen, inner = Clock(), [], trainer.training_step
 
         def training_step(model, inputs, *args, **kwargs):
@@ -242,10 +248,31 @@ def without_checkpointing(size, **more):
         return dict(not_run='without recomputing it does not fit in memory')
 
 
-def unsloth(*_, **__):
-    "unsloth loads from files only and needs a site folder of its own."
+def written(shape, folder):
+    "Random weights of the same kind as a folder in 16 bits, which a loader that knows files only can read."
+    import torch
+    from transformers import LlamaForCausalLM
+    g = torch.Generator(Here.device).manual_seed(0)
+    with torch.device('meta'): model = LlamaForCausalLM(copy.deepcopy(shape)).to(torch.bfloat16)
+    made = {n: torch.ones(p.shape, dtype=torch.bfloat16) if 'norm' in n else (0.02*torch.randn(*p.shape, generator=g, device=Here.device)).to('cpu', torch.bfloat16) for n, p in model.named_parameters()}
+    model.load_state_dict(made, strict=True, assign=True)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def unsloth(size, tokens=None, checkpointing='unsloth', packing=False):
+    "unsloth's loader and layers under TRL's trainer, on weights written to a folder; as shipped it recomputes its own way."
     if missing := wanted('unsloth'): return dict(not_run=f'{missing} is not installed')
-    return dict(not_run='unsloth loads models from a folder or the Hub only, and this benchmark writes no checkpoint')
+    from unsloth import FastLanguageModel  # before transformers and trl, as it asks for
+
+    def load(shape):
+        with tempfile.TemporaryDirectory() as folder:
+            model, tokenizer = FastLanguageModel.from_pretrained(str(written(shape, folder)), max_seq_length=Here.seq, load_in_4bit=True)
+            model = FastLanguageModel.get_peft_model(model, r=R, lora_alpha=ALPHA, lora_dropout=0, bias='none', use_gradient_checkpointing=checkpointing, random_state=0,
+                                                     target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'])
+            return model, tokenizer
+    return {**trl(size, tokens, packing, attention="unsloth's choice", made_by=load), 'checkpointing': str(checkpointing)}
 
 
 def gate(size='7B'):
@@ -282,7 +309,7 @@ def gate(size='7B'):
     true, grads = alone(torch.float32)
     def off(found): return dict(loss=float(f'{abs(found[0] - true)/true:.3g}'), gradients=float(f'{((found[1] - grads).norm()/grads.norm()).item():.3g}'))
     result = dict(loss=round(true, 4), ours=off(packed()), stock=off(alone(torch.bfloat16)))
-    result['passed'] = result['ours']['loss'] < 1e-3 and result['ours']['gradients'] <= 1.25*result['stock']['gradients']
+    result['passed'] = result['ours']['loss'] < 1e-3 and result['ours']['gradients'] <= result['stock']['gradients']
     try: result['fp8'] = off(packed(True))
     except Exception as e: result['fp8'] = dict(not_run=f'{type(e).__name__}: {str(e)[:200]}')
     return result
@@ -389,18 +416,20 @@ PARTS = {
           'A  TRL as shipped, 7B': lambda: trl('7B'),
           'B  TRL, packing, our varlen attention, 7B': lambda: trl('7B', packing=True, attention='varlen'),
           'C  B with Liger, no recomputing, 7B': lambda: without_checkpointing('7B', packing=True, attention='varlen', liger=True),
-          'D  unsloth as shipped, 7B': unsloth, 'E  unsloth, no recomputing, packing, 7B': unsloth,
+          'D  unsloth as shipped, 7B': lambda: unsloth('7B'), 'E  unsloth, no recomputing, packing, 7B': lambda: unsloth('7B', checkpointing=False, packing=True),
           'F  llama_nb, 7B': lambda: ours('7B'),
           'G  llama_nb, all layers recomputed, 7B': lambda: ours('7B', checkpointing=True),
           'H  llama_nb, fp8, 7B': lambda: ours('7B', compute='fp8'),
           'F  again': lambda: ours('7B')},
-    'b': {'I  TRL, packing, our varlen attention, 8B': lambda: trl('8B', packing=True, attention='varlen'), 'I  unsloth, 8B': unsloth, 'I  llama_nb, 8B': lambda: ours('8B'),
-          'I  TRL, packing, our varlen attention, 13B': lambda: trl('13B', packing=True, attention='varlen'), 'I  unsloth, 13B': unsloth, 'I  llama_nb, 13B': lambda: ours('13B'),
-          'J  TRL as shipped, few tokens, 7B': lambda: trl('7B', Here.few), 'J  unsloth, few tokens, 7B': unsloth, 'J  llama_nb, few tokens, 7B': lambda: ours('7B', Here.few),
+    'b': {'I  TRL, packing, our varlen attention, 8B': lambda: trl('8B', packing=True, attention='varlen'), 'I  unsloth, 8B': lambda: unsloth('8B', checkpointing=False, packing=True), 'I  llama_nb, 8B': lambda: ours('8B'),
+          'I  TRL, packing, our varlen attention, 13B': lambda: trl('13B', packing=True, attention='varlen'), 'I  unsloth, 13B': lambda: unsloth('13B', checkpointing=False, packing=True), 'I  llama_nb, 13B': lambda: ours('13B'),
+          'J  TRL as shipped, few tokens, 7B': lambda: trl('7B', Here.few), 'J  unsloth, few tokens, 7B': lambda: unsloth('7B', Here.few, False, True), 'J  llama_nb, few tokens, 7B': lambda: ours('7B', Here.few),
           'smallest memory, one row, 8B': lambda: ours('8B', Here.seq, checkpointing=True, with_copy=False),
           'F  llama_nb, compiled layers, 7B': lambda: ours('7B', compiled=True), 'H  llama_nb, fp8, compiled layers, 7B': lambda: ours('7B', compute='fp8', compiled=True),
           'planner, 7B': planner}}
 ROWS = {**PARTS['a'], **PARTS['b']}
+FIRST = ['machine', 'gate', 'F  llama_nb, 7B', 'A  TRL as shipped, 7B', 'D  unsloth as shipped, 7B', 'H  llama_nb, fp8, compiled layers, 7B', 'F  llama_nb, compiled layers, 7B', 'I  llama_nb, 8B', 'I  llama_nb, 13B',
+         'smallest memory, one row, 8B', 'planner, 7B', 'H  llama_nb, fp8, 7B', 'B  TRL, packing, our varlen attention, 7B', 'G  llama_nb, all layers recomputed, 7B']  # where there is time for some of them only
 
 
 def row(name):

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.gpu import TARGETS, targets  # noqa: E402
-from bench.gpu_row import ROWS  # noqa: E402
+from bench.gpu import LATE, TARGETS, targets, write  # noqa: E402
+from bench.gpu_row import FIRST, ROWS, Here, shape_of, written  # noqa: E402
 from tiny_run import ENV  # noqa: E402
 
 
@@ -48,6 +48,27 @@ def test_targets_say_what_was_reached():
     assert [found[k] for k in ('7B, fp8, real tokens/s', '7B, 4 x 2,048, all layers recomputed, GiB allocated', '8B, bf16, real tokens/s')] == ['not measured']*3
     rows['F  llama_nb, 7B']['real_tokens_per_s'] = 16000.
     assert targets(rows)[0]['reached'] is False
+
+
+def test_what_matters_most_comes_first_and_nothing_measured_is_lost(tmp_path):
+    measured = {'machine': dict(gpu='x'), 'J  llama_nb, few tokens, 7B': dict(real_tokens_per_s=1., steps=2)}
+    assert len(set(FIRST)) == len(FIRST) and set(FIRST) < set(ROWS)
+    write(tmp_path, measured, 'x', False)
+    _, result = write(tmp_path, {'machine': dict(gpu='x', copy=2.), 'J  llama_nb, few tokens, 7B': LATE, 'gate': LATE}, 'x', False)
+    assert result['rows'] == {'machine': dict(gpu='x', copy=2.), 'gate': LATE, 'J  llama_nb, few tokens, 7B': measured['J  llama_nb, few tokens, 7B']}
+    done = bench('--device', 'cpu', '--tiny', '--seconds', '1', '--out', tmp_path/'late')
+    rows = json.loads((tmp_path/'late'/'gpu.json').read_text())['rows']
+    assert done.returncode == 1 and 'correctness gate' in done.stderr and rows == {'machine': LATE, 'gate': LATE}  # without a gate, no number
+
+
+def test_weights_in_a_folder_are_a_model(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    Here.set('cpu', True)
+    shape = shape_of('8B')
+    model = AutoModelForCausalLM.from_pretrained(written(shape, tmp_path))
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in AutoModelForCausalLM.from_config(shape).named_parameters()}
+    assert .018 < float(model.lm_head.weight.float().std()) < .022 and float(model.model.norm.weight.min()) == 1
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == '</s>'
 
 
 def test_refuses_what_measures_nothing(tmp_path):

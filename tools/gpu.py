@@ -1,8 +1,8 @@
-"""Everything that only a GPU can check, in steps of at most ten minutes: the cells and tests marked `gpu`, then the two parts of the benchmark.
+"""Everything that only a GPU can check, within ten minutes: the cells and tests marked `gpu`, then as much of the benchmark as time is left for, what matters most first.
 
-    python tools/gpu.py [cells] [tests] [a] [b] [--out FOLDER]
+    python tools/gpu.py [cells] [tests] [a] [b] [bench] [--out FOLDER]
 
-Without a name all four steps run, which takes up to half an hour; each alone stays within ten minutes. Uses the packages that are installed: nothing is fetched, the tree itself is put on the path.
+Without a name cells, tests and benchmark share ten minutes. A step that is named has ten minutes of its own; `a` and `b` are the two halves of the benchmark, and add what an earlier call had no time for. Uses the packages that are installed: nothing is fetched, the tree itself is put on the path.
 What was found goes to `gpu_suite.json`, and the benchmark's to `gpu.json`, in --out, else $OUT, else bench/results/. Ends with 0 if all passed, 1 if something failed, 2 without a CUDA device."""
 import argparse
 import importlib.metadata
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ('transformers', 'peft', 'bitsandbytes', 'accelerate', 'pydantic', 'yaml')  # to train
-STEPS = ('cells', 'tests', 'a', 'b')
+STEPS, TOGETHER = ('cells', 'tests', 'a', 'b', 'bench'), {'cells': 150, 'tests': 60, 'bench': None}  # seconds at most where they share a call; the benchmark takes the rest
 NEEDS_DEMO = ('nbs/06_model.ipynb',)  # left out where the demo model was not fetched before
 SECONDS = 570  # a call on a lent machine may take ten minutes
 
@@ -62,7 +62,7 @@ def commands(step, out, left):
     if step == 'tests':
         if not has('pytest'): return [], 'pytest not installed: tests marked gpu were not run'
         return [[sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', 'gpu', '--flags', 'gpu', 'tests']], None
-    return [[sys.executable, '-m', 'bench', 'gpu', step, '--out', str(out)]], None
+    return [[sys.executable, '-m', 'bench', 'gpu', *([step] if step in 'ab' else ['--seconds', str(int(left))]), '--out', str(out)]], None
 
 
 def main():
@@ -84,12 +84,14 @@ def main():
                   versions={p: has(p) for p in (*NEEDED, 'trl', 'liger_kernel', 'unsloth', 'triton')}, steps={})
     path = a.out/'gpu_suite.json'
     if path.exists() and (before := json.loads(path.read_text())).get('gpu') == report['gpu']: report['steps'] = before['steps']
-    for step in a.steps or STEPS:
-        made, lacking = commands(step, a.out, SECONDS)
-        report['steps'][step] = dict(not_run=lacking) if lacking else dict(runs=[run(c, SECONDS + 20) for c in made])
+    began, steps = time.monotonic(), a.steps or list(TOGETHER)
+    for step in steps:
+        left = SECONDS if a.steps else min(TOGETHER[step] or SECONDS, SECONDS - (time.monotonic() - began))
+        made, lacking = commands(step, a.out, left)
+        report['steps'][step] = dict(not_run=lacking) if lacking else dict(runs=[run(c, left + 15) for c in made])
         path.write_text(json.dumps(report, indent=1) + '\n')
-    failed = [s for s in a.steps or STEPS if any(r['code'] != 0 for r in report['steps'][s].get('runs', ()))]
-    for step in a.steps or STEPS: print(step, report['steps'][step].get('not_run') or ', '.join(f"exit code {r['code']} after {r['seconds']} s" for r in report['steps'][step]['runs']))
+    failed = [s for s in steps if any(r['code'] != 0 for r in report['steps'][s].get('runs', ()))]
+    for step in steps: print(step, report['steps'][step].get('not_run') or ', '.join(f"exit code {r['code']} after {r['seconds']} s" for r in report['steps'][step]['runs']))
     print(f'wrote {path.name}; ' + (f'failed: {", ".join(failed)}' if failed else 'all passed'))
     sys.exit(bool(failed))
 

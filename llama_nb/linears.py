@@ -83,7 +83,7 @@ def _update_gradient(
     scaling:float, # Factor on the update
 )->Tensor: # `(n, r)` gradient of `lora_B`
     "`wide.t() @ low`, by the form that reads `wide` along its rows."
-    return (low.t() @ wide).to(like.dtype).mul_(scaling).t().contiguous()
+    return (low.t() @ wide).to(like.dtype).mul_(scaling).t().clone(memory_format=torch.contiguous_format)
 
 def _lora_backward(
     grad:Tensor, # `(..., n)`

@@ -1,4 +1,5 @@
-"""Training speed and memory on one GPU, rows A to J of the specification: `python -m bench gpu [a|b] [--device cpu --tiny] [--out FOLDER]`; each part within ten minutes. `--seconds 400` runs what fits, the rows that matter most first.
+"""Training speed and memory on one GPU, rows A to J of the specification: `python -m bench gpu [a|b] [--device cpu --tiny] [--seconds N] [--out FOLDER]`, within ten minutes.
+Without a part the rows that matter most come first, and what had no time says so; the parts, each with ten minutes of its own, add it.
 
 With `--device cpu --tiny` the same rows run with small shapes in this process: a test of the benchmark, not a measurement."""
 import argparse
@@ -84,11 +85,11 @@ def write(folder, rows, device, tiny):
 def main(arguments=()):
     "All rows of a part, the gate before any number; what is found is written after every row."
     parser = argparse.ArgumentParser(prog='python -m bench gpu')
-    parser.add_argument('part', nargs='?', choices=['a', 'b'], help='half of the rows, for machines with a limit of ten minutes; both if left out')
+    parser.add_argument('part', nargs='?', choices=['a', 'b'], help='half of the rows; if left out, all that fit')
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
     parser.add_argument('--tiny', action='store_true', help='small shapes, in this process')
     parser.add_argument('--out', type=Path, default=RESULTS)
-    parser.add_argument('--seconds', type=float, help='stop beginning rows after that; without a part the rows that matter most come first')
+    parser.add_argument('--seconds', type=float, default=SECONDS, help='no row begins after that')
     a = parser.parse_args(list(arguments))
     if a.device == 'cpu' and not a.tiny: parser.error('on a CPU only --tiny makes sense')
     if a.device == 'cpu' and a.out.resolve() == RESULTS.resolve(): parser.error('a CPU measures nothing here; give --out another folder')
@@ -98,8 +99,8 @@ def main(arguments=()):
     a.out.mkdir(parents=True, exist_ok=True)
     Here.set(a.device, a.tiny)
     began, rows = time.monotonic(), {}
-    for name in PARTS[a.part] if a.part else [*FIRST, *(n for n in ROWS if n not in FIRST)] if a.seconds else ROWS:
-        left = (a.seconds or SECONDS*(1 if a.part else 2)) - (time.monotonic() - began)
+    for name in PARTS[a.part] if a.part else [*FIRST, *(n for n in ROWS if n not in FIRST)]:
+        left = a.seconds - (time.monotonic() - began)
         if left < 20: rows[name] = LATE
         else: rows[name] = row(name) if a.device == 'cpu' else apart(name, a.device, a.tiny, min(left, 180))
         print(f'{name:48}', json.dumps(rows[name])[:600], flush=True)

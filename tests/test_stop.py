@@ -25,9 +25,9 @@ def one_interrupt(tiny, whole, name, g, number, kind):
     folder = place/'runs'/name
     often = dict(eval_steps=2, save_steps=1 if kind in ('save_begin', 'checkpoint') else 100)  # or no save but the one that is asked for
     child = fork(train(trainer, name, **often), place/f'{name}.log')
-    counted, k = Count(folder, kind), g.randint(1, 3)
+    counted, k = Count(folder, kind), g.randint(1, 2 if kind == 'eval' else 3)  # of 8 steps: the third evaluation, at step 6, may be over before the pause is
     until(lambda: counted() >= k, child)
-    time.sleep(g.random()*0.1)
+    time.sleep(g.random()*0.06)
     asked = time.monotonic()
     os.kill(child, number)
     code, took = wait(child), time.monotonic() - asked

@@ -147,10 +147,10 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
     from llama_nb.fastpath import compile_layers_, fp8_copies_, unpack_copies_
     from llama_nb.guards import guards
     from llama_nb.memory import decide, measured_layer_bytes
-    from llama_nb.packing import PackedCollator, pack
+    from llama_nb.packing import pack
     from llama_nb.quantization import check_fp8
     from llama_nb.runs import create_run
-    from llama_nb.train import MULTIPLE, PackedTrainer, room_bytes, set_checkpointing_, training_arguments
+    from llama_nb.train import PackedTrainer, batch_collator, room_bytes, set_checkpointing_, training_arguments
     tokens, steps, shape = tokens or Here.tokens, Here.warm + Here.timed, shape_of(size)
     if compute == 'fp8': check_fp8(Here.device)
     made = examples(shape.vocab_size, int(1.2*tokens*steps) + Here.seq)
@@ -169,7 +169,7 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
         args = training_arguments(t, run.folder, steps, s['rows'], False, Here.device == 'cpu')
         size = s['rows']
         assert len(rows) >= steps*size, 'a second epoch would change the order'
-        trainer = PackedTrainer(model, args, PackedCollator(0, **(dict(pad_to=size*Here.seq, longest=Here.seq) if compiled else dict(pad_to=MULTIPLE))), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16)
+        trainer = PackedTrainer(model, args, batch_collator(0, size, Here.seq, compiled), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16)
         trainer.remove_callback(PrinterCallback)
         clock = Clock()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTO_TOKENS', 'MIN_STEPS', 'MULTIPLE', 'EpochOrder', 'PackedTrainer', 'to_rows', 'room_bytes', 'auto_batch_size',
-           'num_steps', 'training_arguments', 'resolve', 'LLAMATrainer', 'set_checkpointing_', 'train_run', 'publish',
-           'evaluate_run']
+           'num_steps', 'training_arguments', 'resolve', 'LLAMATrainer', 'set_checkpointing_', 'batch_collator',
+           'train_run', 'publish', 'evaluate_run']
 
 # %% ../nbs/29_train.ipynb #e0d5edb3
 import math
@@ -311,8 +311,8 @@ def _save_touched(trainer, folder):
 def _decided(trainer, batch_size):
     "The plan of this run: auto settings follow memory and, on a GPU, one measured layer; on a CPU nothing is recomputed unless asked for."
     c, t = trainer.config, replace(trainer.config.training, per_device_train_batch_size=batch_size)
-    where = dict(layer_bytes=measured_layer_bytes(trainer.model))
-    if trainer.device.type != 'cuda': t, where = replace(t, gradient_checkpointing=t.gradient_checkpointing is True), dict(context_bytes=0)
+    if trainer.device.type == 'cuda': where = dict(layer_bytes=measured_layer_bytes(trainer.model))
+    else: t, where = replace(t, gradient_checkpointing=t.gradient_checkpointing is True), dict(context_bytes=0)
     return decide(c.model, room_bytes(trainer.device), t, c.lora, shape=trainer.model.get_base_model().config, **where)
 
 def _recomputes(model):
@@ -342,7 +342,16 @@ def _start_fp8(hf, rows, run):
     logger.warning('fp8: %d layers multiply in eight bits; weights are off by %.1f %%, and on the first row the loss by %.2f %% and the gradients by %.0f %% from those of %s',
                    gap['layers'], 100*gap['weights'], 100*gap['loss'], 100*gap['gradients'], str(hf.dtype).removeprefix('torch.'))
 
-MULTIPLE = 16 # of tokens in a micro-batch: matrix kernels are slow at some other numbers
+MULTIPLE = 16 # of tokens in a micro-batch: what matrix kernels are made for
+
+def batch_collator(
+    pad_id:int, # Token id of the filling
+    rows:int, # Rows of a micro-batch
+    max_length:int, # Longest row, in tokens
+    compiled:bool=False, # Whether layers are compiled, which starts anew for each other shape
+)->PackedCollator: # What lays the batches of a run
+    "Batches of one shape for compiled layers, else of a multiple of 16 tokens."
+    return PackedCollator(pad_id, rows*max_length, max_length) if compiled else PackedCollator(pad_id, MULTIPLE)
 
 def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     "The `PackedTrainer` of a run."
@@ -354,8 +363,8 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, total_steps):
     if planned.settings['dequantised_copy']: unpack_copies_(model)
     dtype = torch.float32 if c.training.compute == 'fp32' else compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)
     pad = trainer.tokenizer.pad_token_id
-    shape = dict(pad_to=batch_size*c.model.max_length, longest=c.model.max_length) if c.training.compile else dict(pad_to=MULTIPLE) # one for all: else the compiler starts anew with each batch
-    made = PackedTrainer(model, args, PackedCollator(pad if pad is not None else 0, **shape), rows, held or None, callbacks=callbacks, run=run, run_facts=facts,
+    collator = batch_collator(pad if pad is not None else 0, batch_size, c.model.max_length, c.training.compile)
+    made = PackedTrainer(model, args, collator, rows, held or None, callbacks=callbacks, run=run, run_facts=facts,
                          fast_path=c.training.fast_path, dtype=dtype)
     made.remove_callback(PrinterCallback)
     if c.training.compute == 'fp8': _start_fp8(made, rows, run)

@@ -229,14 +229,14 @@ def whole_last_(
 ):
     "Give the last layer its stock forward: under a compiler it is then the same graph as the others, of one shape."
     last, stock = _last_layer(model)
-    if last is not None and type(last) is _child(FusedLast, stock): last.__class__ = stock
+    if isinstance(last, FusedLast): last.__class__ = stock
 
 def takes_rows(
     model:nn.Module, # A causal LM, or a PEFT model around one
 )->bool: # Whether its forward may be told `wanted=rows`
     "Whether the last layer can leave out tokens nobody asks for; a compiled one can not, which would be compiled anew for each number of them."
-    layer, stock = _last_layer(model)
-    return layer is not None and type(layer) is _child(FusedLast, stock) and isinstance(layer.self_attn, FusedAttention) and layer._compiled_call_impl is None
+    layer, _ = _last_layer(model)
+    return isinstance(layer, FusedLast) and isinstance(layer.self_attn, FusedAttention) and layer._compiled_call_impl is None
 
 def fuse_layers_(
     model:nn.Module, # A Llama, or a PEFT model around one; changed in place

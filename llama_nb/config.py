@@ -195,7 +195,7 @@ class TrainingConfig:
     gradient_checkpointing: StrictBool|Literal['auto'] = 'auto' # Recompute activations: less memory, a third more time
     compute: Literal['bf16', 'fp32', 'fp8'] = 'bf16' # Kind of number the layers work in; bf16 falls back to fp32 where it is not able, fp8 multiplies frozen weights in eight bits
     fast_path: StrictBool = True # Packed attention, fused LoRA linears and the loss on taught tokens only; false is the plain twin
-    compile: StrictBool = False # Compile the layers, rows filled up to one length; takes time before the first step, so for long runs
+    compile: StrictBool|Literal['auto'] = 'auto' # Compile the layers, rows filled up to one length, which takes time before the first step; `"auto"`: on a GPU, in runs of a few hundred micro-batches
     optim: Literal[OPTIMIZERS] = 'adamw_torch_fused' # Optimizer, as transformers names it
     weight_decay: _NotNegative = 0.0 # Decoupled weight decay
     lr_scheduler_type: Literal[SCHEDULES] = 'cosine' # Shape of the learning rate
@@ -216,6 +216,7 @@ class TrainingConfig:
             yield 'save_total_limit', ('found 1, allowed: an integer >= 2; while the newest checkpoint is written the one before it must still be there, '
                                        'otherwise a crash at that moment loses the run')
         if self.compute == 'fp8' and not self.fast_path: yield 'compute', "found 'fp8' with fast_path false, allowed: bf16 or fp32; only the fast path has fp8 products"
+        if self.compile is True and not self.fast_path: yield 'compile', "found true with fast_path false, allowed: false or 'auto'; only layers of the fast path are compiled"
         for name in self.report_to:
             if name not in TRACKERS: yield 'report_to', f"found {name!r}, allowed: {', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}"
         if self.run_name and (self.run_name in ('.', '..') or re.search(r'[/\\\x00-\x1f]', self.run_name)):

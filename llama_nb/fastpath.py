@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'CACHED', 'keep_freed_memory_', 'taught_positions', 'supervised_loss', 'taught_nll', 'batch_loss',
-           'apply_fast_path_', 'uses_autocast', 'token_nlls', 'fp8_copies_', 'fp8_gap', 'PACKED', 'packed_attention',
-           'plain_attention', 'attention_kernel', 'set_packed_attention_', 'FEW_ROWS', 'LoRALinear', 'compile_layers_',
-           'fuse_lora_', 'lora_linear', 'packed_parts', 'unfuse_lora_', 'unpack', 'unpack_copies_']
+           'apply_fast_path_', 'uses_autocast', 'token_nlls', 'compiled_gap', 'fp8_copies_', 'fp8_gap', 'PACKED',
+           'packed_attention', 'plain_attention', 'attention_kernel', 'set_packed_attention_', 'FEW_ROWS', 'LoRALinear',
+           'compile_layers_', 'fuse_lora_', 'lora_linear', 'packed_parts', 'uncompile_layers_', 'unfuse_lora_',
+           'unpack', 'unpack_copies_']
 
 # %% ../nbs/18_fastpath.ipynb #4f166f3c
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,12 @@ from torch import Tensor, nn
 from .attention import PACKED, _causal_lm, attention_kernel, packed_attention, plain_attention, set_packed_attention_
 from .dialogue import IGNORE_INDEX
 from .layers import fuse_layers_, takes_rows
-from .linears import FEW_ROWS, LoRALinear, _copies_, compile_layers_, fuse_lora_, lora_linear, packed_parts, unfuse_lora_, unpack, unpack_copies_
+from .linears import FEW_ROWS, LoRALinear, _copies_, compile_layers_, fuse_lora_, lora_linear, packed_parts, uncompile_layers_, unfuse_lora_, unpack, unpack_copies_
 from .quantization import quantize_fp8
 
 # %% ../nbs/18_fastpath.ipynb #06e9a4e9
 _all_ = ['PACKED', 'packed_attention', 'plain_attention', 'attention_kernel', 'set_packed_attention_', # at home in `attention`
-         'FEW_ROWS', 'LoRALinear', 'compile_layers_', 'fuse_lora_', 'lora_linear', 'packed_parts', 'unfuse_lora_', 'unpack', 'unpack_copies_'] # and in `linears`; parts of the fast path
+         'FEW_ROWS', 'LoRALinear', 'compile_layers_', 'fuse_lora_', 'lora_linear', 'packed_parts', 'uncompile_layers_', 'unfuse_lora_', 'unpack', 'unpack_copies_'] # and in `linears`; parts of the fast path
 
 # %% ../nbs/18_fastpath.ipynb #77104e8b
 def keep_freed_memory_()->bool: # Whether this system's allocator could be told
@@ -179,6 +181,42 @@ def token_nlls(
     out[0, where+1] = nll
     return out
 
+# %% ../nbs/18_fastpath.ipynb #28e9aef5
+def _measured_step(model, batch):
+    "Loss and all gradients of one step with the random numbers of a fixed seed; leaves gradients and random states alone."
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.random.fork_rng(devices=[trained[0].device] if trained[0].is_cuda else []), torch.enable_grad():
+        torch.manual_seed(0)
+        loss = batch_loss(model, batch)[0]
+        return loss.item(), torch.cat([t.flatten() for t in torch.autograd.grad(loss, trained, allow_unused=True) if t is not None])
+
+def _apart(found, true):
+    "Relative differences of two steps."
+    return dict(loss=abs(found[0] - true[0])/true[0], gradients=float((found[1] - true[1]).norm()/true[1].norm()))
+
+@contextmanager
+def _plainly(model):
+    "For a while, the plain call of compiled layers."
+    kept = [(layer, layer._compiled_call_impl) for layer in _causal_lm(model).model.layers]
+    for layer, _ in kept: layer._compiled_call_impl = None
+    try: yield
+    finally:
+        for layer, call in kept: layer._compiled_call_impl = call
+
+def compiled_gap(
+    model:nn.Module, # A model with `compile_layers_`, in training mode
+    batch:dict, # A flat batch from `PackedCollator`, on the model's device
+)->dict[str,float]: # `loss`, `gradients`: relative differences; `seconds` the compiler took
+    """What compiling changes in one step, relative to the same step with plain layers; leaves gradients and random states alone.
+
+    Raises the compiler's own error where it fails. With dropout the two draw other masks, which `gradients` then contains."""
+    times = [perf_counter()]
+    for _ in range(2): # the first call compiles
+        found = _measured_step(model, batch)
+        times.append(perf_counter())
+    with _plainly(model): true = _measured_step(model, batch)
+    return _apart(found, true) | dict(seconds=max(0., (times[1] - times[0]) - (times[2] - times[1])))
+
 # %% ../nbs/18_fastpath.ipynb #e159cdb6
 def fp8_copies_(
     model:nn.Module, # A PEFT model with fused LoRA linears, changed in place
@@ -205,16 +243,10 @@ def fp8_gap(
     batch:dict, # A flat batch from `PackedCollator`, on the model's device
 )->dict[str,float]: # `weights`, `loss`, `gradients`: relative differences; `layers` that have copies
     "What the copies change in one step, relative to the same step without them; leaves gradients and random states alone."
-    trained = [p for p in model.parameters() if p.requires_grad]
-    def measured():
-        with torch.random.fork_rng(devices=[trained[0].device] if trained[0].is_cuda else []), torch.enable_grad():
-            torch.manual_seed(0)
-            loss = batch_loss(model, batch)[0]
-            return loss.item(), torch.cat([t.flatten() for t in torch.autograd.grad(loss, trained, allow_unused=True) if t is not None])
-    loss, gradients = measured()
-    with _without_fp8(model) as layers: true_loss, true = measured()
+    found = _measured_step(model, batch)
+    with _without_fp8(model) as layers: true = _measured_step(model, batch)
     off = of = 0.
     for layer in layers:
         W = unpack(*packed_parts(layer.base_layer.weight), torch.float32)
         off, of = off + (layer._fp8[0].float()*layer._fp8[1] - W).square().sum(), of + W.square().sum()
-    return dict(weights=float((off/of)**.5), loss=abs(loss - true_loss)/true_loss, gradients=float((gradients - true).norm()/true.norm()), layers=len(layers))
+    return dict(weights=float((off/of)**.5), **_apart(found, true), layers=len(layers))

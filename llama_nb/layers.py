@@ -12,6 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import PACKED, _causal_lm, packed_attention
 
@@ -114,7 +115,8 @@ def swiglu(
     up:Tensor, # `(..., f)`
 )->Tensor: # `(..., f)`
     "silu(gate)*up, which keeps its two inputs only."
-    return F.silu(gate)*up if torch.compiler.is_compiling() else _SwiGLU.apply(gate, up)
+    if torch.compiler.is_compiling(): return checkpoint(lambda a, b: F.silu(a)*b, gate, up, use_reentrant=False, preserve_rng_state=False)
+    return _SwiGLU.apply(gate, up)
 
 # %% ../nbs/16_layers.ipynb #caf1e9e5
 class _TakeRows(torch.autograd.Function):
@@ -226,10 +228,11 @@ def _last_layer(model):
 
 def whole_last_(
     model:nn.Module, # A causal LM, or a PEFT model around one; changed in place
+    on:bool=True, # Take the stock forward, or back to leaving tokens out where attention is fused
 ):
     "Give the last layer its stock forward: under a compiler it is then the same graph as the others, of one shape."
     last, stock = _last_layer(model)
-    if isinstance(last, FusedLast): last.__class__ = stock
+    if last is not None and isinstance(last.self_attn, FusedAttention): last.__class__ = stock if on else _child(FusedLast, stock)
 
 def takes_rows(
     model:nn.Module, # A causal LM, or a PEFT model around one

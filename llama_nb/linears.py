@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEW_ROWS', 'packed_parts', 'unpack', 'lora_linear', 'LoRALinear', 'fuse_lora_', 'unfuse_lora_', 'unpack_copies_',
-           'compile_layers_']
+           'compile_layers_', 'uncompile_layers_']
 
 # %% ../nbs/17_linears.ipynb #4dd8360f
 import functools
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -361,9 +362,19 @@ def compile_layers_(
     model:nn.Module, # A causal LM, or a PEFT model around one; changed in place
     backend:str='inductor', # What compiles the graph
 )->nn.Module: # The same model
-    "Compile each layer as one graph, for training steps. Raises torch's own error at a break. Needs rows of one length: each new one is compiled anew."
+    "Compile each layer as one graph, at its first training step. That step raises torch's own error at a break. Needs rows of one length: each new one is compiled anew."
     whole_last_(model)
+    limit = {'recompile_limit': 64} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
     for layer in _causal_lm(model).model.layers:
-        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+        layer.compile(fullgraph=True, dynamic=False, backend=backend, **limit)
         _in_training(layer)
+    return model
+
+def uncompile_layers_(
+    model:nn.Module, # A causal LM, or a PEFT model around one; changed in place
+)->nn.Module: # The same model
+    "Give compiled layers their plain call again."
+    layers = [layer for layer in _causal_lm(model).model.layers if layer._compiled_call_impl is not None]
+    for layer in layers: layer._compiled_call_impl = None
+    if layers: whole_last_(model, on=False)
     return model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'weights_fingerprint', 'data_fingerprint', 'run_facts', 'changed_settings', 'exclusive', 'open_run', 'sweep',
-           'find_checkpoint']
+           'settled', 'find_checkpoint']
 
 # %% ../nbs/28_resume.ipynb #e5d88a3a
 import hashlib
@@ -132,6 +132,14 @@ def _read_json(path):
     except (OSError, ValueError) as e: raise CheckpointError(f'{path.parent.name}: {path.name} can not be read ({type(e).__name__}); move this checkpoint away and resume from the one before') from None
     if not isinstance(found, dict): raise CheckpointError(f'{path.parent.name}: {path.name} is not what a trainer writes; move this checkpoint away and resume from the one before')
     return found
+
+def settled(
+    run:Run, # The run to go on with
+    name:str, # `'section.key'`
+): # What its newest valid checkpoint was trained with; `None` without one
+    "What a setting stood for in a run."
+    checkpoint = run.latest_valid()
+    return None if checkpoint is None or not (checkpoint/'run.json').is_file() else _read_json(checkpoint/'run.json').get('settings', {}).get(name)
 
 def find_checkpoint(
     run:Run, # The run to go on with

@@ -189,11 +189,13 @@ def training_arguments(
     "Translate a `TrainingConfig`."
     def every(setting, times): return max(1, total_steps//times) if setting == 'auto' else setting
     same = ('learning_rate', 'num_train_epochs', 'max_steps', 'gradient_accumulation_steps', 'optim', 'weight_decay', 'lr_scheduler_type', 'max_grad_norm', 'logging_steps', 'save_total_limit', 'seed')
-    return TrainingArguments(
+    made = TrainingArguments(
         str(folder), **{k: getattr(config, k) for k in same}, per_device_train_batch_size=batch_size, per_device_eval_batch_size=1,
         warmup_steps=math.ceil(config.warmup_ratio*total_steps), save_strategy='steps', save_steps=every(config.save_steps, 5), eval_strategy='steps' if evaluates else 'no',
         eval_steps=every(config.eval_steps, 8) if evaluates else None, report_to='none', disable_tqdm=True, remove_unused_columns=False, logging_nan_inf_filter=False,
         bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu, accelerator_config={'non_blocking': not use_cpu}) # batches cross while the GPU computes
+    made._n_gpu = min(made.n_gpu, 1) # one process, one GPU: for every further one it sees, the stock trainer would take as many rows again
+    return made
 
 # %% ../nbs/29_train.ipynb #6087bf51
 def resolve(
@@ -418,6 +420,8 @@ def _check_able(training, resume, device):
     "Refuse early what would fail late, and what this version would otherwise ignore."
     if training.num_processes != 1 and int(os.environ.get('WORLD_SIZE', 1)) != training.num_processes:
         raise ConfigError(f'training.num_processes: this is one process, found {training.num_processes}; set it to 1')
+    if device.index and 'WORLD_SIZE' not in os.environ: # where the stock trainer would send its batches
+        raise ConfigError(f'device: found {device}, but a process trains on the first GPU it sees; start Python with CUDA_VISIBLE_DEVICES={device.index} and leave the device out')
     if training.compute == 'fp8': check_fp8(device)
     if not resume: check_name(training.output_dir, training.run_name)
 

@@ -150,7 +150,7 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
     from llama_nb.packing import pack
     from llama_nb.quantization import check_fp8
     from llama_nb.runs import create_run
-    from llama_nb.train import PackedTrainer, batch_collator, room_bytes, set_checkpointing_, training_arguments
+    from llama_nb.loop import PackedTrainer, batch_collator, room_bytes, set_checkpointing_, training_arguments
     tokens, steps, shape = tokens or Here.tokens, Here.warm + Here.timed, shape_of(size)
     if compute == 'fp8': check_fp8(Here.device)
     made = examples(shape.vocab_size, int(1.2*tokens*steps) + Here.seq)
@@ -379,7 +379,7 @@ def planner(size='7B'):
     from llama_nb.config import LoRAConfig, ModelConfig, TrainingConfig
     from llama_nb.fastpath import batch_loss
     from llama_nb.memory import measured_layer_bytes, plan
-    from llama_nb.train import set_checkpointing_
+    from llama_nb.loop import set_checkpointing_
     shape = shape_of(size)
     model, L, rows = adapted(shape, started=False), shape.num_hidden_layers, []
     trained = [p for p in model.parameters() if p.requires_grad]

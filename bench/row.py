@@ -113,7 +113,7 @@ def careful(checkpointing, padded_to_float32, **_):
         for p in model.parameters():
             if p.dtype == torch.bfloat16: p.data = p.data.float()
     if checkpointing:
-        from llama_nb.train import set_checkpointing_
+        from llama_nb.loop import set_checkpointing_
         model.enable_input_require_grads()
         set_checkpointing_(model, True)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -140,7 +140,8 @@ def ours(**training):
     from bench.chats import conversations, write
     from llama_nb.attention import attention_kernel
     from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
-    from llama_nb.train import LLAMATrainer, PackedTrainer
+    from llama_nb.loop import PackedTrainer
+    from llama_nb.train import LLAMATrainer
     global PAD
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder)/'chats.jsonl', conversations(COUNT, MEDIAN))

@@ -23,7 +23,7 @@ MUTANTS = {
     'a loss that explodes is noticed': ('guards', 'if self.count < self.patience:', 'if True:', 'test_exact.py::test_a_loss_that_explodes_stops_the_run'),
     'settings are compared': ('resume', 'if changes := changed_settings(old, facts, allow):', 'if False:', 'test_exact.py::test_a_changed_setting_is_refused'),
     'parts are asked for by name': ('resume', 'if missing: raise', 'if False: raise', 'test_exact.py::test_a_missing_part_is_not_gone_on_without'),
-    'later epochs are shuffled by their number': ('train', "random.Random(f'{self.seed}:{self.epoch}').shuffle(order)", 'random.shuffle(order)', 'test_exact.py::test_resumed_is_uninterrupted'),
+    'later epochs are shuffled by their number': ('loop', "random.Random(f'{self.seed}:{self.epoch}').shuffle(order)", 'random.shuffle(order)', 'test_exact.py::test_resumed_is_uninterrupted'),
     'an interrupt saves': ('guards', 'control.should_save = control.should_training_stop = True', 'control.should_training_stop = True', 'test_stop.py::test_interrupts'),
     'one process at a time': ('resume', "if run.status == 'running' and", 'if False and', 'test_stop.py::test_two_processes_do_not_share_a_run'),
     'headers are walked before they are believed': ('model', 'check_gguf(file)\n', 'pass\n', 'test_hostile.py::test_hostile_gguf'),

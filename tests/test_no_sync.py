@@ -88,7 +88,7 @@ def trainer_of(place, name, device, logging_steps=3, **training):
 def test_no_question_between_logs(place, compute):
     import llama_nb.attention as attention
     import llama_nb.fastpath as fastpath
-    from llama_nb.train import PackedTrainer
+    from llama_nb.loop import PackedTrainer
     asking = Asking()
 
     class Steps(TrainerCallback):
@@ -130,7 +130,7 @@ def test_batches_are_pinned_and_sent_without_waiting(place):
 
     from llama_nb.config import TrainingConfig
     from llama_nb.packing import PackedCollator, PackedRow
-    from llama_nb.train import training_arguments
+    from llama_nb.loop import training_arguments
     args = {cpu: training_arguments(TrainingConfig(), place/'args', 10, 1, False, cpu) for cpu in (True, False)}
     assert [args[cpu].dataloader_pin_memory for cpu in (True, False)] == [False, True]
     assert [args[cpu].accelerator_config.non_blocking for cpu in (True, False)] == [False, True]
@@ -178,7 +178,7 @@ def test_shapes_of_the_gpu_path():
 @pytest.mark.parametrize('compute', ['bf16', 'fp8'])
 def test_no_wait_on_a_gpu(place, compute):
     "The same on a GPU, where torch itself raises at any operation that waits."
-    from llama_nb.train import PackedTrainer
+    from llama_nb.loop import PackedTrainer
 
     class Strict(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -52,11 +52,11 @@ def _calm(
 ):
     "Hold loggers at `ERROR` inside the block and put their levels back."
     loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers: logger.setLevel(logging.ERROR)
+    levels = [muted.level for muted in loggers]
+    for muted in loggers: muted.setLevel(logging.ERROR)
     try: yield
     finally:
-        for logger, level in zip(loggers, levels): logger.setLevel(level)
+        for muted, level in zip(loggers, levels): muted.setLevel(level)
 
 def _bitsandbytes()->ModuleType: # The package
     "bitsandbytes, imported without its note on the optional CPU kernel."

@@ -195,7 +195,7 @@ class TrainingConfig:
     gradient_checkpointing: StrictBool|Literal['auto'] = 'auto' # Recompute activations: less memory, a third more time
     compute: Literal['bf16', 'fp32', 'fp8'] = 'bf16' # Kind of number the layers work in; bf16 falls back to fp32 where it is not able, fp8 multiplies frozen weights in eight bits
     fast_path: StrictBool = True # Packed attention, fused LoRA linears and the loss on taught tokens only; false is the plain twin
-    compile: StrictBool|Literal['auto'] = 'auto' # Compile the layers, rows filled up to one length, which takes time before the first step; `"auto"`: on a GPU, in runs of a few hundred micro-batches
+    compile: StrictBool|Literal['auto'] = 'auto' # Compile the layers, rows filled up to one length, which takes time before the first step; `"auto"`: on a GPU, in runs long enough for it to pay
     optim: Literal[OPTIMIZERS] = 'adamw_torch_fused' # Optimizer, as transformers names it
     weight_decay: _NotNegative = 0.0 # Decoupled weight decay
     lr_scheduler_type: Literal[SCHEDULES] = 'cosine' # Shape of the learning rate

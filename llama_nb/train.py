@@ -32,7 +32,7 @@ from .files import save_bad_rows
 from .loop import (EpochOrder, PackedTrainer, _recomputes, auto_batch_size, auto_compile, batch_collator, num_steps, room_bytes, set_checkpointing_, start_compiled_, start_fp8_, to_rows,
                            training_arguments)
 from .lora import trainable_parameters
-from .memory import CUDA_CONTEXT_BYTES, decide, measured_layer_bytes, plan
+from .memory import CUDA_CONTEXT_BYTES, decide, measured_layer_bytes, parameter_counts, plan
 from .model import load_model, load_tokenizer, model_shape, pick_device
 from .quantization import check_fp8, compute_dtype
 from .resume import _hash, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, settled, sweep, weights_fingerprint
@@ -189,7 +189,8 @@ def _settle(trainer, run):
     if compiled == 'auto': compiled = was('compile')
     if compiled is None:
         filled = facts['train']['tokens']/(math.ceil(len(rows)/size)*size*c.model.max_length)
-        compiled = auto_compile(total*t.gradient_accumulation_steps, filled, t, trainer.device)
+        weights = parameter_counts(model_shape(c.model))['linears']
+        compiled = auto_compile(weights, total*t.gradient_accumulation_steps*size*c.model.max_length, filled, t, trainer.device)
     return size, total, compiled
 
 def _decided(trainer, batch_size):

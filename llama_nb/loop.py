@@ -241,6 +241,7 @@ def start_compiled_(
     needed:str='', # What to do where a run can not do without
 )->bool: # Whether the layers stay compiled
     "Compile the layers and try them on one batch; raises `ConfigError` where that fails and the run needs it."
+    logger.warning('compile: layers are made into one graph each, which takes a while before the first step; training.compile=false starts at once')
     compile_layers_(hf.model)
     dropout = any(c.lora_dropout for c in hf.model.peft_config.values()) # draws other masks there
     try:

@@ -222,8 +222,9 @@ def _check_able(training, resume, device):
     "Refuse early what would fail late, and what this version would otherwise ignore."
     if training.num_processes != 1 and int(os.environ.get('WORLD_SIZE', 1)) != training.num_processes:
         raise ConfigError(f'training.num_processes: this is one process, found {training.num_processes}; set it to 1')
-    if device.index and 'WORLD_SIZE' not in os.environ: # where the stock trainer would send its batches
-        raise ConfigError(f'device: found {device}, but a process trains on the first GPU it sees; start Python with CUDA_VISIBLE_DEVICES={device.index} and leave the device out')
+    index = device.index if device.index is not None else torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if device.type == 'cuda' and index and 'WORLD_SIZE' not in os.environ: # the stock trainer would send its batches to the first one
+        raise ConfigError(f'device: found cuda:{index}, but a process trains on the first GPU it sees; start Python with CUDA_VISIBLE_DEVICES={index} and leave the device out')
     if training.compute == 'fp8': check_fp8(device)
     if not resume: check_name(training.output_dir, training.run_name)
 

@@ -91,6 +91,12 @@ def relink(text):
     return re.sub(r'\[(`[^`\]]+`)\]\(' + re.escape(base_url()) + r'[^)#]*#(?:\w+\.)?_[^)]*\)', r'\1', text)
 
 
+def plain_code(text):
+    "nbdev links the names in comments of a signature as well, where a link is but its own text."
+    parts = text.split('```')
+    return '```'.join(re.sub(r'\[(`[^`\]]+`)\]\([^)]*\)', r'\1', part) if i % 2 else part for i, part in enumerate(parts))
+
+
 def base_url(): return get_config().doc_host + get_config().doc_baseurl
 
 
@@ -129,6 +135,8 @@ def stage(folder):
             Pages()(nb)
             for cell in nb.cells:
                 if cell.cell_type == 'markdown': cell.source = relink(''.join(cell.source))
+                for output in cell.get('outputs', []):
+                    if 'text/markdown' in output.get('data', {}): output['data']['text/markdown'] = plain_code(''.join(output['data']['text/markdown']))
             write_nb(nb, target)
         elif source.suffix == '.qmd': target.write_text(relink(source.read_text(encoding='utf-8')), encoding='utf-8')
         else: shutil.copyfile(source, target)
@@ -176,7 +184,7 @@ def check_site(site):
             problems.append(f'{source.as_posix()} gave no page')
             continue
         html = page.read_text(encoding='utf-8')
-        problems += [f'{page.name}: {bad!r} in the page' for bad in ('::: {', 'Traceback') if bad in html]
+        problems += [f'{page.name}: {bad!r} in the page' for bad in ('::: {', 'Traceback', '](http', '</a>](') if bad in html]
     return problems + list(broken_links(site))
 
 

@@ -43,12 +43,16 @@ class EpochOrder(Sampler):
 
 # %% ../nbs/29_loop.ipynb #01db6769
 class PackedTrainer(SafeTrainer, Trainer):
-    """`transformers.Trainer` for flat packed batches: token-exact loss, seeded order, token-weighted evaluation.
-
-    `fast_path=False` is the plain twin: stock attention and stock loss on the same batches."""
+    "`transformers.Trainer` for flat packed batches: token-exact loss, seeded order, token-weighted evaluation."
     loss_is_scaled_for_ga = True # divided by the count of the whole step, see `compute_loss`
 
-    def __init__(self, *args, fast_path:bool=True, dtype:torch.dtype=torch.float32, eval_collator=None, **kwargs):
+    def __init__(self,
+        *args, # As `Trainer` takes
+        fast_path:bool=True, # False is the plain twin: stock attention and stock loss on the same batches
+        dtype:torch.dtype=torch.float32, # Of the products
+        eval_collator:PackedCollator|None=None, # What lays the batches of an evaluation; `None`: what lays those of training
+        **kwargs, # As `Trainer` and `SafeTrainer` take
+    ):
         self.fast_path, self.dtype, self.eval_collator, self.flops_per_token = fast_path, dtype, eval_collator, None
         super().__init__(*args, **kwargs)
         self.mixed = dtype != torch.float32 and (not fast_path or uses_autocast(self.model))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'weights_fingerprint', 'data_fingerprint', 'run_facts', 'changed_settings', 'exclusive', 'open_run', 'sweep',
-           'settled', 'find_checkpoint']
+           'find_checkpoint', 'settled', 'check_settings']
 
 # %% ../nbs/28_resume.ipynb #e5d88a3a
 import hashlib
@@ -133,28 +133,33 @@ def _read_json(path):
     if not isinstance(found, dict): raise CheckpointError(f'{path.parent.name}: {path.name} is not what a trainer writes; move this checkpoint away and resume from the one before')
     return found
 
-def settled(
-    run:Run, # The run to go on with
-    name:str, # `'section.key'`
-): # What its newest valid checkpoint was trained with; `None` without one
-    "What a setting stood for in a run."
-    checkpoint = run.latest_valid()
-    return None if checkpoint is None or not (checkpoint/'run.json').is_file() else _read_json(checkpoint/'run.json').get('settings', {}).get(name)
-
 def find_checkpoint(
     run:Run, # The run to go on with
-    facts:dict, # `run_facts` now
-    allow=(), # Settings that may differ
     wanted=None, # The checkpoint that was asked for by path; `None` takes the newest valid one
 )->Path|None: # The newest valid checkpoint; `None` if there is none yet
-    "Where to go on from. Raises `ConfigError` naming each changed setting as old → new, `CheckpointError` if a part is missing."
+    "Where to go on from. Raises `ConfigError` if another one was asked for, `CheckpointError` if a part is missing."
     checkpoint = run.latest_valid()
     if wanted is not None and (checkpoint is None or checkpoint.name != Path(wanted).name):
         raise ConfigError(f'{run.name} goes on from {checkpoint.name if checkpoint else "no checkpoint"}, its newest valid one, not from {Path(wanted).name}; move the newer ones away to go back')
     if checkpoint is None: return None
     missing = [name for name in PARTS if not (checkpoint/name).is_file()] + ([] if any(checkpoint.glob('rng_state*.pth')) else ['rng_state.pth'])
     if missing: raise CheckpointError(f'{run.name}/{checkpoint.name} has no {missing[0]}, so it can not be gone on from exactly; move it away and resume from the one before')
-    old, _ = _read_json(checkpoint/'run.json'), _read_json(checkpoint/'trainer_state.json')
-    if changes := changed_settings(old, facts, allow):
-        raise ConfigError(f"{run.name}/{checkpoint.name} was trained with other settings: {'; '.join(changes)}; put them back, or name them in training.allow_changes")
+    for name in ('run.json', 'trainer_state.json'): _read_json(checkpoint/name)
     return checkpoint
+
+def settled(
+    checkpoint:Path|None, # As of `find_checkpoint`
+    name:str, # `'section.key'`
+): # What it was trained with; `None` without a checkpoint
+    "What a setting stood for in a run."
+    return checkpoint and _read_json(checkpoint/'run.json').get('settings', {}).get(name)
+
+def check_settings(
+    checkpoint:Path|None, # As of `find_checkpoint`
+    facts:dict, # `run_facts` now
+    allow=(), # Settings that may differ
+):
+    "Raises `ConfigError` naming each changed setting as old → new."
+    old = facts if checkpoint is None else _read_json(checkpoint/'run.json')
+    if changes := changed_settings(old, facts, allow):
+        raise ConfigError(f"{checkpoint.parent.name}/{checkpoint.name} was trained with other settings: {'; '.join(changes)}; put them back, or name them in training.allow_changes")

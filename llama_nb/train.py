@@ -35,7 +35,7 @@ from .lora import trainable_parameters
 from .memory import CUDA_CONTEXT_BYTES, decide, measured_layer_bytes, parameter_counts, plan
 from .model import load_model, load_tokenizer, model_shape, pick_device
 from .quantization import check_fp8, compute_dtype
-from .resume import _hash, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, settled, sweep, weights_fingerprint
+from .resume import _hash, check_settings, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, settled, sweep, weights_fingerprint
 from .runs import Run, check_name, environment, write_card, write_json
 
 # %% ../nbs/30_train.ipynb #8436694f
@@ -179,17 +179,17 @@ def _save_touched(trainer, folder):
     if trainer.data.report.bad: save_bad_rows(trainer.data.report.bad, folder/'bad_rows.jsonl')
 
 # %% ../nbs/30_train.ipynb #84635ff7
-def _settle(trainer, run):
-    "Rows per micro-batch, steps, and whether to compile; what was left at `auto` stands for what it stood for in `run`, if one is gone on with."
+def _settle(trainer, checkpoint):
+    "Rows per micro-batch, steps, and whether to compile; what was left at `auto` stands for what it stood for in the run that is gone on with."
     c, t, (rows, _, facts) = trainer.config, trainer.config.training, trainer.rows()
-    def was(name): return settled(run, f'training.{name}') if run else None
+    def was(name): return settled(checkpoint, f'training.{name}')
     size, compiled = t.per_device_train_batch_size, t.compile
     if size == 'auto': size = was('per_device_train_batch_size') or auto_batch_size(len(rows), c.model, t, c.lora, trainer.device)
     total = num_steps(len(rows), size, t)
     if compiled == 'auto': compiled = was('compile')
     if compiled is None:
         filled = facts['train']['tokens']/(math.ceil(len(rows)/size)*size*c.model.max_length)
-        weights = parameter_counts(model_shape(c.model))['linears']
+        weights = parameter_counts(trainer.model.get_base_model().config)['linears']
         compiled = auto_compile(weights, total*t.gradient_accumulation_steps*size*c.model.max_length, filled, t, trainer.device)
     return size, total, compiled
 
@@ -246,7 +246,6 @@ class _Prepared(NamedTuple):
     interrupt:InterruptGuard # Who is asked to stop
     checkpoint:Path|None # Where to go on from
     total:int # Optimizer steps of the whole run
-    compiled:bool # Whether the layers are to be compiled
     lock:ExitStack # Closed when the run has ended
 
 def _prepare(trainer, resume, progress, samples):
@@ -259,15 +258,16 @@ def _prepare(trainer, resume, progress, samples):
     check_space(next(p for p in Path(t.output_dir).absolute().parents if p.is_dir()), need, 'the checkpoints of this run')
     with ExitStack() as lock:
         run = lock.enter_context(exclusive(open_run(c, resume, trainer.run)))
-        if resume: sweep(run)
-        size, total, compiled = _settle(trainer, run if resume else None)
+        checkpoint = None
+        if resume:
+            sweep(run)
+            path = None if resume is True else Path(resume)
+            checkpoint = find_checkpoint(run, path if path and path.parent == run.folder else None)
+        size, total, compiled = _settle(trainer, checkpoint)
         facts = run_facts(c, **{'training.per_device_train_batch_size': size, 'training.compile': compiled, 'data.rows': data_facts['fingerprint'], 'data.conversations': data_facts['train']['conversations'],
                                 'template': data_facts['template']['hash'][:16], 'tokenizer': _hash(trainer.tokenizer.backend_tokenizer.to_str()),
                                 'base weights': weights_fingerprint(model), 'device': trainer.device.type})
-        checkpoint = None
-        if resume:
-            path = None if resume is True else Path(resume)
-            checkpoint = find_checkpoint(run, facts, t.allow_changes, path if path and path.parent == run.folder else None)
+        check_settings(checkpoint, facts, t.allow_changes)
         trainer.run = run
         with torch.no_grad():
             for n,p in model.named_parameters():
@@ -282,18 +282,18 @@ def _prepare(trainer, resume, progress, samples):
             compute_dtype=str(compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)).removeprefix('torch.')))
         at = int(checkpoint.name.split('-')[1]) if checkpoint else 0
         run.log('resume' if resume else 'start', step=at, total_steps=total, rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
-        return _Prepared(run, hf, next(g for g in callbacks if isinstance(g, InterruptGuard)), checkpoint, total, compiled, lock.pop_all())
+        return _Prepared(run, hf, next(g for g in callbacks if isinstance(g, InterruptGuard)), checkpoint, total, lock.pop_all())
 
 # %% ../nbs/30_train.ipynb #46e871c6
 def _warm_up(trainer, p):
     "What is tried and told before the first step."
-    hf, t = p.hf, trainer.config.training
+    hf, t, settings = p.hf, trainer.config.training, p.hf.run_facts['settings']
     hf.phase = 'forward and backward' # should memory not suffice
     if t.compute == 'fp8': start_fp8_(hf, p.run)
-    if not p.compiled: return
+    if not settings['training.compile']: return
     needed = 'set it to "auto" or false' if t.compile is True else f'{p.checkpoint.name} was trained with compiled ones: set it to false and name it in training.allow_changes' if p.checkpoint else ''
     if start_compiled_(hf, p.run, needed): return
-    hf.data_collator, hf.run_facts['settings']['training.compile'] = hf.eval_collator, False
+    hf.data_collator, settings['training.compile'] = hf.eval_collator, False
 
 def _last_word(run, kind, **data):
     "Say how a run ended, if the disk lets us."

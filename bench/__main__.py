@@ -6,6 +6,6 @@ SUITES = ('startup', 'encode', 'report', 'stream', 'cpu', 'gpu', 'generate', 're
 
 if __name__ == '__main__':
     name, more = sys.argv[1] if len(sys.argv) > 1 else '', sys.argv[2:]
-    if name not in SUITES or more and name != 'gpu': sys.exit(f'usage: python -m bench {"|".join(SUITES)}')
+    if name not in SUITES or more and name not in ('gpu', 'startup'): sys.exit(f'usage: python -m bench {"|".join(SUITES)}')
     module = importlib.import_module(f'bench.{name}')
-    print('wrote', module.main(more) if name == 'gpu' else module.main())
+    print('wrote', module.main(more) if name == 'gpu' else module.main(*more))

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['bitsandbytes', 'KEEP_LOGS', 'SafeTrainer', 'new_window', 'save_adapter', 'Guard', 'describe_rows', 'skip_update_if_',
            'Late', 'FiniteGuard', 'SpikeGuard', 'is_out_of_memory', 'out_of_memory', 'InterruptGuard', 'EventLog',
-           'same_random_state', 'SampleGuard', 'can_show_progress', 'ProgressBar', 'tracked_config', 'Tracker',
-           'guards']
+           'same_random_state', 'SampleGuard', 'ProgressBar', 'tracked_config', 'Tracker', 'guards']
 
 # %% ../nbs/22_guards.ipynb #30ea902f
 from .quantization import _bitsandbytes
@@ -35,6 +34,7 @@ from .checkpoints import rotate_checkpoints, stage_checkpoint
 from .errors import CheckpointError, DivergenceError, LlamaNbError, NonFiniteError, OutOfMemoryError, import_extra, logger, one_line, shorten
 from .memory import GiB, cheapest_changes
 from .runs import Run, write_json
+from .views import can_show_progress
 
 # %% ../nbs/22_guards.ipynb #c1ff81f8
 class SafeTrainer:
@@ -413,12 +413,6 @@ class SampleGuard(Guard):
             if model is not None: model.train(training)
 
 # %% ../nbs/22_guards.ipynb #b917b827
-def can_show_progress()->bool: # Whether a bar would be seen
-    "True in a terminal and in a notebook, unless the environment says `CI` or `NO_PROGRESS`."
-    import sys
-    if os.environ.get('CI') or os.environ.get('NO_PROGRESS'): return False
-    return 'ipykernel' in sys.modules or sys.stderr.isatty()
-
 class ProgressBar(Guard):
     "A tqdm bar over optimizer steps with loss, learning rate and tokens per second."
     def __init__(self,

@@ -64,6 +64,7 @@ if __name__ == '__main__':
     p.add_argument('--flags', default='')
     a = p.parse_args()
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    os.environ['NO_PROGRESS'] = '1'  # stage lines and bars do not belong to the page
     os.environ.pop('MPLBACKEND', None)  # a kernel draws into the notebook
     root = get_config().config_path
     os.environ['PYTHONPATH'] = os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])

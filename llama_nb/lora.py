@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .config import LoRAConfig
+from .config import INIT_METHODS, InitMethod, LoRAConfig
 from .errors import CheckpointError, ConfigError, did_you_mean, redact, shorten
 
 # %% ../nbs/04_lora.ipynb #ae288257
@@ -52,17 +52,15 @@ def peft_config(
     except (ValueError, ImportError) as e: raise ConfigError(f'lora: {shorten(e, 150)}') from None
 
 # %% ../nbs/04_lora.ipynb #424770e2
-_READS_BASE = ('pissa', 'olora', 'orthogonal') # starts that read or rewrite the base weights, which must not be packed
-
 def _is_4bit(module): return any(getattr(p, 'quant_state', None) is not None for p in module.parameters())
 
 def _check_fit(model, c, full_weight):
     "Refuse settings that do not go with this model."
     start, packed = c.init_lora_weights, _is_4bit(model)
+    method = INIT_METHODS.get(start, InitMethod())
     for broken, why in [
-        (start == 'eva', 'needs a pass over the training data, which is not offered; use true or "pissa"'),
-        (start in _READS_BASE and packed, 'reads the base weights in full, and this base is in 4 bits; set model.use_4bit=false, or use true or "loftq"'),
-        (start == 'loftq' and not packed, 'repairs the error of a 4-bit base, and this base is not in 4 bits; set model.use_4bit=true, or use true or "pissa"'),
+        (method.full_base and packed, 'reads the base weights, and this base is in 4 bits; set model.use_4bit=false, or use true or "loftq"'),
+        (method.packed_base and not packed, 'corrects the error of a 4-bit base, and this base is not in 4 bits; set model.use_4bit=true, or use true or "pissa"'),
         (start == 'loftq' and c.use_dora, 'does not go with use_dora, whose magnitudes it would leave behind; drop one of them'),
         (start == 'loftq' and full_weight is None, 'needs the 16-bit weights beside the 4-bit ones; load_model brings them')]:
         if broken: raise ConfigError(f'lora.init_lora_weights={start!r} {why}')

@@ -17,9 +17,11 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import set_packed_attention_
+from .config import INIT_METHODS
 from .dialogue import Conversation, Example, IGNORE_INDEX, Message, as_conversation, encode, get_template
 from .errors import DataError, NonFiniteError
-from .fastpath import _causal_lm, apply_fast_path_, taught_positions
+from .fastpath import _causal_lm, taught_positions
 from .metrics import UnicodeTokenizer, count_words, perplexity, ratio, repetition_stats
 from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
@@ -36,7 +38,7 @@ def measuring(
     inner = _causal_lm(model)
     attention = inner.config._attn_implementation
     disable_cpu_4bit_trap_(model)
-    apply_fast_path_(model, lora=False)
+    set_packed_attention_(model)
     model.eval()
     try: yield model
     finally:
@@ -44,7 +46,8 @@ def measuring(
         for module,mode in modes: module.training = mode
 
 # %% ../nbs/26_losses.ipynb #4b7929fe
-_MOVED_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga') # starts that change the base weights
+# starts that change the base weights: ours, and those that only other people's adapters have (peft's own LoftQ replaces the base too)
+_MOVED_BASE = (*(name for name,method in INIT_METHODS.items() if method.changes_base), 'corda', 'loftq', 'lora_ga')
 
 def _has_adapter(model): return hasattr(model, 'disable_adapter') and bool(getattr(model, 'peft_config', None))
 

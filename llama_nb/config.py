@@ -201,7 +201,7 @@ class TrainingConfig:
     per_device_train_batch_size: _AtLeast1|Literal['auto'] = 'auto' # Rows per micro-batch; packed, one row is `max_length` tokens
     gradient_accumulation_steps: _AtLeast1 = 1 # Micro-batches per optimizer step
     packing: StrictBool = True # Fill rows with whole conversations, isolated from one another
-    gradient_checkpointing: StrictBool|Literal['auto'] = 'auto' # Recompute activations: less memory, a third more time
+    gradient_checkpointing: StrictBool|Literal['auto'] = 'auto' # Recompute activations in the backward pass: less memory, more computation
     compute: Literal['bf16', 'fp32', 'fp8'] = 'bf16' # Kind of number the layers work in; bf16 falls back to fp32 where it is not able, fp8 multiplies frozen weights in eight bits
     fast_path: StrictBool = True # Packed attention, fused LoRA linears and the loss on taught tokens only; false is the plain twin
     compile: StrictBool|Literal['auto'] = 'auto' # Compile the layers, rows filled up to one length, which takes time before the first step; `"auto"`: on a GPU, in runs long enough for it to pay

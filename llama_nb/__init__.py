@@ -4,7 +4,7 @@ Importing this package loads nothing heavy: each name below is fetched from its 
 __version__ = "0.1.0"
 
 _MODULES = {
-    'errors': 'LlamaNbError ConfigError DataError ResourceError CheckpointError NonFiniteError ThresholdError RunInterrupted',
+    'errors': 'LlamaNbError ConfigError DataError ResourceError CheckpointError NonFiniteError DivergenceError OutOfMemoryError ThresholdError RunInterrupted',
     'config': 'ModelConfig LoRAConfig DataConfig TrainingConfig EvaluationConfig RunConfig load_config save_config preset PRESETS',
     'views': 'View',
     'quantization': 'nf4_levels fp4_levels quantize_blockwise dequantize_blockwise bits_per_weight bnb_config',
@@ -33,6 +33,7 @@ _MODULES = {
     'losses': 'PerplexityEvaluator top_losses explain',
     'evaluation': 'QualitativeEvaluator EvaluationFramework compare run_lm_eval',
     'resume': '',
+    'loop': '',
     'train': 'LLAMATrainer',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`
     'demo': 'run_demo',

@@ -271,7 +271,7 @@ def _variations(shape, model, training, lora):
         rows, steps = s['rows']//2, training.gradient_accumulation_steps*2
         yield (f'training.per_device_train_batch_size={rows} training.gradient_accumulation_steps={steps}', 'a little slower, same result',
                (model, new(training, per_device_train_batch_size=rows, gradient_accumulation_steps=steps), lora))
-    if not s['gradient_checkpointing']: yield 'training.gradient_checkpointing=true', 'about a third slower, same result', (model, new(training, gradient_checkpointing=True), lora)
+    if not s['gradient_checkpointing']: yield 'training.gradient_checkpointing=true', 'computes each forward pass twice, same result', (model, new(training, gradient_checkpointing=True), lora)
     if s['compute'] == 'fp32': yield 'training.compute=bf16', 'coarser numbers, on GPUs much faster', (model, new(training, compute='bf16'), lora)
     if s['compute'] == 'fp8': yield 'training.compute=bf16', 'slower on GPUs with fp8, and more exact', (model, new(training, compute='bf16'), lora)
     if not s['use_4bit']: yield 'model.use_4bit=true', 'coarser frozen weights', (new(model, use_4bit=True), training, lora)

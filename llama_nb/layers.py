@@ -8,6 +8,7 @@ __all__ = ['rms_norm', 'rotate', 'swiglu_parts', 'swiglu_backward', 'swiglu', 't
 
 # %% ../nbs/16_layers.ipynb #a29c0004
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -151,35 +152,52 @@ class FusedNorm:
 class FusedRotary:
     "Angles in float32, where gradients are wanted."
     def forward(self,
-        x:Tensor, # Any tensor of the model's device and kind of number
-        position_ids:Tensor, # `(B, T)`
+        x:Tensor, # Any tensor of the model's device and dtype
+        *args, # As the stock layer takes: the positions, `(B, T)`
+        **kwargs, # As the stock layer takes
     )->tuple[Tensor,Tensor]: # Cosines and sines, `(B, T, D)`
         "The table of angles."
-        return super().forward(_wide(x[..., :1]) if torch.is_grad_enabled() else x, position_ids)
+        return super().forward(_wide(x[..., :1]) if torch.is_grad_enabled() else x, *args, **kwargs)
 
 def _together(x, first, *others):
     "Linears on one input; some know how to share it."
     shared = getattr(first, 'with_others', None)
     return shared(x, *others) if shared else [layer(x) for layer in (first, *others)]
 
+@functools.cache
+def _argument_names(stock):
+    "Names of what the forward of a stock class takes by position, after the hidden states."
+    _, _, *rest = inspect.signature(stock.forward).parameters.values()
+    return [p.name for p in rest if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+def _by_name(layer, args, kwargs):
+    "All arguments by the names that the stock class of a fused layer gives them."
+    return {**dict(zip(_argument_names(type(layer).__mro__[2]), args)), **kwargs} if args else kwargs
+
+def _has_cache(kwargs):
+    "Whether a key-value cache is among the arguments: `cache` since transformers 5.24, `past_key_values` before; anything that grows and knows its length."
+    return any(kwargs.get(name) is not None for name in ('cache', 'past_key_values')) or any(
+        hasattr(value, 'get_seq_length') and hasattr(value, 'update') for value in kwargs.values())
+
 class FusedAttention:
     "Packed attention with `rotate`, where gradients are wanted."
     def forward(self,
         hidden_states:Tensor, # `(1, T, d)`
-        position_embeddings:tuple[Tensor,Tensor], # Cosines and sines
-        attention_mask:Tensor|None=None, # Must be None for packed rows
-        past_key_values=None, # A cache leads to the stock forward
+        *args, # As the stock layer takes
         rows:Tensor|None=None, # `(N,)` tokens whose result is wanted; None: all
-        **kwargs, # What transformers passes along: the borders
+        **kwargs, # As the stock layer takes, and what transformers passes along: the borders
     )->tuple[Tensor,Tensor|None]: # `(1, T or N, d)`, and attention weights where the parent gives them
-        "Attention of one layer."
-        if not torch.is_grad_enabled() or past_key_values is not None or self.config._attn_implementation != PACKED:
-            out, weights = super().forward(hidden_states, tuple(t.to(hidden_states.dtype) for t in position_embeddings), attention_mask, past_key_values, **kwargs)
+        "Attention of one layer. Without gradients, with a cache, or with another attention, the stock forward."
+        kwargs = _by_name(self, args, kwargs)
+        angles = kwargs.pop('position_embeddings', None)
+        if not torch.is_grad_enabled() or angles is None or _has_cache(kwargs) or self.config._attn_implementation != PACKED:
+            if angles is not None: kwargs['position_embeddings'] = tuple(t.to(hidden_states.dtype) for t in angles)
+            out, weights = super().forward(hidden_states, **kwargs)
             return out if rows is None else take_rows(out, rows), weights
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (t.view(shape).transpose(1, 2) for t in _together(hidden_states, self.q_proj, self.k_proj, self.v_proj))
-        dropout = self.attention_dropout if self.training else 0.0
-        out, _ = packed_attention(self, rotate(q, *position_embeddings), rotate(k, *position_embeddings), v, attention_mask, self.scaling, dropout, **kwargs)
+        settings = {**kwargs, 'scaling': self.scaling, 'dropout': self.attention_dropout if self.training else 0.0}
+        out, _ = packed_attention(self, rotate(q, *angles), rotate(k, *angles), v, **settings)
         out = out.reshape(*shape[:-2], -1)
         return self.o_proj(out if rows is None else take_rows(out, rows)), None
 
@@ -204,7 +222,7 @@ class FusedLast:
     )->Tensor: # `(1, N, d)`
         "The layer's result for some tokens."
         if wanted is None: return super().forward(hidden_states, *args, **kwargs)
-        seen, _ = self.self_attn(self.input_layernorm(hidden_states), *args, rows=wanted, **kwargs)
+        seen, _ = self.self_attn(self.input_layernorm(hidden_states), rows=wanted, **_by_name(self, args, kwargs))
         hidden_states = take_rows(hidden_states, wanted) + seen
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 

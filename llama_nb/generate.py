@@ -6,7 +6,7 @@
 __all__ = ['Reply', 'generate_replies', 'stream_reply', 'ChatSession', 'reply_sampler', 'samples_timeline']
 
 # %% ../nbs/23_generate.ipynb #44a62099
-import hashlib, json
+import functools, hashlib, inspect, json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -108,6 +108,11 @@ def _new_cache(model):
     if all(type(layer) is DynamicLayer for layer in cache.layers): cache.layers = [_Roomy() for _ in cache.layers]
     return cache
 
+@functools.cache
+def _cache_name(kind:type)->str: # `'cache'` since transformers 5.24, `'past_key_values'` before
+    "What the forward of a class of models calls the cache."
+    return 'past_key_values' if {'past_key_values', 'cache'} & inspect.signature(kind.forward).parameters.keys() == {'past_key_values'} else 'cache'
+
 def _is_plain(cache): return all(type(layer) is _Roomy for layer in cache.layers) # no sliding window, no recurrent state
 
 def _close_up(keep:list[int])->list[int]: # The same places, those behind the new end moved into the gaps
@@ -127,6 +132,7 @@ class _Rows:
     def __init__(self, model:nn.Module, stops:set, pad_id:int, choice:_Choice, max_new_tokens:int):
         self.model, self.stops, self.pad_id, self.choice, self.max_new_tokens = model, stops, pad_id, choice, max_new_tokens
         self.device = model.get_input_embeddings().weight.device
+        self.cache_name = _cache_name(type(model.get_base_model() if hasattr(model, 'get_base_model') else model))
         self.rows, self.found, self.cache, self.mask = [], {}, None, None # rows still open; new ids of each row
 
     def tensor(self, x): return torch.tensor(x, device=self.device)
@@ -137,11 +143,11 @@ class _Rows:
 
     @torch.no_grad()
     def _forward(self, rows, input_ids, mask, position_ids, cache):
-        "One pass: the next id of each of `rows`, the rows that go on (as places), and their cache."
-        out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        "One pass, which makes `cache` longer: the next id of each of `rows`, and the rows that go on (as places)."
+        out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
         new = self.choice(out.logits[:, -1], rows)
         for row,token in zip(rows, new): self.found.setdefault(row, []).append(token)
-        return new, [i for i,r in enumerate(rows) if new[i] not in self.stops and len(self.found[r]) < self.max_new_tokens], out.past_key_values
+        return new, [i for i,r in enumerate(rows) if new[i] not in self.stops and len(self.found[r]) < self.max_new_tokens]
 
     def join(self, rows:list[int], prompts:list[list[int]], cache=None, known:int=0):
         "Read prompts and choose their first token. `cache` holds the first `known` tokens of a single prompt."
@@ -150,14 +156,14 @@ class _Rows:
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         input_ids = self.tensor([[self.pad_id]*(width - len(p)) + p for p in prompts])
         if cache is None: cache = _new_cache(self.model)
-        new, keep, cache = self._forward(rows, input_ids[:, known:], mask, position_ids[:, known:], cache)
+        new, keep = self._forward(rows, input_ids[:, known:], mask, position_ids[:, known:], cache)
         self._go_on(rows, new, keep, mask, position_ids[:, -1:] + 1, cache)
 
     def step(self):
         "One more token for every open row."
         rows, self.rows = self.rows, []
-        new, keep, cache = self._forward(rows, self.last, self.mask, self.position_ids, self.cache)
-        self._go_on(rows, new, keep, self.mask, self.position_ids + 1, cache)
+        new, keep = self._forward(rows, self.last, self.mask, self.position_ids, self.cache)
+        self._go_on(rows, new, keep, self.mask, self.position_ids + 1, self.cache)
 
     def _go_on(self, rows, new, keep, mask, position_ids, cache):
         "Add the rows that go on to those that are open."
@@ -261,7 +267,7 @@ class _Memory:
     def recall(self, model, prompt:list[int]): # The cache and how many of the prompt's tokens it holds; gives the cache away
         state, cache = _state(model), self.cache
         self.known = min(_common(self.ids, prompt), len(prompt) - 1) if cache is not None and state == self.state else 0
-        if self.known: cache.crop(self.known - cache.get_seq_length())
+        if self.known and (more := cache.get_seq_length() - self.known): cache.crop(-more) # crop(0) emptied it in earlier versions
         self.ids, self.cache, self.state = [], None, state
         return (cache, self.known) if self.known else (None, 0)
 

@@ -16,7 +16,7 @@ def words(key):
     return shlex.split(cfg.get(key, ''))
 
 
-pythons = [f'3.{minor}' for minor in range(10, 14)]
+pythons = [f'3.{minor}' for minor in range(11, 14)]
 statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable']
 suffix = '_requirements'
 extras = {key.removesuffix(suffix): words(key) for key in cfg if key.endswith(suffix)}

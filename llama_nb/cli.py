@@ -415,21 +415,23 @@ def _demo(
     result = run_demo(output_dir, again=again, tell=logger.info if as_json else _say)
     return _Answer(result.to_dict(), '')
 
+def _say_row(row): _say(row.text)
+
 @app.command('doctor')
 @_command
 def _doctor(as_json:_Json=False):
     "Say what is wrong here, and what to do."
     from llama_nb.doctor import doctor as examine
-    report = examine()
-    return _Answer(report.to_dict(), repr(report), report.exit_code)
+    report = examine(show=None if as_json else _say_row)
+    return _Answer(report.to_dict(), report.summary, report.exit_code)
 
 @app.command('selfcheck')
 @_command
 def _selfcheck(as_json:_Json=False):
     "Prove on this machine that packing, accumulation, 4-bit gradients, saving and masks are right."
     from llama_nb.doctor import selfcheck
-    report = selfcheck()
-    return _Answer(report.to_dict(), repr(report), report.exit_code)
+    report = selfcheck(show=None if as_json else _say_row)
+    return _Answer(report.to_dict(), report.summary, report.exit_code)
 
 # %% ../nbs/34_cli.ipynb #79c1ccf6
 def _quiet():

@@ -7,29 +7,41 @@ __all__ = ['Check', 'DoctorReport', 'doctor', 'selfcheck']
 
 # %% ../nbs/32_doctor.ipynb #ae308be0
 import copy
+import functools
+import json
 import os
 import platform
 import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import metadata, resources, util
 from pathlib import Path
 
 from .errors import one_line, redact
-from .views import View, table
+from .views import View, plain_text, table
 
 # %% ../nbs/32_doctor.ipynb #019d36e1
 @dataclass(frozen=True)
 class Check:
     "One finding."
     name: str # What was looked at
-    state: str # `"ok"`, `"warn"` (works, with a limit) or `"fail"`
+    state: str # `"ok"`, `"warn"` (works, with a note) or `"fail"`
     found: str # What is there
     fix: str = '' # What to do; empty if nothing
 
+    @property
+    def text(self)->str:
+        "The row in at most 80 columns; what to do stands on a line of its own."
+        first, rest = f'{_SIGNS[self.state]} {plain_text(self.name):<{_NAME_WIDTH}} ', ' '*(_NAME_WIDTH + 3)
+        def lines(text, start): return textwrap.wrap(plain_text(text), 80, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
+        return '\n'.join([*lines(self.found or '-', first), *(lines(self.fix, rest + '→ ') if self.fix else [])])
+
+_NAME_WIDTH = 23 # columns
 _SIGNS = {'ok': '✓', 'warn': '!', 'fail': '✗'}
 _COLORS = {'ok': 'green', 'warn': 'orange', 'fail': 'red'}
 
@@ -50,50 +62,86 @@ class DoctorReport:
         "Everything as plain values, for `--json`."
         return {'ok': self.ok, 'rows': [asdict(row) for row in self.rows]}
 
-    def view(self)->View:
-        "The table, with what is to be done at the end of each row."
-        cells = [{'': _SIGNS[r.state], 'check': r.name, 'found': r.found, 'do': r.fix} for r in self.rows]
+    @property
+    def summary(self)->str:
+        "One line: how many rows are in which state."
         count = {state: sum(r.state == state for r in self.rows) for state in _SIGNS}
-        return table(cells, caption=f"{self.title}: {count['ok']} ok, {count['warn']} with a limit, {count['fail']} failed", marks=[_COLORS[r.state] for r in self.rows])
+        return f"{self.title}: {count['ok']} ok, {count['warn']} with a note, {count['fail']} failed"
+
+    def view(self)->View:
+        "The table, with what is to be done at the end of each row; as text, each row in 80 columns."
+        cells = [{'': _SIGNS[r.state], 'check': r.name, 'found': r.found, 'do': r.fix} for r in self.rows]
+        shown = table(cells, caption=self.summary, marks=[_COLORS[r.state] for r in self.rows])
+        return View(shown.html, '\n'.join([*(row.text for row in self.rows), self.summary]))
 
     def __repr__(self): return self.view().text
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
 
 # %% ../nbs/32_doctor.ipynb #285ceb4e
-def _collect(checks, title):
-    "Run checks one after the other; one that raises becomes a failed row."
+_BROKE = 'this check itself broke; see what was found'
+
+def _collect(checks, title, show=None):
+    "Run checks one after the other, and show each row; one that raises becomes a failed row, with the check's own advice if it has one."
     rows = []
-    for name,check in checks:
+    def add(row):
+        rows.append(row)
+        if show is not None: show(row)
+    for name,check,*advice in checks:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore') # libraries' notes; what matters is in the rows
-                rows += [Check(name, *found) for found in check()]
-        except Exception as e: rows.append(Check(name, 'fail', one_line(e, 160), 'this check itself broke; see what was found'))
+                for found in check(): add(Check(name, *found))
+        except Exception as e: add(Check(name, 'fail', one_line(e, 160), *(advice or [_BROKE])))
     return DoctorReport(tuple(rows), title)
 
 # %% ../nbs/32_doctor.ipynb #10e4823b
-_MIN_PYTHON = (3, 10)
-_NEEDS = {'torch': '2.10', 'transformers': '5.3', 'peft': '0.17', 'bitsandbytes': '0.48', 'datasets': '4.0', 'accelerate': '1.10', 'pydantic': '2.7', 'nltk': '3.10'}
-_EXTRAS = {'preference': ('trl',), 'export': ('sentencepiece',), 'data': ('rensa', 'py3langid'), 'lm_eval': ('lm_eval',)} # extra -> modules
+_MAIN = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'accelerate') # a row each; the others share one
 
-def _version(text): return tuple(int(n) for n in re.findall(r'\d+', text.split('+')[0])[:3])
+@functools.cache
+def _versions():
+    "What the package needs and was tested with: `python`, `packages`, `extras`."
+    return json.loads((resources.files('llama_nb')/'versions.json').read_text(encoding='utf-8'))
+
+def _version(text):
+    "The numbers of a version, without zeros at its end."
+    numbers = [int(n) for n in re.findall(r'\d+', text.split('+')[0])[:3]]
+    while numbers and not numbers[-1]: numbers.pop()
+    return tuple(numbers)
 
 def _python():
-    found = f'{platform.python_version()} on {platform.system()} {platform.machine()}'
-    enough = sys.version_info[:2] >= _MIN_PYTHON
-    yield ('ok', found) if enough else ('fail', found, f"use Python {'.'.join(map(str, _MIN_PYTHON))} or newer")
+    found, least = f'{platform.python_version()} on {platform.system()} {platform.machine()}', _versions()['python']
+    yield ('ok', found) if sys.version_info[:2] >= _version(least) else ('fail', found, f'use Python {least} or newer')
 
-def _package(name, minimum):
-    "Whether a package is there and new enough."
-    remedy = f"pip install '{name}>={minimum}'"
+def _package(name, needs):
+    "Whether a package is there and its version one that works; `needs` holds `least` and, where known, `below` and `tested`."
+    least, below, tested = needs['least'], needs.get('below'), needs.get('tested')
+    remedy = f"pip install '{name}>={least}{f',<{below}' if below else ''}'"
     try: found = metadata.version(name)
-    except metadata.PackageNotFoundError: return [('fail', 'not installed', remedy)]
-    return [('ok', found)] if _version(found) >= _version(minimum) else [('fail', f'{found} is too old', remedy)]
+    except metadata.PackageNotFoundError: return 'fail', 'not installed', remedy
+    if _version(found) < _version(least): return 'fail', f'{name} {found} is too old, {least} is the least', remedy
+    if below and _version(found) >= _version(below): return 'fail', f'{name} {found} is too new, it must be below {below}', remedy
+    if tested and _version(found) > _version(tested):
+        return 'warn', f'{name} {found} is newer than the {tested} this was tested with', f"fine while the checks below are ok; pip install '{name}=={tested}' goes back"
+    return 'ok', found
+
+def _other_packages():
+    "One row for all that are as they should be, one for all that are newer than tested, one for each that is not."
+    found = {name: _package(name, needs) for name,needs in _versions()['packages'].items() if name not in _MAIN}
+    newer = [name for name,row in found.items() if row[0] == 'warn']
+    for name,row in found.items():
+        if row[0] == 'fail': yield row[0], row[1] if name in row[1] else f'{name}: {row[1]}', row[2]
+    if newer: yield 'warn', f"newer than tested: {', '.join(f'{n} {metadata.version(n)}' for n in newer)}", 'fine while the checks below are ok; pip install -c constraints.txt . in the clone goes back'
+    fit = sum(row[0] == 'ok' for row in found.values())
+    if fit: yield 'ok', f'{fit} of {len(found)} as tested or older, and new enough'
+
+def _is_there(name):
+    try: return bool(metadata.version(name))
+    except metadata.PackageNotFoundError: return False
 
 def _extras():
-    for extra,modules in _EXTRAS.items():
-        absent = [m for m in modules if util.find_spec(m) is None]
-        yield ('ok', f"{extra}: {'not installed (optional)' if absent else 'installed'}", f"pip install 'llama_nb[{extra}]' if you want it" if absent else '')
+    for extra,packages in _versions()['extras'].items():
+        absent = [name for name in packages if not _is_there(name)]
+        yield ('ok', f"{extra}: {'not installed (optional)' if absent else 'installed'}", f"pip install '.[{extra}]' in the clone, if you want it" if absent else '')
 
 # %% ../nbs/32_doctor.ipynb #3972d68e
 def _device():
@@ -171,20 +219,7 @@ def _hub():
     if get_token(): return [('ok', 'a token is there')]
     return [('warn', 'no token: gated models (Llama 2, Llama 3) can not be fetched', 'accept the licence on the model page, then run: hf auth login')]
 
-# %% ../nbs/32_doctor.ipynb #68b15b64
-def doctor(
-    output_dir='runs', # Where runs will be written
-    cache_dir=None, # Where models are kept; `None` as in `demo_model`
-)->DoctorReport: # One row per finding
-    "Look at Python, packages, device, disk, notebook and Hub; changes nothing but an empty cache folder."
-    hub_cache = os.environ.get('HF_HUB_CACHE') or Path(os.environ.get('HF_HOME') or '~/.cache/huggingface')/'hub'
-    return _collect([
-        ('Python', _python), *((name, lambda name=name, low=low: _package(name, low)) for name,low in _NEEDS.items()),
-        ('device', _device), ('numbers', _number_kind), ('4-bit', _four_bit),
-        ('cache', lambda: _cache(cache_dir)), ('disk for models', lambda: _disk(hub_cache)), ('disk for runs', lambda: _disk(output_dir)),
-        ('demo model', lambda: _demo(cache_dir)), ('notebook', _notebook), ('Hub', _hub), ('extra', _extras)], 'doctor')
-
-# %% ../nbs/32_doctor.ipynb #2f134f89
+# %% ../nbs/32_doctor.ipynb #6107f94d
 def _examples(n=6, seed=0, vocab_size=512):
     "Random conversations: a prompt that is not taught, an answer that is."
     import torch
@@ -196,6 +231,90 @@ def _examples(n=6, seed=0, vocab_size=512):
         rows.append(PackedRow(ids, [-100]*(length//2) + ids[length//2:], (length,), (None,)))
     return rows
 
+def _batch(rows, device):
+    from llama_nb.packing import PackedCollator
+    batch = PackedCollator(0)(rows)
+    return {k: v.to(device) if hasattr(v, 'to') else v for k,v in batch.items()}
+
+# %% ../nbs/32_doctor.ipynb #53bc3d03
+_TESTED_SET = 'these versions do not go together: pip install -c constraints.txt . in the clone takes the tested ones'
+
+def _tiny_tuned():
+    "A random model of two layers under LoRA with the fast path, made as a run makes it, and its tokenizer."
+    import torch
+    from llama_nb.config import LoRAConfig, ModelConfig
+    from llama_nb.fastpath import apply_fast_path_
+    from llama_nb.model import _quiet, load_model, pick_device, tiny_llama
+    from llama_nb.template import toy_tokenizer
+    tokenizer = toy_tokenizer('byte', 'chatml')
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), _quiet():
+        torch.default_generator.manual_seed(0)
+        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+        return apply_fast_path_(load_model(ModelConfig(folder, use_4bit=util.find_spec('bitsandbytes') is not None), LoRAConfig(r=4), pick_device())), tokenizer
+
+def _trains(made):
+    "Forward, backward and an update; every adapter gets a finite gradient."
+    import torch
+    from llama_nb.fastpath import batch_loss
+    model, _ = made()
+    model.train()
+    trained = {n: p for n,p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, fused=True)
+    batch_loss(model, _batch(_examples(vocab_size=model.config.vocab_size), model.device))[0].backward()
+    lost = [n for n,p in trained.items() if p.grad is None or not p.grad.isfinite().all() or 'lora_B' in n and not p.grad.any()]
+    if lost: return [('fail', f'{len(lost)} of {len(trained)} adapters get no gradient (first: {lost[0]})', _TESTED_SET)]
+    optimizer.step()
+    model.zero_grad()
+    weights = '4-bit' if any(type(m).__name__ == 'Linear4bit' for m in model.modules()) else 'plain'
+    return [('ok', f'forward, backward and an update on {weights} weights, fast path on')]
+
+def _evaluates(made):
+    "The validation of a run, and what an evaluation counts."
+    import torch
+    from llama_nb.fastpath import token_nlls
+    from llama_nb.losses import adapter_off, measuring, token_scores
+    model, _ = made()
+    batch = _batch(_examples(vocab_size=model.config.vocab_size), model.device)
+    with torch.no_grad():
+        seen = float(token_nlls(model.eval(), batch).sum())
+        with measuring(model): measured = float(token_scores(model, batch)[0].sum())
+        with adapter_off(model), measuring(model): token_scores(model, batch)
+    if not abs(seen - measured) < 0.02*abs(measured): return [('fail', f'validation and evaluation disagree: {seen:.4g} and {measured:.4g} nats', _TESTED_SET)]
+    return [('ok', 'validation and evaluation agree')]
+
+def _replies(made):
+    "Replies side by side, and a chat that reads only what is new; both say the same."
+    from llama_nb.generate import ChatSession, generate_replies
+    model, tokenizer = made()
+    chat = ChatSession(model, tokenizer, max_new_tokens=4)
+    first = [{'role': 'user', 'content': 'hello'}]
+    chat.say(first[0]['content'])
+    said = [chat.last.token_ids]
+    chat.messages = [*first, {'role': 'assistant', 'content': chat.last.text or 'yes'}] # a random model may say nothing
+    second = [*chat.messages, {'role': 'user', 'content': 'and then?'}]
+    chat.say(second[-1]['content'])
+    said.append(chat.last.token_ids)
+    again = [reply.token_ids for reply in generate_replies(model, tokenizer, [first, second], max_new_tokens=4)]
+    if said != again: return [('fail', 'a chat and a batch reply differently', _TESTED_SET)]
+    return [('ok', 'a chat and a batch reply alike')]
+
+# %% ../nbs/32_doctor.ipynb #68b15b64
+def doctor(
+    output_dir='runs', # Where runs will be written
+    cache_dir=None, # Where models are kept; `None` as in `demo_model`
+    show:Callable[[Check],None]|None=None, # Called with each row as soon as it is known
+)->DoctorReport: # One row per finding
+    "Look at Python, packages, device, disk, notebook and Hub, and take a tiny model all the way; changes nothing but an empty cache folder."
+    hub_cache = os.environ.get('HF_HUB_CACHE') or Path(os.environ.get('HF_HOME') or '~/.cache/huggingface')/'hub'
+    packages, tiny = _versions()['packages'], functools.cache(_tiny_tuned)
+    return _collect([
+        ('Python', _python), *((name, lambda name=name: [_package(name, packages[name])]) for name in _MAIN), ('other packages', _other_packages),
+        ('device', _device), ('numbers', _number_kind), ('4-bit', _four_bit),
+        ('cache', lambda: _cache(cache_dir)), ('disk for models', lambda: _disk(hub_cache)), ('disk for runs', lambda: _disk(output_dir)),
+        ('demo model', lambda: _demo(cache_dir)), ('notebook', _notebook), ('Hub', _hub), ('extra', _extras),
+        ('training step', lambda: _trains(tiny), _TESTED_SET), ('evaluation pass', lambda: _evaluates(tiny), _TESTED_SET), ('replies', lambda: _replies(tiny), _TESTED_SET)], 'doctor', show)
+
+# %% ../nbs/32_doctor.ipynb #2f134f89
 def _tiny(device, lora=True, **kw):
     "A tiny random Llama with a LoRA that already does something."
     import torch
@@ -209,11 +328,6 @@ def _tiny(device, lora=True, **kw):
         for name,p in model.named_parameters():
             if 'lora_B' in name: torch.nn.init.normal_(p, std=0.02)
     return apply_fast_path_(model.to(device))
-
-def _batch(rows, device):
-    from llama_nb.packing import PackedCollator
-    batch = PackedCollator(0)(rows)
-    return {k: v.to(device) if hasattr(v, 'to') else v for k,v in batch.items()}
 
 def _packed_is_alone(device):
     import torch
@@ -315,9 +429,10 @@ def _masks_are_exact():
 # %% ../nbs/32_doctor.ipynb #e706270b
 def selfcheck(
     device=None, # `None` is CUDA where there is one
+    show:Callable[[Check],None]|None=None, # Called with each row as soon as it is known
 )->DoctorReport: # One row per equality
     "Train a two-layer model here and compare with what must hold; well under a minute, nothing is left behind."
     from llama_nb.model import pick_device
     device = device or pick_device()
     checks = {'packed = alone': _packed_is_alone, 'accumulated = one batch': _accumulated_is_one, '4-bit gradients': _four_bit_gradients, 'saved = loaded': _saved_is_loaded}
-    return _collect([*((name, lambda check=check: check(device)) for name,check in checks.items()), ('masks', _masks_are_exact)], f'selfcheck on {device}')
+    return _collect([*((name, lambda check=check: check(device)) for name,check in checks.items()), ('masks', _masks_are_exact)], f'selfcheck on {device}', show)

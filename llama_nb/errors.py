@@ -164,7 +164,7 @@ def import_extra(
     try: return importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name and e.name.partition('.')[0] != module.partition('.')[0]: raise # it is there, but lacks something itself
-        raise ImportError(f"{module} is not installed; run: pip install 'llama_nb[{extra}]'") from None
+        raise ImportError(f"{module} is not installed; run in your clone of llama_nb: pip install '.[{extra}]'") from None
 
 # %% ../nbs/00_errors.ipynb #3a71b017
 logger = logging.getLogger('llama_nb')

@@ -1,12 +1,16 @@
 """Install the package as a user does, with other versions of what it stands on, and take it the whole way.
 
     python tools/versions.py oldest|locked|newest [--python python3.13] [--folder .cache/versions] [--model demo]
+    python tools/versions.py table [--check]
 
 `oldest` takes the lower bound of every requirement in settings.ini, `locked` the pins of constraints.txt, `newest` whatever is on the index today;
 torch is always the one of constraints.txt. The environments stay in `--folder` and serve again: `newest` is brought up to date, the others are made
 anew when their requirements change. Then, outside the checkout: `pip check`, the contract test, `doctor`, `selfcheck`, a training with validation and
 checkpoints, the same training resumed from the middle, `evaluate`, `chat` with one prompt and with several turns. Ends with exit code 1 at the first
-step that fails, and says what it printed."""
+step that fails, and says what it printed.
+
+`table` writes llama_nb/versions.json, from which `doctor` knows what is needed and what was tested; with `--check` it ends with exit code 1 if the file
+is not what settings.ini and constraints.txt say."""
 import argparse
 import json
 import os
@@ -51,10 +55,12 @@ trainer.train(progress=False)
 trainer.evaluate()
 model, tokenizer = load_tuned(sys.argv[1])[:2]
 chat = ChatSession(model, tokenizer, max_new_tokens=8)
-first, second = chat.say('What is a tide?'), chat.say('And why twice a day?')
-asked = chat.messages[:3]
-alone = generate_replies(model, tokenizer, [asked], max_new_tokens=8)[0].text
-print(json.dumps({'reused': chat.reused, 'same': alone == second, 'deprecated': sorted({t for t in told if 'deprecat' in t.lower() or 'will be removed' in t.lower()})}))
+chat.say('What is a tide?')
+chat.messages = [{'role': 'user', 'content': 'What is a tide?'}, {'role': 'assistant', 'content': chat.last.text or 'Water.'}]
+asked = [*chat.messages, {'role': 'user', 'content': 'And why twice a day?'}]
+chat.say(asked[-1]['content'])
+alone = generate_replies(model, tokenizer, [asked], max_new_tokens=8)[0].token_ids
+print(json.dumps({'reused': chat.reused, 'same': alone == chat.last.token_ids, 'deprecated': sorted({t for t in told if 'deprecat' in t.lower() or 'will be removed' in t.lower()})}))
 '''
 
 
@@ -79,6 +85,21 @@ def constraints(kind):
     "What pip must keep to, one line each."
     if kind == 'locked': return [line for line in (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines() if re.match(r'\w', line)]
     return [torch_pin(), *(line for line in (lower_bounds() if kind == 'oldest' else []) if not line.startswith('torch=='))]
+
+
+def table():
+    "What llama_nb/versions.json holds: of each requirement the oldest version that works, the first that does not, and the tested one."
+    pins = {name.lower().replace('_', '-'): version for name, version in re.findall(r'^([\w.-]+)==([\w.]+)', (ROOT/'constraints.txt').read_text(encoding='utf-8'), re.M)}
+    def facts(words):
+        found = {}
+        for word in words:
+            name, bounds = re.match(r'([\w.-]+)(.*)', word).groups()
+            limits = {sign: version for sign, version in re.findall(r'(>=|==|<)([\w.]+)', bounds)}
+            found[name] = {'least': limits.get('>=', limits.get('==')), 'below': limits.get('<'), 'tested': pins.get(name.lower().replace('_', '-'))}
+        return {name: {k: v for k, v in f.items() if v is not None} for name, f in found.items()}
+    s, end = settings(), '_requirements'
+    extras = {key.removesuffix(end): facts(s[key].split()) for key in s if key.endswith(end) and key != 'dev' + end}
+    return json.dumps({'python': s['min_python'], 'packages': facts(s['requirements'].split()), 'extras': extras}, indent=1) + '\n'
 
 
 class Failed(Exception): "A step that did not do what it should; its last lines."
@@ -174,12 +195,18 @@ def versions_of(bin):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('kind', choices=SETS)
+    p.add_argument('kind', choices=(*SETS, 'table'))
     p.add_argument('--python', default=sys.executable, help='the interpreter to make the environment from')
     p.add_argument('--folder', type=Path, default=Path(os.environ.get('LLAMA_NB_VERSIONS') or ROOT/'.cache'/'versions'), help='where environments are kept')
     p.add_argument('--model', default='tiny', help='tiny: random weights; or what model.model_name takes, e.g. demo')
     p.add_argument('--dry-run', action='store_true', help='ask pip only whether the versions resolve')
+    p.add_argument('--check', action='store_true', help='with table: write nothing, only compare')
     a = p.parse_args()
+    if a.kind == 'table':
+        path = ROOT/'llama_nb'/'versions.json'
+        if a.check: sys.exit(None if path.is_file() and path.read_text(encoding='utf-8') == table() else 'llama_nb/versions.json is not what settings.ini and constraints.txt say: run python tools/versions.py table')
+        path.write_text(table(), encoding='utf-8')
+        return
     if a.dry_run:
         with tempfile.TemporaryDirectory() as tmp:
             (limits := Path(tmp)/'limits.txt').write_text('\n'.join(constraints(a.kind)) + '\n', encoding='utf-8')

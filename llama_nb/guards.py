@@ -58,8 +58,8 @@ class SafeTrainer:
         super().add_callback(callback)
         self._bind(callback)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
         rows = [b.pop('rows', None) if isinstance(b, dict) else None for b in batches]
         self.window = new_window(batches, rows, num_items)
         return batches, num_items
@@ -94,13 +94,13 @@ def _restoring(checkpoint, part):
     except Exception as e:
         raise CheckpointError(f'{Path(checkpoint).name}: {part} can not be restored ({type(e).__name__}); move this checkpoint away and resume from the one before') from e
 
-def _get_output_dir(self, trial): return str(self._stage) if self._stage else super(SafeTrainer, self)._get_output_dir(trial)
+def _get_output_dir(self, *args, **kwargs): return str(self._stage) if self._stage else super(SafeTrainer, self)._get_output_dir(*args, **kwargs)
 
-def _save_checkpoint(self, model, trial=None):
+def _save_checkpoint(self, model, trial=None, **kwargs):
     step, self.phase = self.state.global_step, 'saving'
     for guard in self.guards: guard.before_save()
     with stage_checkpoint(self.run.folder, step, self.run.id, tell=self.run.log) as self._stage:
-        try: super(SafeTrainer, self)._save_checkpoint(model, trial)
+        try: super(SafeTrainer, self)._save_checkpoint(model, trial, **kwargs)
         finally: stage, self._stage = self._stage, None
         inner = stage/f'checkpoint-{step}' # the stock code adds a folder of its own
         for path in inner.iterdir(): path.rename(stage/path.name)
@@ -108,19 +108,19 @@ def _save_checkpoint(self, model, trial=None):
         write_json(stage/'run.json', self.run_facts)
     rotate_checkpoints(self.run.folder, max(2, self.args.save_total_limit or 2), self.run.id)
 
-def _save(self, output_dir=None, state_dict=None): save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+def _save(self, output_dir=None, *args, **kwargs): save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 
-def _load_from_checkpoint(self, checkpoint, model=None):
-    with _restoring(checkpoint, 'weights'): super(SafeTrainer, self)._load_from_checkpoint(checkpoint, model)
+def _load_from_checkpoint(self, checkpoint, *args, **kwargs):
+    with _restoring(checkpoint, 'weights'): super(SafeTrainer, self)._load_from_checkpoint(checkpoint, *args, **kwargs)
 
-def _load_optimizer_and_scheduler(self, checkpoint):
-    with _restoring(checkpoint, 'optimizer or scheduler'): super(SafeTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
+    with _restoring(checkpoint, 'optimizer or scheduler'): super(SafeTrainer, self)._load_optimizer_and_scheduler(checkpoint, *args, **kwargs)
 
-def _load_rng_state(self, checkpoint):
-    with _restoring(checkpoint, 'random state'): super(SafeTrainer, self)._load_rng_state(checkpoint)
+def _load_rng_state(self, checkpoint, *args, **kwargs):
+    with _restoring(checkpoint, 'random state'): super(SafeTrainer, self)._load_rng_state(checkpoint, *args, **kwargs)
 
-def _load_scaler(self, checkpoint):
-    with _restoring(checkpoint, 'scaler'): super(SafeTrainer, self)._load_scaler(checkpoint)
+def _load_scaler(self, checkpoint, *args, **kwargs):
+    with _restoring(checkpoint, 'scaler'): super(SafeTrainer, self)._load_scaler(checkpoint, *args, **kwargs)
 
 for _method in (_get_output_dir, _save_checkpoint, _save, _load_from_checkpoint, _load_optimizer_and_scheduler, _load_rng_state, _load_scaler): setattr(SafeTrainer, _method.__name__, _method)
 

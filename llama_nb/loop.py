@@ -97,9 +97,9 @@ class PackedTrainer(SafeTrainer, Trainer):
         return metrics
 
 # %% ../nbs/29_loop.ipynb #898a4025
-def _load_optimizer_and_scheduler(self, checkpoint):
+def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
     "As stock; then the learning rate and weight decay of *this* run, where they differ."
-    super(PackedTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+    super(PackedTrainer, self)._load_optimizer_and_scheduler(checkpoint, *args, **kwargs)
     if checkpoint is None or not hasattr(self.lr_scheduler, 'lr_lambdas'): return
     rate, decay = self.args.learning_rate, self.args.weight_decay
     for i,group in enumerate(self.optimizer.param_groups):

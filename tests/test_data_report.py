@@ -144,5 +144,5 @@ def test_without_the_extra_libraries_it_says_so(monkeypatch, planted):
     monkeypatch.setitem(sys.modules, 'rensa', None), monkeypatch.setitem(sys.modules, 'py3langid', None), monkeypatch.setitem(sys.modules, 'py3langid.langid', None)
     data, bad, _ = planted
     report = check_data(data).report
-    assert all("pip install 'llama_nb[data]'" in how for how in report.checked.values()) and report.languages == {}
+    assert all("pip install '.[data]'" in how for how in report.checked.values()) and report.languages == {}
     assert {(f.part, f.index) for f in report.findings if f.kind == 'leak'} == bad['leak'] and not any('near' in f.kind for f in report.findings)

@@ -37,7 +37,7 @@ from transformers import TrainerCallback
 from .checkpoints import _no_space, rotate_checkpoints, stage_checkpoint, verify_checkpoint
 from .errors import CheckpointError, DivergenceError, LlamaNbError, NonFiniteError, OutOfMemoryError, import_extra, logger, one_line, shorten
 from .memory import GiB, cheapest_changes
-from .runs import Run, RunView, spoken_time, write_json
+from .runs import Run, RunView, cell_number, spoken_time, write_json
 from .views import View, can_show_progress, tell
 
 # %% ../nbs/22_guards.ipynb #c1ff81f8
@@ -603,7 +603,7 @@ class LiveView(Guard):
     def finish(self):
         "Draw the end of the run, which then need not be drawn once more as the result of the cell."
         self.draw(now=True)
-        self.run.is_on_screen = self.handle is not None and not self.failed
+        if self.handle is not None and not self.failed: self.run.drawn_in = cell_number()
 
     def on_train_begin(self, args, state, control, **kwargs): self.draw()
     def on_log(self, args, state, control, **kwargs): self.draw()

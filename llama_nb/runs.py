@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STALE_S', 'PACKAGES', 'DEMO_BASE', 'append_event', 'read_events', 'history', 'is_alive', 'Run', 'write_text',
-           'last_step', 'check_name', 'create_run', 'environment', 'write_json', 'smooth', 'plot_run', 'spoken_time',
-           'total_steps', 'seconds_left', 'summary_line', 'save_plot', 'card_facts', 'write_card', 'seconds_trained',
-           'RunList', 'list_runs', 'spoken_size', 'event_lines', 'RunView', 'follow', 'watch']
+           'cell_number', 'last_step', 'check_name', 'create_run', 'environment', 'write_json', 'smooth', 'plot_run',
+           'spoken_time', 'total_steps', 'seconds_left', 'summary_line', 'save_plot', 'card_facts', 'write_card',
+           'seconds_trained', 'RunList', 'list_runs', 'spoken_size', 'event_lines', 'RunView', 'follow', 'watch']
 
 # %% ../nbs/21_runs.ipynb #b52611f2
 import hashlib
@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -123,7 +124,7 @@ class Run:
         self.folder = Path(getattr(folder, 'folder', folder))
         if not self.folder.is_dir(): raise ResourceError(f'{redact(self.folder)} is not there; make a run with create_run')
         self._beaten, self._id, self._events, self._read = 0.0, None, [], 0
-        self.is_on_screen = False # A live view shows this run already: its next display is one line
+        self.drawn_in = None # Number of the notebook cell in which a live view shows this run already
 
     @property
     def name(self)->str: return self.folder.name
@@ -194,12 +195,12 @@ class Run:
         return save_plot(self)
     def __repr__(self): return f'Run({self.name}: {self.status}, step {last_step(self)})'
     def _repr_mimebundle_(self, include=None, exclude=None):
-        if not self.is_on_screen: return watch(self)._repr_mimebundle_(include, exclude)
-        self.is_on_screen = False
-        return {'text/plain': repr(self)}
+        return {'text/plain': repr(self)} if self._is_on_screen else watch(self)._repr_mimebundle_(include, exclude)
     def _ipython_display_(self):
-        if self.is_on_screen: raise NotImplementedError # as any other object: by its line
+        if self._is_on_screen: raise NotImplementedError # as any other object: by its line
         watch(self)._ipython_display_()
+    @property
+    def _is_on_screen(self): return self.drawn_in is not None and self.drawn_in == cell_number()
 
 # %% ../nbs/21_runs.ipynb #d38de0e4
 def write_text(
@@ -211,6 +212,11 @@ def write_text(
     tmp.write_text(text, encoding='utf-8')
     os.replace(tmp, path)
     return Path(path)
+
+def cell_number()->int|None: # `None` outside of IPython
+    "Number of the notebook cell that runs now."
+    interactive = sys.modules.get('IPython')
+    return getattr(interactive and interactive.get_ipython(), 'execution_count', None)
 
 def last_step(run)->int:
     "Last step a run has logged."

@@ -23,8 +23,8 @@ from typing import Annotated, NamedTuple, Optional
 import typer
 
 from .config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
-from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, exit_code, logger, one_line, redact, shorten
-from .views import plain_text, table
+from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean, exit_code, logger, one_line, redact, shorten
+from .views import plain_text, table, tell
 
 # %% ../nbs/34_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -181,10 +181,39 @@ def _masks(conversations, cfg, show=1):
         views.append(show_mask(example, tokenizer, template=cfg.data.template).text)
     return {'exact': proof.exact, 'total': proof.total}, views
 
+def _check_model(model_config):
+    "Refuse a model that is not there, in the words of `find_model` but without torch; what only the Hub knows is left to it."
+    from huggingface_hub import constants
+    name, path = model_config.model_name, Path(model_config.model_name).expanduser()
+    if name == 'demo' or (path.is_dir() and (path/'config.json').is_file()): return
+    if path.is_dir(): raise ResourceError(f'model {redact(path)}: the folder holds no config.json' + ('; it holds an adapter: name its base model' if (path/'adapter_config.json').is_file() else ''))
+    if name.endswith('.gguf'):
+        if not path.is_file(): raise ResourceError(f'model {redact(path)}: no such file')
+        return
+    near = did_you_mean(name, known := {PRESETS[p]['model']['model_name'] for p in PRESETS}) if name not in known else ''
+    if name.count('/') != 1 or name.startswith(('.', '/', '~')):
+        raise ResourceError(f"model {shorten(redact(name))}: no such folder, and not a Hub id (owner/name){near}; use a folder, a .gguf file, 'demo', or a Hub id")
+    in_cache = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").glob('snapshots/*/config.json')
+    if constants.HF_HUB_OFFLINE and not any(in_cache):
+        raise ResourceError(f"model {shorten(redact(name))} is not in the cache, and HF_HUB_OFFLINE is set, so it cannot be downloaded{near}; unset it, or use a local folder, a .gguf file, or 'demo'")
+
+def _trainer(cfg):
+    "A trainer whose model is there and whose data is read: what can be refused before torch is imported is refused."
+    from llama_nb.data import read_data
+    from llama_nb.runs import check_name
+    check_name(cfg.training.run_name)
+    _check_model(cfg.model)
+    data = read_data(cfg.data)
+    tell('starting PyTorch')
+    from llama_nb.train import LLAMATrainer
+    return LLAMATrainer.from_config(cfg, data=data)
+
 def _dry_run(cfg):
     "Everything that can be known before training."
-    from llama_nb.train import LLAMATrainer, auto_batch_size, num_steps
-    trainer, planned = LLAMATrainer.from_config(cfg), _memory(cfg)
+    trainer = _trainer(cfg)
+    from llama_nb.memory import plan
+    from llama_nb.train import auto_batch_size, num_steps, touched_line
+    planned = plan(cfg.model, cfg.training, cfg.lora, **({} if trainer.device.type == 'cuda' else {'context_bytes': 0})) # there is no CUDA on a CPU
     rows, _, facts = trainer.rows() # raises as training would, for faulty rows and for too long ones
     data, size = trainer.data, cfg.training.per_device_train_batch_size
     steps = num_steps(len(rows), auto_batch_size(len(rows), cfg.model, cfg.training, cfg.lora, trainer.device) if size == 'auto' else size, cfg.training)
@@ -192,8 +221,10 @@ def _dry_run(cfg):
     sizes = {part: {k: facts[part][k] for k in ('conversations', 'rows', 'tokens', 'taught_tokens')} for part in ('train', 'validation')}
     told = [f'{part}: ' + ', '.join(f"{v:,} {k.replace('_', ' ')}" for k,v in sizes[part].items()) for part in sizes]
     proof = f"masks exact: {masks['exact']} of {masks['total']}"
-    text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join([*told, f'optimizer steps: {steps:,}', proof]), *views, repr(planned), 'dry run: nothing was trained']
-    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'sizes': sizes, 'steps': steps, 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
+    touched = {part: {action: facts[part][action] for action in ('shortened', 'dropped', 'bad')} for part in sizes}
+    left_out = [line] if (line := touched_line(trainer)) else []
+    text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join([*told, *left_out, f'optimizer steps: {steps:,}', proof]), *views, repr(planned), 'dry run: nothing was trained']
+    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'sizes': sizes, 'touched': touched, 'steps': steps, 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
 
 # %% ../nbs/34_cli.ipynb #b3075ad6
 def _run_config(run, overrides=None):
@@ -216,8 +247,7 @@ def _train(
     of_run = resume.parent if resume is not None and resume.name.startswith('checkpoint-') else resume
     cfg = _resolve(config, preset, overrides, needed='train') if resume is None else _run_config(of_run, overrides)
     if dry_run: return _dry_run(cfg)
-    from llama_nb.train import LLAMATrainer
-    trainer = LLAMATrainer.from_config(cfg)
+    trainer = _trainer(cfg)
     run = trainer.train(resume=resume or False)
     data, text = {'run': str(run.folder), 'status': run.status}, [f'trained: {redact(run.folder)}']
     if evaluate_after:

@@ -358,7 +358,8 @@ def _restore(trainer, p):
 def _publish_anyway(trainer, p):
     "A run whose last step is done and saved has its adapter, also if the evaluation after it fails."
     run, step = p.run, p.hf.state.global_step
-    if p.hf.phase != 'evaluation' or step < p.total or not (run.folder/f'checkpoint-{step}').is_dir(): return
+    was_over = p.checkpoint is not None and p.checkpoint.name == f'checkpoint-{step}'
+    if step < p.total or not (was_over or p.hf.saved_step == step): return
     try:
         publish(trainer, run)
         run.save_plot()

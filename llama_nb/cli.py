@@ -190,7 +190,8 @@ def _check_model(model_config):
     if name.endswith('.gguf'):
         if not path.is_file(): raise ResourceError(f'model {redact(path)}: no such file')
         return
-    near = did_you_mean(name, known := {PRESETS[p]['model']['model_name'] for p in PRESETS}) if name not in known else ''
+    known = [PRESETS[p]['model']['model_name'] for p in PRESETS]
+    near = did_you_mean(name, known) if name not in known else ''
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
         raise ResourceError(f"model {shorten(redact(name))}: no such folder, and not a Hub id (owner/name){near}; use a folder, a .gguf file, 'demo', or a Hub id")
     in_cache = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").glob('snapshots/*/config.json')

@@ -59,6 +59,11 @@ class SafeTrainer:
         "Those of our guards that are on."
         return [c for c in self.callback_handler.callbacks if isinstance(c, Guard)]
 
+    @property
+    def is_shown(self)->bool:
+        "Whether somebody looks at a bar or a live view of this training."
+        return any(isinstance(c, (ProgressBar, LiveView)) for c in self.callback_handler.callbacks)
+
     def add_callback(self, callback):
         super().add_callback(callback)
         self._bind(callback)

@@ -491,6 +491,7 @@ def _narrow(rows, settings):
     left_out = []
     for key,column in [('eval_loss', [number(r['eval_loss']) for r in rows]), *((k, ['' if r[k] is None else str(r[k]) for r in rows]) for k in settings)]:
         name = {'eval_loss': 'validation'}.get(key, key.partition('.')[2] or key)
+        if not any(column): continue
         if name in shown[0]: name = key
         if width() + 2 + max(len(name), *map(len, column)) > _WIDTH: left_out += [key]*(key in settings)
         else:

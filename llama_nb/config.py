@@ -390,6 +390,21 @@ def _read_file(path):
     return found
 
 # %% ../nbs/01_config.ipynb #c9cd796a
+def _over(
+    sections:dict, # Settings by section; changed in place
+    layer:dict, # Settings by section that win over them
+):
+    "Put one layer over the layers below; a new `dataset_name` replaces what they said about where the data is."
+    for name,values in layer.items():
+        below = sections.get(name)
+        if isinstance(values, dict) and isinstance(below, dict):
+            chosen = values.get('dataset_name', below.get('dataset_name'))
+            if name == 'data' and chosen != below.get('dataset_name', DataConfig.dataset_name):
+                keep = below.get('data_path') == 'sample' and chosen in DATASETS
+                below = {k: v for k,v in below.items() if k != 'mix_weights' and (k != 'data_path' or keep)}
+            sections[name] = {**below, **values}
+        elif below is None or not isinstance(values, dict): sections[name] = below if values is None else values # not a section: RunConfig says so
+
 def load_config(
     path=None, # YAML file; `None` starts from the defaults
     overrides=(), # Texts `"section.key=value"` (or `"preset=name"`), the last one wins
@@ -400,12 +415,10 @@ def load_config(
     base = [value for section,_,value in changes if section == 'preset'] or [found.get('preset')]
     found.pop('preset', None)
     if base[-1] is not None: preset(base[-1]) # refuses an unknown name
-    sections = {name: dict(values) for name,values in PRESETS.get(base[-1], {}).items()}
-    for name,values in found.items():
-        if isinstance(values, dict): sections[name] = {**sections.get(name, {}), **values}
-        elif values is not None: sections[name] = values # not a section: RunConfig says so
+    sections, overrides = {name: dict(values) for name,values in PRESETS.get(base[-1], {}).items()}, {}
     for section,key,value in changes:
-        if section != 'preset' and isinstance(sections.setdefault(section, {}), dict): sections[section][key] = value
+        if section != 'preset': overrides.setdefault(section, {})[key] = value
+    for layer in (found, overrides): _over(sections, layer)
     try: return RunConfig(**{str(name): values for name,values in sections.items()})
     except ConfigError as e: raise ConfigError('\n'.join(f'{redact(path)}: {line}' if path else line for line in str(e).splitlines())) from None
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ACTS', 'EMOTIONS', 'LOADERS', 'split_conversations', 'DataSplits', 'DatasetLoader', 'sample_path',
            'AlpacaDatasetLoader', 'detokenize', 'DailyDialogDatasetLoader', 'ChatDatasetLoader', 'mix_counts',
-           'CombinedDatasetLoader', 'get_loader', 'load_data', 'check_data', 'save_conversations', 'save_data',
-           'CHECKS', 'DataReport', 'Finding', 'conversation_key', 'data_report', 'fingerprint', 'near_repeats']
+           'CombinedDatasetLoader', 'get_loader', 'load_data', 'read_data', 'check_data', 'save_conversations',
+           'save_data', 'CHECKS', 'DataReport', 'Finding', 'conversation_key', 'data_report', 'fingerprint',
+           'near_repeats']
 
 # %% ../nbs/12_data.ipynb #ac020b92
 import hashlib, json, os, random, re, zipfile
@@ -19,9 +20,10 @@ from typing import Iterable
 
 from .config import DATASETS, DataConfig
 from .dialogue import Conversation, Source, encode, get_template
-from .errors import ConfigError, DataError, did_you_mean, shorten
+from .errors import ConfigError, DataError, did_you_mean, redact, shorten
 from .formats import BadRow, Conversations, check_rows, data_files, save_bad_rows, source_rows
 from .quality import CHECKS, DataReport, Finding, _measure, _says_something, _strangers, _token_facts, conversation_key, data_report, fingerprint, languages, near_repeats, scan_text
+from .views import tell
 
 # %% ../nbs/12_data.ipynb #86e4d3ce
 _all_ = ['CHECKS', 'DataReport', 'Finding', 'conversation_key', 'data_report', 'fingerprint', 'near_repeats'] # of the chapter before: one import for a set and its report
@@ -380,6 +382,22 @@ def load_data(
 )->DataSplits: # `.train`, `.validation`, `.report`
     "Read, check, sample and split a data set; raises `DataError` in one line if it can not be had, or one line per fault."
     return get_loader(source, **options).data
+
+# %% ../nbs/12_data.ipynb #29daaf6a
+_SMALL = 4_000_000 # Bytes that are read in a moment
+
+def read_data(
+    data_config:DataConfig, # Which data set, and how it is split
+)->DataSplits: # As `load_data` gives them
+    "`load_data` that says what it reads. Raises `DataError` as `load_data` does."
+    at = data_config.data_path if data_config.data_path is not None else data_config.dataset_name
+    loader, places = get_loader(data_config), at.values() if isinstance(at, dict) else [at]
+    source = redact(loader.source)
+    quick = all(p == 'sample' or Path(p).is_file() and Path(p).stat().st_size < _SMALL for p in places)
+    if not quick: tell(f'reading {source}')
+    found = loader.data
+    tell(f"{'reading' if quick else 'read'} {source}: {len(found.train):,} + {len(found.validation):,} conversations")
+    return found
 
 # %% ../nbs/12_data.ipynb #103d552e
 def _copies(parts, threshold):

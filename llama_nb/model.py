@@ -522,14 +522,32 @@ def architecture(
     return View(picture(figure, parts.text) + parts.html, parts.text, figure)
 
 # %% ../nbs/06_model.ipynb #a7804ec5
+def _why_no_adapter(folder):
+    "What a run folder says about the adapter it does not hold; an empty text if it is no run."
+    path, events = folder/'events.jsonl', []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else ():
+        try: events.append(json.loads(line))
+        except ValueError: pass # torn by a crash
+    events = [e for e in events if isinstance(e, dict)]
+    if not events: return ''
+    ends = {'failed': 'crashed', 'interrupted': 'was stopped', 'finished': 'finished'}
+    last = next((e['kind'] for e in events[::-1] if e.get('kind') in ('start', 'resume', *ends)), None)
+    if last is None: return f'{folder.name} has not begun to train, so it has no adapter'
+    how, step = ends.get(last, 'is still training, or was killed'), next((e['step'] for e in events[::-1] if e.get('step') is not None), 0)
+    saved = {int(n): p.parent for p in folder.glob('checkpoint-*/adapter_config.json') if (n := p.parent.name.removeprefix('checkpoint-')).isdigit()}
+    told = f'{folder.name} {how} at step {step}'
+    if not saved: return f'{told}, before its first checkpoint, so it has no adapter; train again, and look at its last events with llama-nb watch {redact(folder)}'
+    return f'{told} and has not published its adapter; load {redact(saved[max(saved)])}, or go on with llama-nb train --resume {redact(folder)}'
+
 def load_tuned(
-    run_folder, # A run folder, a checkpoint in it, or any peft adapter folder
+    run_folder, # A run folder or a `Run`, a checkpoint in it, or any peft adapter folder
     device:str|torch.device|None=None, # `None` is CUDA where there is one
 )->tuple: # (model, tokenizer), in eval mode
     """A trained adapter on the base it was trained on, held as it was then.
 
     Raises `CheckpointError` for an adapter that is missing, damaged or untrained; otherwise as `load_model`."""
-    folder = Path(run_folder).expanduser()
+    folder = Path(getattr(run_folder, 'folder', run_folder)).expanduser()
+    if not (folder/'adapter_config.json').is_file() and (why := _why_no_adapter(folder)): raise CheckpointError(why)
     check_adapter(folder)
     config = next((load_config(place/'config.yaml').model for place in (folder, folder.parent) if (place/'config.yaml').is_file()), None)
     if config is None: config = ModelConfig(model_name=json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path'])

@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'weights_fingerprint', 'data_fingerprint', 'run_facts', 'cha
 import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def exclusive(
 # %% ../nbs/28_resume.ipynb #ddbe4b64
 def open_run(
     config:RunConfig, # Whose `training.output_dir` and `training.run_name`
-    resume=False, # `True`: the run of `run_name`, or the newest of `output_dir`; a path: that run, or the run of that checkpoint
+    resume=False, # `True`: the newest run of `run_name`, or of all in `output_dir`; a path or a `Run`: that run, or the run of that checkpoint
     last:Run|None=None, # The run `True` means if there is one: what the trainer has just trained
 )->Run: # The folder to write to
     "Make a new run, or find the one to go on with. Raises `ConfigError` if there is none, or another process is at it."
@@ -101,7 +102,7 @@ def open_run(
     if resume is False or resume is None: return create_run(t.output_dir, t.run_name, config)
     if resume is True: run = last or _newest(Path(t.output_dir), t.run_name)
     else:
-        folder = Path(resume)
+        folder = Path(getattr(resume, 'folder', resume))
         run = Run(folder.parent if _is_checkpoint(folder) else folder)
         if not run.path.is_file(): raise ConfigError(f'{redact(run.folder)} is no run: events.jsonl is missing; list_runs names the runs of a folder')
     if run.status == 'running' and json.loads((run.folder/'.heartbeat').read_text())['pid'] != os.getpid():
@@ -111,9 +112,11 @@ def open_run(
 def _is_checkpoint(folder): return folder.name.startswith('checkpoint-') and (folder.parent/'events.jsonl').is_file()
 
 def _newest(output_dir, run_name):
-    "The run of that name, or the newest."
-    if run_name is not None and (output_dir/run_name).is_dir(): return Run(output_dir/run_name)
-    runs = list_runs(output_dir) if run_name is None and output_dir.is_dir() else []
+    "The newest run of that name, counted up or not, or the newest of all."
+    def named(run):
+        counted = re.fullmatch(re.escape(run_name) + r'-\d+', run.name)
+        return run.name == run_name or (counted and (run.config.get('training') or {}).get('run_name') == run_name)
+    runs = [run for run in (list_runs(output_dir) if output_dir.is_dir() else []) if run_name is None or named(run)]
     if not runs: raise ConfigError(f'nothing to resume: {redact(output_dir/(run_name or ""))} holds no run; start with train()')
     return runs[-1]
 

@@ -26,9 +26,12 @@ def llama_nb(*args, env=None, cwd=None, input=None):
     return subprocess.run([*CLI, *map(str, args)], capture_output=True, text=True, timeout=300, env=environment(**(env or {})), cwd=cwd, input=input)
 
 
+STAGES = ('reading ', 'starting PyTorch', 'encoding ', 'packed into ', 'loading ', 'run: ', 'trying one ', 'training: ')
+
+
 def refused(done, code, *words):
-    "Assert exit code, one clear line on stderr that holds the words, nothing on stdout."
-    said = done.stderr.strip().splitlines()
+    "Assert exit code, one clear line on stderr that holds the words, below the stages it had come to; nothing on stdout."
+    said = [line for line in done.stderr.strip().splitlines() if not line.startswith(STAGES)]
     assert done.returncode == code, f'exit code {done.returncode}, stderr: {done.stderr[-1500:]}'
     assert 'Traceback' not in done.stderr + done.stdout
     assert done.stdout == ''
@@ -74,7 +77,19 @@ def test_a_misspelt_key_is_2_with_a_suggestion(tmp_path):
 
 def test_a_wrong_model_name_is_3(place):
     refused(llama_nb('evaluate', place/'nowhere'), 3, 'nowhere', 'no run')
-    refused(llama_nb('train', '--config', place/'run.yaml', 'model.model_name=meta-lama/Llama-2-7b-hf'), 3, 'meta-lama/Llama-2-7b-hf')
+    done = llama_nb('train', '--config', place/'run.yaml', 'model.model_name=meta-lama/Llama-2-7b-hf')
+    refused(done, 3, 'meta-lama/Llama-2-7b-hf', 'HF_HUB_OFFLINE')
+    assert done.stderr.count('\n') == 1  # before anything was read or loaded
+
+
+def test_a_crashed_run_says_where(place):
+    "A run that died before its first checkpoint is named with its step by everything that would load it."
+    folder = place/'runs'/'dead'
+    folder.mkdir(parents=True)
+    (folder/'events.jsonl').write_text(''.join(json.dumps(e) + '\n' for e in (dict(kind='created', time=1), dict(kind='start', step=0, total_steps=9, time=1), dict(kind='train', step=7, loss=2.0, time=2), dict(kind='failed', step=7, error='TypeError', time=3))))
+    (folder/'config.yaml').write_text((place/'run.yaml').read_text())
+    for command in (['chat', folder, '--prompt', 'hi'], ['evaluate', folder]): refused(llama_nb(*command), 1, 'dead crashed at step 7, before its first checkpoint')
+    shutil.rmtree(folder)
 
 
 def test_an_unreachable_hub_is_3_for_models_and_4_for_data(place):

@@ -182,3 +182,33 @@ def test_a_real_notebook_kernel(tmp_path):
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     record('notebook kernel', interrupted=True, resumed_identical=True, background_stopped=True)
+
+
+LIVE = ['''
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from fork_run import make_trainer, renamed
+trainer = renamed(make_trainer(Path({place!r}), warm=False, max_steps=6), 'live')
+''', 'trainer.train()', 'trainer.run', 'run = renamed(trainer, "quiet").train(progress=False)']
+
+
+def test_the_live_view_of_a_notebook(tmp_path):
+    "A cell that trains says each stage, shows the run in one place until its end, and does not show it twice; the next cell may ask for it again."
+    manager_module = pytest.importorskip('jupyter_client.manager')
+    seen = {k: v for k, v in ENV.items() if k not in ('CI', 'NO_PROGRESS')}
+    manager, client = manager_module.start_new_kernel(kernel_name='python3', env={**seen, 'JUPYTER_PLATFORM_DIRS': '1'})
+    cells = [c.format(tests=str(Path(__file__).parent), place=str(tmp_path)) for c in LIVE]
+    try:
+        assert execute(client, cells[0])[1] is None
+        text, error = execute(client, cells[1])
+        stages = ['reading ', 'encoding 30 conversations', 'packed into ', 'loading ', 'run: ', 'trying one validation batch and one save', 'training: 6 steps']
+        at = [text.find(stage) for stage in stages]
+        assert error is None and -1 not in at and at == sorted(at), text
+        assert text.count('<display_data> live: running') == 1 and text.count('<update_display_data> live: finished, step 6 of 6') == 1, text
+        assert text.rstrip().endswith('<execute_result> Run(live: finished, step 6)'), text
+        assert execute(client, cells[2])[0].startswith('<execute_result> live: finished, step 6 of 6')
+        text, error = execute(client, cells[3])
+        assert error is None and '<display_data>' not in text and 'run: ' in text, text
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)

@@ -201,13 +201,15 @@ def bad_row_lines(
     bad, # `BadRow`s
     num_rows:int, # Rows read
     limit:int=50, # How many to list
+    rest:str='', # Where the others are named
 )->list[Line]: # A title, then file and line, field, problem and remedy; empty if there are none
     "The bad rows, one a line."
     cells = [_bad_cells(b) for b in bad[:limit]]
     widths = [min(30, max((len(c[i]) for c in cells), default=0)) for i in range(2)]
     rows = [Line(f'  {place:{widths[0]}}  ', (f'{field:{widths[1]}}  ' if widths[1] else '') + f'{problem}  →  {fix}', ('red',)) for place,field,problem,fix in cells]
     if not bad: return []
-    more = [Line('  ', f'… and {len(bad) - limit:,} more: ' + ', '.join(f'{n:,} × {reason}' for reason,n in Counter(b.reason for b in bad[limit:]).most_common(6)))] if len(bad) > limit else []
+    reasons = Counter(b.reason for b in bad[limit:]).most_common(6)
+    more = [Line('  ', f'… and {len(bad) - limit:,} more: ' + ', '.join(f'{n:,} × {reason}' for reason,n in reasons)), *([Line('  ', rest)] if rest else [])] if reasons else []
     return [Line(''), Line('', _bad_title(bad, num_rows), ('red', 'bold')), *rows, *more]
 
 def bad_row_table(
@@ -316,9 +318,13 @@ class DataReport:
 
     def lines(self,
         max_bad:int=50, # Bad rows to list
+        rest:str='', # Where the other bad rows are named
+        remark:str='', # A line below the headline
     )->list[Line]: # Bad rows, findings by weight, numbers
         "The report line by line, what matters most on top."
-        out = [Line('', self.headline, ('bold',)), *bad_row_lines(self.bad, self.num_rows, max_bad), Line('')]
+        out = [Line('', self.headline, ('bold',)), *([Line('', remark, ('red',))] if remark else []), *bad_row_lines(self.bad, self.num_rows, max_bad, rest)]
+        if not self.num_turns: return out # no row is good
+        out.append(Line(''))
         found = list(self._found())
         if self.checked: out.append(Line('', 'Findings, the heaviest first', ('bold',)))
         width = max((len(label) for label,*_ in found), default=0)

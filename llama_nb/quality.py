@@ -195,7 +195,7 @@ def _strangers(codes):
 # %% ../nbs/11_quality.ipynb #4e1b96e5
 def _bad_cells(b): return f'{shorten(b.source.file, 60)}:{b.source.line}', shorten(b.field, 40), redact(b.problem), b.fix
 
-def _bad_title(bad, num_rows): return f'{len(bad):,} of {num_rows:,} row{"s"[:num_rows != 1]} {"is" if len(bad) == 1 else "are"} bad and left out of what follows'
+def _bad_title(bad, num_rows): return f'{len(bad):,} of {num_rows:,} row{"s"[:num_rows != 1]} {"is" if len(bad) == 1 else "are"} bad and left out'
 
 def bad_row_lines(
     bad, # `BadRow`s

@@ -447,9 +447,11 @@ def _data(
     allowed = not error and (not bad or cfg.data.on_bad == 'skip' or BAD_ROWS in wanted)
     if not allowed and not refused: refused = f'training refuses this set until its bad row{"s"[:len(bad) > 1]} {"are" if len(bad) > 1 else "is"} corrected, or left out with data.on_bad=skip'
     if (check or fix) and found.train:
-        _stage(f'checking {len(found.train) + len(found.validation):,} conversations')
+        _stage(f'loading the tokenizer of {cfg.model.model_name}')
         from llama_nb.model import load_tokenizer
-        found = check_data(found, load_tokenizer(cfg.model.model_name, revision=cfg.model.revision), cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix=wanted)
+        tokenizer = load_tokenizer(cfg.model.model_name, revision=cfg.model.revision)
+        _stage(f'checking {len(found.train) + len(found.validation):,} conversations')
+        found = check_data(found, tokenizer, cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix=wanted)
     written = _write(found, output, allowed) if output else []
     masks, views = _masks([*found.train, *found.validation], cfg, show) if show and found.train else ({}, [])
     go_on = _next(source, overrides or [], cfg, found, error, allowed, wanted, output, written if allowed else [], model, preset, config)

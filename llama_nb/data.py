@@ -42,7 +42,7 @@ def split_conversations(
     if not 0 <= val_size < 1: raise ValueError(f'val_size must be in [0, 1), got {val_size}')
     if not val_size: return list(conversations), []
     groups = {}
-    for i,c in enumerate(conversations): groups.setdefault(conversation_key(c), []).append(i)
+    for i,c in enumerate(progress(conversations, 'splitting', unit='conversation')): groups.setdefault(conversation_key(c), []).append(i)
     if len(groups) < 2: raise TooFewError(f'{len(conversations)} conversation{"s"[:len(conversations) != 1]}, {len(groups)} of them distinct: too few to hold one out (set val_size=0 to train on all)')
     wanted, held = max(1, round(val_size*len(conversations))), set()
     for key in sorted(groups, key=lambda key: hashlib.sha256(f'{seed}:{key}'.encode()).digest()):

@@ -178,9 +178,10 @@ def languages(
     conversations:list[Conversation], # Conversations
 )->list[str|None]: # Language code of each; `None` where the text is too short or the guess too weak
     "The language of each conversation, by its first 500 characters. Raises `ImportError` without py3langid."
-    langid = import_extra('py3langid.langid', 'data')
-    judge, out = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True), []
-    for c in progress(conversations, 'languages', unit='conversation'):
+    langid, out = import_extra('py3langid.langid', 'data'), []
+    bar = progress(conversations, 'languages', unit='conversation', delay_s=0 if len(conversations) > 5_000 else 2.0) # drawn at once: the model takes its time to load
+    judge = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    for c in bar:
         text = ' '.join(m.content for m in c.messages if m.role != 'system')[:500]
         code, sure = judge.classify(text) if sum(map(str.isalpha, text)) >= 20 else ('', 0)
         out.append(code if sure >= 0.4 else None)
@@ -370,15 +371,15 @@ def data_report(
 )->DataReport: # The report
     "Count what stands in a data set and what was done to it."
     read, both = list(read) or [Conversations(train, 'list', '', num_rows=len(train) + len(validation))], [*train, *validation]
-    digest, rows, words, roles, characters, control = hashlib.sha256(), set(), [], Counter(), 0, 0
-    for c in progress(both, 'counting', unit='conversation'):
+    digest, rows, words, roles, characters, control, keys = hashlib.sha256(), set(), [], Counter(), 0, 0, set()
+    for i,c in enumerate(progress(both, 'counting', unit='conversation')):
+        if validation and i < len(train): keys.add(conversation_key(c))
         digest.update(row := _canonical(c))
         rows.add(hashlib.sha256(row).digest())
         words.append(sum(len(m.content.split()) for m in c.messages))
         roles.update(m.role for m in c.messages)
         characters += sum(len(m.content) for m in c.messages)
         control += any(_CONTROL.search(m.content) for m in c.messages)
-    keys = {conversation_key(c) for c in train} if validation else set()
     bad = tuple(b for r in read for b in r.bad)
     return DataReport(
         source=' + '.join(dict.fromkeys(r.source for r in read)), format=' + '.join(dict.fromkeys(r.format for r in read)),

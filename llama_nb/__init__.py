@@ -16,7 +16,7 @@ _MODULES = {
     'files': 'BadRow',
     'formats': 'read_conversations',
     'quality': 'DataReport',
-    'data': 'AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader load_data check_data',
+    'data': 'AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader TooFewError load_data check_data save_data',
     'examples': 'encode_all ExampleSet Ledger',
     'packing': 'pack PackedCollator',
     'attention': 'attention_kernel',

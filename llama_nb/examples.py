@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .config import DataConfig
 from .dialogue import IGNORE_INDEX, ROLES, Example, Source, Span, encode
 from .errors import ConfigError, DataError, logger, redact
-from .views import View, table
+from .views import View, progress, table
 
 # %% ../nbs/14_examples.ipynb #076a4658
 ACTIONS = ('dropped', 'shortened', 'bad')
@@ -47,6 +47,12 @@ class Ledger:
         "What was touched, in sums."
         def sums(rows): return dict(conversations=len(rows), messages=sum(r.messages for r in rows), taught_tokens=sum(r.taught_tokens for r in rows))
         return {a: sums([r for r in self.rows if r.action == a]) for a in ACTIONS}
+
+    @property
+    def summary(self)->str: # Such as `'not taught as they stand: 2 dropped (chats.jsonl:6, chats.jsonl:9), 1 shortened (chats.jsonl:12)'`
+        "The touched rows in one line, the first three of each action by name."
+        def told(action, places): return f'{len(places):,} {action} ({", ".join(places[:3])}{", …" if len(places) > 3 else ""})'
+        return 'not taught as they stand: ' + ', '.join(told(a, self[a]) for a in ACTIONS if self[a])
 
     def save(self,
         path, # Where to write, such as `touched_rows.jsonl`
@@ -180,7 +186,7 @@ def _too_long(conversation, tokenizer, c, max_length, kept)->TouchedRow:
 def _encoded(conversations, tokenizer, c, max_length, ledger)->Iterator[Example]:
     "Examples one at a time; the ledger fills on the way. Raises `DataError` at the end or after 20 faults."
     faults = []
-    for conversation in conversations:
+    for conversation in progress(conversations, 'encoding', unit='conversation'):
         try: example = encode(conversation, tokenizer, c.template, c.train_on, max_length, c.on_overflow)
         except DataError as e:
             faults.append(e.message)
@@ -189,7 +195,7 @@ def _encoded(conversations, tokenizer, c, max_length, ledger)->Iterator[Example]
             continue
         if example is None or example.dropped: ledger.rows.append(_too_long(conversation, tokenizer, c, max_length, example))
         if example is not None and not (faults and c.on_bad == 'raise'): yield example
-    if faults and c.on_bad == 'raise': raise DataError(f'{len(faults)} conversations can not be taught', faults)
+    if faults and c.on_bad == 'raise': raise DataError(f'{len(faults)} conversation{"s"[:len(faults) > 1]} can not be taught', faults)
 
 # %% ../nbs/14_examples.ipynb #40b93ffa
 def encode_all(

@@ -65,7 +65,7 @@ def _messages(row, field='messages', speaker=None):
     out = []
     for i,m in enumerate(_list_of(row, field)):
         at, role, calls = f'{field}[{i}]', m.get('role'), m.get('tool_calls')
-        if 'role' not in m: raise RowFault(f'{at}.role', f'role is missing: found {_keys(m)}', "ShareGPT fields; read it with format='sharegpt'" if 'from' in m else f'use {", ".join(ROLES)}')
+        if 'role' not in m: raise RowFault(f'{at}.role', f'role is missing: found {_keys(m)}', 'ShareGPT fields (from and value); give role and content, or give these rows a file of their own' if 'from' in m else f'use {", ".join(ROLES)}')
         if role not in ROLES: raise RowFault(f'{at}.role', f'unknown role: {_quote(role)}', f'use {", ".join(ROLES)}' + _alias(role))
         if 'content' not in m and not calls: raise RowFault(f'{at}.content', f'content is missing: found {_keys(m)}', 'give a text')
         flags = _flags(m, at)
@@ -207,7 +207,7 @@ def row_to_conversation(
     fields = _FIELDS.get(shape, (None,))
     field = next((f for f in fields if f in row), fields[0])
     if found and found != shape and not (field in row or _PAIRS.get(shape, {None}) <= row.keys()):
-        raise RowFault('', f'another shape: {found} instead of {shape}', "one shape per file; format='auto' reads any")
+        raise RowFault('', f'another shape: {found} instead of {shape}', 'one shape per file; give these rows a file of their own')
     messages, used, notes, *rest = _SHAPES[shape](row, field, assistant_speaker)
     if not messages: return None, shape, notes
     messages, more = _finish(messages)
@@ -269,7 +269,7 @@ class ConversationStream:
             count = f'the first {_MAX_FAULTS} bad rows' if len(self.bad) == _MAX_FAULTS else f'{len(self.bad)} bad row{"s"[:len(self.bad) > 1]} of {n}'
             raise DataError(f"{name}: {count} (correct them, or leave them out with on_bad='skip')", self.bad)
         if self.bad: logger.warning('%s: skipped %d of %d rows: %s', name, len(self.bad), n, '; '.join(f'{k} × {r}' for r,k in Counter(b.reason for b in self.bad).most_common()))
-        if not self.count: raise DataError(f'{name}: no usable rows in {n} (see the faults)' if n else f'{name}: no rows (the source is empty)', self.bad[:_MAX_FAULTS])
+        if not self.count: raise DataError(f'{name}: no usable rows in {n} (see the faults)' if n else f'{name}: no rows (the source is empty)', self.bad)
 
 # %% ../nbs/10_formats.ipynb #4777ca78
 class Conversations(list):
@@ -286,7 +286,7 @@ class Conversations(list):
         self.source, self.format, self.bad, self.num_rows, self.notes = source, format, list(bad), num_rows, Counter(notes)
 
     def __repr__(self):
-        more = [f'{len(self.bad)} bad rows skipped'] if self.bad else []
+        more = [f'{len(self.bad)} bad row{"s"[:len(self.bad) > 1]} skipped'] if self.bad else []
         more += [f'{n} × {what}' for what,n in self.notes.items()]
         return '; '.join([f'{len(self)} conversations from {self.source}, read as {self.format}', *more])
 

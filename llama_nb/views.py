@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'escape', 'plain_text', 'View', 'picture', 'table', 'bars', 'token_strip', 'can_show_progress', 'tell',
-           'progress']
+           'progress', 'can_show_color', 'color', 'Line', 'text_lines']
 
 # %% ../nbs/02_views.ipynb #a0e93081
 import base64
@@ -15,13 +15,15 @@ import logging
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import logger
 
 # %% ../nbs/02_views.ipynb #cfb7b3d9
 _PICTURES = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 127: '␡',
-             **{c: f'⟨U+{c:04X}⟩' for c in [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]},
+             **{c: f'⟨U+{c:04X}⟩' for c in [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]}, # U+009B starts an escape sequence too
              **{c: '\ufffd' for c in range(0xD800, 0xE000)}} # lone surrogates can not be written as UTF-8
 
 def escape(
@@ -283,9 +285,50 @@ def progress(
     items=None, # What to iterate over; `None` for a bar that you move with `.update(n)`
     what:str='', # The stage, shown in front of the bar
     total:int|None=None, # Number of items; `None` asks `len(items)`
-    unit:str='it', # What is counted, e.g. `'conversation'`
+    unit:str='it', # What is counted, e.g. `'conversation'`; `'B'` is shown in kB and MB
     delay_s:float=2.0, # Draw nothing before this many seconds, so that a short stage shows no bar
 ): # A tqdm bar: an iterator over `items` and a context manager
     "A progress bar for a stage that may take longer than two seconds; invisible where `can_show_progress` is false."
     from tqdm.auto import tqdm
-    return tqdm(items, desc=what or None, total=total, unit=unit, delay=delay_s, leave=False, disable=not can_show_progress())
+    return tqdm(items, desc=what or None, total=total, unit=unit, unit_scale=unit == 'B', delay=delay_s, leave=False, disable=not can_show_progress())
+
+# %% ../nbs/02_views.ipynb #d2a8867c
+_SGR = {'red': '31', 'green': '32', 'orange': '33', 'blue': '34', 'purple': '35', 'sky': '36', 'grey': '90', 'bold': '1', 'dim': '2'}
+
+def can_show_color(
+    stream=None, # Where the text goes; `None`: standard output
+)->bool: # Whether escape sequences are understood and wanted there
+    "True in a terminal, unless it is `dumb` or the environment sets `NO_COLOR`."
+    stream = sys.stdout if stream is None else stream
+    if os.environ.get('NO_COLOR') or os.environ.get('TERM') == 'dumb': return False
+    return bool(getattr(stream, 'isatty', bool)())
+
+def color(
+    text, # Anything with a `str`
+    *styles:str, # Names of `PALETTE`, `'bold'` or `'dim'`; none leaves the text as it is
+)->str: # The text, harmless, between escape sequences
+    "Color a text for a terminal."
+    if not styles: return plain_text(text)
+    return f"\x1b[{';'.join(_SGR[s] for s in styles)}m{plain_text(text)}\x1b[0m"
+
+class Line(NamedTuple):
+    "One line of a report in a terminal."
+    label:str # Stands in front, and carries the color
+    text:str = '' # What it says; long ones go on below themselves, not below the label
+    styles:tuple = () # Styles of the label, as in `color`; for a line without label, of its text
+
+def text_lines(
+    lines, # `Line`s
+    width:int|None=None, # Columns to wrap at; `None` does not wrap
+    colored:bool=False, # Use escape sequences
+)->str: # The lines, harmless for a terminal
+    "Write a report of labelled lines; one `Line` is one line of text unless it is wrapped."
+    out = []
+    for label,text,styles in lines:
+        label, text = plain_text(label), plain_text(text)
+        room = width - len(label) if width else 0
+        parts = textwrap.wrap(text, room, break_on_hyphens=False) if room >= 20 and len(text) > room else [text]
+        paint = lambda t,on: color(t, *styles) if colored and t.strip() and on else t
+        rest = (' '*len(label) + paint(p, not label) for p in parts[1:])
+        out += [(paint(label, True) + paint(parts[0], not label)).rstrip(), *rest]
+    return '\n'.join(out)

@@ -104,8 +104,10 @@ def test_bad_data_is_4(tmp_path):
     (tmp_path/'silent.jsonl').write_text('\n'.join(json.dumps({'messages': [MESSAGES[0], {'role': 'assistant', 'content': ''}]}) for _ in range(3)))
     refused(llama_nb('data', tmp_path/'gone.jsonl'), 4, 'gone.jsonl')
     refused(llama_nb('data', tmp_path/'empty.jsonl'), 4, 'empty.jsonl', 'empty')
-    refused(llama_nb('data', tmp_path/'mute.jsonl'), 4, 'mute.jsonl:1', 'assistant')
-    refused(llama_nb('data', tmp_path/'silent.jsonl'), 4, 'silent.jsonl:1')
+    for name, word in (('mute.jsonl', 'no assistant turn'), ('silent.jsonl', 'assistant content is empty')):
+        done = llama_nb('data', tmp_path/name)  # every row is listed, although none is good
+        assert done.returncode == 4 and 'Traceback' not in done.stderr and len(done.stderr.splitlines()) == 1
+        assert [f'{name}:{i}' in done.stdout for i in (1, 2, 3)] == [True]*3 and done.stdout.count(word) == 3
 
 
 def tiny_disk(folder):

@@ -29,15 +29,21 @@ def notebooks():
             yield path.relative_to(ROOT).as_posix(), ast.parse('\n'.join(line for line in source.splitlines() if line[:1] not in '%!'))
 
 
+def may_be_missing(node):
+    "Whether a `try` goes on without what it imports."
+    caught = [ast.unparse(h.type) if h.type else 'ImportError' for h in node.handlers]
+    return any('ImportError' in c or 'ModuleNotFoundError' in c for c in caught)
+
+
 def needed(node):
-    "Modules whose absence stops a cell: not those imported inside a function, nor those that may be missing (`except ImportError`)."
+    "Modules without which a cell stops: not those that a function imports when it is called, nor those that may be missing."
     if isinstance(node, ast.Import): yield from (a.name for a in node.names)
     elif isinstance(node, ast.ImportFrom): yield from [node.module] if not node.level else []
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)): return
-    elif isinstance(node, ast.Try) and any(h.type is not None and 'Import' in ast.unparse(h.type) or h.type is not None and 'ModuleNotFound' in ast.unparse(h.type) for h in node.handlers):
-        for child in [*node.orelse, *node.finalbody]: yield from needed(child)
     else:
-        for child in ast.iter_child_nodes(node): yield from needed(child)
+        skipped = node.body if isinstance(node, ast.Try) and may_be_missing(node) else []
+        for child in ast.iter_child_nodes(node):
+            if child not in skipped: yield from needed(child)
 
 
 def lacking(requirements):
@@ -60,8 +66,8 @@ def test_the_extra_opens_notebooks_and_its_packages_are_pinned():
     names = {canonicalize_name(Requirement(r).name) for r in EXTRAS['notebooks']}
     assert {'fastcore', 'jupyterlab', 'ipykernel'} <= names <= PINS.keys()
     assert all(Requirement(r).specifier.contains(PINS[canonicalize_name(Requirement(r).name)]) for r in EXTRAS['notebooks'])
-    both = {canonicalize_name(Requirement(r).name): str(Requirement(r).specifier) for r in EXTRAS['dev']}
-    assert all(both.get(canonicalize_name(Requirement(r).name), s) == s for r in EXTRAS['notebooks'] for s in [str(Requirement(r).specifier)])  # one range, said twice
+    ranges = {extra: {canonicalize_name(Requirement(r).name): Requirement(r).specifier for r in EXTRAS[extra]} for extra in ('dev', 'notebooks')}
+    assert all(ranges['dev'].get(name, range) == range for name, range in ranges['notebooks'].items())  # where both name a package, they name one range
 
 
 @pytest.mark.parametrize('page', ['README.md', 'nbs/docs/setup.ipynb'])

@@ -12,7 +12,11 @@ export HF_EVALUATE_OFFLINE = 1
 export WANDB_MODE = offline
 export MPLBACKEND ?= agg
 
+<<<<<<< HEAD
 .PHONY: help setup demo test test-slow versions notebooks export readme docs bench clean
+=======
+.PHONY: help setup demo lab test test-slow notebooks export readme docs bench clean
+>>>>>>> work-f
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -29,6 +33,10 @@ setup: $(VENV)/.ready ## the environment: .venv with pinned versions
 
 demo: setup ## fine-tune a real chat model on the shipped conversations: plan, masks, training, before and after
 	@$(BIN)/llama-nb demo
+
+lab: setup ## the notebooks in JupyterLab, beginning with the first tutorial
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,data,notebooks]'
+	@env -u MPLBACKEND $(BIN)/jupyter lab nbs/tutorials/01_quick.ipynb # a kernel draws into the notebook
 
 test: setup ## every check: notebooks as written and against the modules, then tests/
 	@$(BIN)/python tools/check.py

@@ -22,6 +22,7 @@ def text(value): return value if isinstance(value, str) else ''.join(value)
 def code_parts(cell, number, images):
     "The fenced source of a code cell and its saved outputs; pictures go into `images`."
     source = text(cell.source).strip()
+    alt = re.search(r'^#\|\s*fig-alt:\s*(.+)', source, re.M)
     if not re.search(r'^#\|\s*echo:\s*false', source, re.M):
         code = re.sub(r'^#\|.*\n', '', source + '\n', flags=re.M).strip()
         if code: yield f'```python\n{code}\n```'
@@ -30,7 +31,7 @@ def code_parts(cell, number, images):
         if 'image/png' in data:
             name = f'{IMAGES}/cell-{number}-output-{j}.png'
             images[name] = base64.b64decode(text(data['image/png']))
-            yield f'![]({name})'
+            yield f"![{alt[1].strip() if alt else ''}]({name})"
         elif 'text/markdown' in data: yield text(data['text/markdown']).strip()
         elif 'text/plain' in data or 'text' in out:
             yield '```\n' + text(data.get('text/plain', out.get('text'))).rstrip() + '\n```'

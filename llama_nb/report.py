@@ -287,7 +287,7 @@ def _judge(found):
     "What each judged difference shows: the first one by itself, the others with a stricter p-value."
     (lead, first), *others = found.items()
     alpha, changes = 1 - first.confidence, {lead: _direction(lead, first) if first.measurable else first.note}
-    limit = alpha/max(1, len(others))/(1 if first.measurable else 4)
+    limit = alpha/max(1, len(others))/(1 if first.measurable else 10)
     for name,d in others: changes[name] = d.note if not d.measurable else _direction(name, d) if d.p_value <= limit + 1e-9 else 'unclear'
     return changes
 
@@ -419,6 +419,7 @@ def _plot_changes(report):
     axes.axvline(0, color=PALETTE['grey'], lw=1, ls=':')
     axes.set(yticks=range(len(rows)), yticklabels=[TITLES[name] for name,*_ in rows], ylim=(len(rows) - .5, -.5), xlabel=f"change in % of the {LABELS.get(group.removeprefix('tuned - '), 'base')}'s value")
     if max(abs(100*d.value/old) for _,d,old in rows) > 300: axes.set_xscale('symlog', linthresh=100) # one number from near 0 must not hide the others
+    axes.xaxis.set_major_formatter(lambda x, at: f'{x:+g}' if x else '0')
     return _drawn(fig, 'change of the main numbers with intervals', _headline(report).text)
 
 def _plot_scores(report, names):

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -24,7 +25,7 @@ import typer
 
 from .config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
 from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, exit_code, logger, one_line, redact, shorten
-from .views import plain_text, table
+from .views import plain_text, table, tell
 
 # %% ../nbs/34_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -234,24 +235,30 @@ def _evaluate(
     fail_under:Annotated[Optional[list[str]], typer.Option('--fail-under', metavar='METRIC=VALUE', help='Exit with 5 if a score is worse, e.g. rougeL=0.2; may stand several times.', show_default=False)]=None,
     data_text:Annotated[bool, typer.Option(' /--no-data-text', help='Write scores, rows and replies only, no text of the data.')]=True,
     by:Annotated[Optional[str], typer.Option('--by', metavar='COLUMN', help='Split every number by this key of the conversations, e.g. dataset.', show_default=False)]=None,
+    everything:Annotated[bool, typer.Option('--all', help='Show all numbers and differences, not only the main ones.')]=False,
     as_json:_Json=False,
 ):
     "Compare base and tuned on the held-out conversations of a run."
     thresholds = _thresholds(fail_under, max_perplexity) # before the long part
     cfg = _run_config(run, overrides)
+    tell(f'evaluating {redact(run)}: reading its held-out conversations') # before the imports, which take seconds
+    from datetime import date
     from llama_nb.data import load_data
     from llama_nb.evaluation import EvaluationFramework
     from llama_nb.model import load_model, load_tuned
     from llama_nb.runs import Run, write_card
     held_out = load_data(cfg.data).validation
     if not len(held_out): raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
+    tell(_loading(cfg.model))
     model, tokenizer = load_tuned(run)
     base_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False)) if cfg.model.use_4bit else None
-    rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow)
+    rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow, about={'run': Path(run).resolve().name, 'date': date.today().isoformat()})
     report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out, by)
     report.save(Path(run)/'eval'/'validation', data_text)
     write_card(Run(run)) # the card shows the newest scores
-    return _judged(report, thresholds)
+    return _judged(report, thresholds, everything)
+
+def _loading(model_config): return f"loading {model_config.model_name}{' in 4 bits' if model_config.use_4bit else ''}"
 
 def _thresholds(fail_under=None, max_perplexity=None):
     "Options as metric → worst score; raises `ConfigError` for one that is no `METRIC=VALUE`."
@@ -262,54 +269,83 @@ def _thresholds(fail_under=None, max_perplexity=None):
         except ValueError: raise ConfigError(f'--fail-under {shorten(repr(text), 60)}: write METRIC=VALUE, e.g. rougeL=0.2') from None
     return found
 
-def _judged(report, thresholds=None):
+def _judged(report, thresholds=None, everything=False):
     "A report as an answer; if a threshold is not met its exit code is that of `ThresholdError`."
     missed = report.misses(thresholds) if thresholds else []
     for line in missed: logger.info('threshold not met: %s', line)
-    return _Answer(report.to_dict() | ({'missed': missed} if thresholds else {}), repr(report), ThresholdError.exit_code if missed else 0)
+    return _Answer(report.to_dict() | ({'missed': missed} if thresholds else {}), '\n\n'.join([repr(report), *([report.table().text] if everything else [])]), ThresholdError.exit_code if missed else 0)
 
 # %% ../nbs/34_cli.ipynb #2ffbc28b
-def _load_chat(model):
+def _load_chat(model, cfg):
     "Model and tokenizer of a run folder, or of a base model by name."
+    tell(_loading(cfg.model) + (f' with the adapter of {redact(model)}' if str(model) != cfg.model.model_name else '')) # before the imports, which take seconds
     from llama_nb.model import load_model, load_tokenizer, load_tuned
-    if (Path(model)/'config.yaml').is_file(): return (*load_tuned(model), _run_config(model).data.template)
-    cfg = load_config(overrides=[f'model.model_name={json.dumps(str(model))}']).model
-    return load_model(cfg), load_tokenizer(cfg.model_name), 'auto'
+    if _is_run(model): return load_tuned(model)
+    return load_model(cfg.model), load_tokenizer(cfg.model.model_name)
+
+def _is_run(model): return (Path(model)/'config.yaml').is_file()
+
+def _trained_system(run):
+    "The system message that the training data of a run have in common; `None` where the folder does not tell."
+    try: return json.loads((Path(run)/'data.json').read_text(encoding='utf-8'))['chat']['system']
+    except (OSError, ValueError, KeyError, TypeError): return None
 
 @app.command('chat')
 @_command
 def _chat(
     model:Annotated[str, typer.Argument(metavar='RUN', help='Folder of a run, or a base model by name.')],
-    prompt:Annotated[Optional[str], typer.Option('--prompt', help='_Answer this once, then stop.', show_default=False)]=None,
-    system:Annotated[Optional[str], typer.Option('--system', help='System message.', show_default=False)]=None,
+    prompt:Annotated[Optional[str], typer.Option('--prompt', help='Answer this once, then stop.', show_default=False)]=None,
+    system:Annotated[Optional[str], typer.Option('--system', help="System message; '' for none. A run uses that of its training data unless you give one.", show_default=False)]=None,
     max_new_tokens:Annotated[int, typer.Option('--max-new-tokens', min=1, help='Longest reply, in tokens.')]=256,
     sample:Annotated[bool, typer.Option('--sample', help='Draw the reply at random instead of taking the likeliest tokens.')]=False,
     as_json:_Json=False,
 ):
     "Talk to a run or to a base model."
     if prompt is None and as_json: raise ConfigError('--json answers once: add --prompt TEXT')
-    net, tokenizer, template = _load_chat(model)
-    settings = dict(template=template, max_new_tokens=max_new_tokens, do_sample=sample)
-    if prompt is None: return _talk(net, tokenizer, system, settings)
-    from llama_nb.generate import generate_replies
-    messages = [*([{'role': 'system', 'content': system}] if system else []), {'role': 'user', 'content': prompt}]
-    reply = generate_replies(net, tokenizer, [messages], **settings)[0]
-    return _Answer({'model': model, 'prompt': prompt, 'reply': reply.text, 'ended': reply.ended, 'num_tokens': len(reply.token_ids), 'settings': settings}, plain_text(reply.text))
-
-def _talk(net, tokenizer, system, settings):
-    "Chat line by line until the input ends; replies appear as they are made."
+    cfg = _run_config(model) if _is_run(model) else load_config(overrides=[f'model.model_name={json.dumps(str(model))}'])
+    if system is None and (system := _trained_system(model)): tell(f"system message of the training data: {shorten(repr(system), 100)} (--system '' for none)")
+    net, tokenizer = _load_chat(model, cfg)
     from llama_nb.generate import ChatSession
-    session = ChatSession(net, tokenizer, system=system, **settings)
-    _say('/reset forgets the conversation, /exit ends it')
+    settings = dict(template=cfg.data.template, max_new_tokens=max_new_tokens, do_sample=sample)
+    session = ChatSession(net, tokenizer, system=system or None, **settings)
+    if prompt is None: return _talk(session)
+    if not as_json: _reply(session, prompt)
+    else: session.say(prompt)
+    reply = session.last
+    return _Answer({'model': model, 'prompt': prompt, 'system': session.system, 'reply': reply.text, 'ended': reply.ended, 'num_tokens': len(reply.token_ids), 'settings': settings}, '')
+
+def _reply(session, text):
+    "Write a reply as it is made; one that was cut ends with a sign."
+    for piece in session.stream(text): _say(plain_text(piece), end='')
+    _say('' if session.last.ended else ' …')
+    if not session.last.ended: tell(f"… cut at {session.settings['max_new_tokens']} tokens; --max-new-tokens allows more")
+
+_COMMANDS = {'/help': 'list these commands', '/reset': 'forget the conversation', '/exit': 'end the chat, as /quit and the end of the input do'}
+
+def _talk(session):
+    "Chat line by line until the input ends."
+    _say('/help lists the commands, /exit ends the chat')
     while True:
         _say('you: ', end='')
         line = sys.stdin.readline()
-        if not line or line.strip() in ('/exit', '/quit'): break
-        if line.strip() == '/reset': session.reset()
-        elif line.strip():
-            for piece in session.stream(line.strip()): _say(plain_text(piece), end='')
-            _say()
+        text = line.strip()
+        if not line or text in ('/exit', '/quit'): break
+        if text == '/help': _say('\n'.join(f'{name:8}{does}' for name,does in _COMMANDS.items()))
+        elif text == '/reset':
+            session.reset()
+            tell('a new conversation begins')
+        elif re.fullmatch(r'/\w*', text.partition(' ')[0]): _say(f"{plain_text(text.partition(' ')[0])} is not a command; /help lists them, and a second slash in front sends it as text")
+        elif text: _turn(session, text[1:] if text.startswith('//') else text)
     return _Answer({}, '')
+
+def _turn(session, text):
+    "One turn; what goes wrong in it does not end the chat."
+    try: _reply(session, text)
+    except KeyboardInterrupt: _say(' … stopped')
+    except Exception as e:
+        if _debug(): traceback.print_exception(e)
+        _say()
+        print(f'llama-nb: {one_line(e)}; the chat goes on', file=sys.stderr)
 
 # %% ../nbs/34_cli.ipynb #09e2ebf9
 @app.command('data')

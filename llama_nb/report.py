@@ -20,7 +20,7 @@ import numpy as np
 
 from .errors import ConfigError, DataError, did_you_mean, shorten
 from .metrics import bleu_from_stats, chrf_from_stats, distinct, perplexity, ratio
-from .views import PALETTE, View, escape, follow_theme_, picture, side_by_side, table
+from .views import PALETTE, View, escape, follow_theme_, picture, plain_text, side_by_side, table
 
 # %% ../nbs/25_report.ipynb #df2d6d8b
 Statistic = Callable[[np.ndarray], np.ndarray] # `(..., k)` column sums → `(...)` scores
@@ -231,7 +231,7 @@ class EvaluationReport:
         if not data_text: bare.samples = [{**s, 'prompt': [], 'reference': None} for s in self.samples]
         return _save_report(bare, folder)
 
-    def __repr__(self): return repr(self.view())
+    def __repr__(self): return plain_text(_report_text(self))
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
 
 # %% ../nbs/25_report.ipynb #23d40e8b
@@ -467,17 +467,20 @@ def _headline(report):
     return table(rows, columns, _top(report))
 
 def _first_look(report):
-    "What stands on top of every view: verdict, main numbers, plot, slices, notes."
-    drawn, parts = _plot_changes(report), [_headline(report), *([_slice_table(report)] if report.slices else [])]
-    shown = [_scrolled(parts[0].html), drawn.html if drawn else '', *(_scrolled(p.html) for p in parts[1:])]
-    return ''.join([f'<p style="font-weight:600">{escape(report.verdict)}</p>', *shown, *(f'<p>{escape(note)}</p>' for note in _notes(report))]), [report.verdict.text, *(p.text for p in parts)]
+    "What stands on top of every view, as HTML: verdict, main numbers, plot, slices, notes."
+    drawn, slices = _plot_changes(report), _scrolled(_slice_table(report).html) if report.slices else ''
+    return ''.join([f'<p style="font-weight:600">{escape(report.verdict)}</p>', _scrolled(_headline(report).html), drawn.html if drawn else '', slices, *(f'<p>{escape(note)}</p>' for note in _notes(report))])
+
+def _more(report): return f'all {len(_measured(report))} numbers and differences'
+
+def _report_text(report):
+    "The first look as text, which needs no plot."
+    tables = [_headline(report).text, *([_slice_table(report).text] if report.slices else [])]
+    return '\n\n'.join([report.verdict.text, *tables, '\n'.join([*_notes(report), f'{_more(report)}: report.table(), or --all on the command line'])])
 
 def _report_view(report):
     "First look, and all numbers folded below it."
-    html, text = _first_look(report)
-    more = f'all {len(_measured(report))} numbers and differences'
-    last = [*_notes(report), f'{more}: report.table(), or --all on the command line']
-    return View(html + _folded(more[0].upper() + more[1:], _full_table(report).html), '\n\n'.join([*text, '\n'.join(last)]))
+    return View(_first_look(report) + _folded(_more(report).capitalize(), _full_table(report).html), _report_text(report))
 
 # %% ../nbs/25_report.ipynb #8c1de3bb
 def _badness(report, system):
@@ -532,11 +535,11 @@ def _page_title(report): return ' · '.join(['Evaluation', *_facts(report), repo
 def _report_page(report):
     "A report as one page: verdict, main numbers and plot, conversations; all numbers and the settings folded."
     facts, spread, chosen = _facts(report), _plot_distributions(report), _chosen(report)
-    parts = [f"<h1>{escape(' of '.join(['Evaluation', *facts[:1]]))}</h1>", f"<p>{escape(' · '.join([*facts[1:], f'{report.n} conversations']))}</p>", _first_look(report)[0],
-             _folded(f'All {len(_measured(report))} numbers and differences', _full_table(report).html, _plot_scores(report, _measured(report)).html, spread.html if spread else '')]
+    parts = [f"<h1>{escape(' of '.join(['Evaluation', *facts[:1]]))}</h1>", f"<p>{escape(' · '.join([*facts[1:], f'{report.n} conversations']))}</p>", _first_look(report),
+             _folded(_more(report).capitalize(), _full_table(report).html, _plot_scores(report, _measured(report)).html, spread.html if spread else '')]
     if chosen: parts += [f'<h2>{len(chosen)} of {report.n} conversations</h2>', *(_card(report, i, reasons) for i,reasons in chosen.items())]
     parts += [_folded('Settings', _scrolled(table(list(_setting_rows(_clean(report.settings))), columns=['setting', 'value']).html))]
-    return View('\n'.join(parts), _report_view(report).text)
+    return View('\n'.join(parts), _report_text(report))
 
 def _write(path, text):
     "Write a file all at once."

@@ -336,6 +336,7 @@ def _with_interval(i):
 
 def _change(d):
     "A paired difference for a table cell."
+    if math.isnan(d.value): return 'not defined'
     interval = '' if math.isnan(d.low) else f' [{d.low:+.3g}, {d.high:+.3g}]'
     return f'{d.value:+.3g}{interval}, p = {d.p_value:.2g}' + (d.note and f': {d.note}')
 

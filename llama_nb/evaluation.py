@@ -326,12 +326,12 @@ def compare(
     "Answer the same prompts with two models. Raises `ValueError` if there is no adapter to switch off."
     conversations, shared = [as_conversation(c) for c in conversations], base is None or base is tuned
     if shared and _no_base(tuned): raise ValueError(_no_base(tuned)) # before any reply is made
-    def answer(model):
-        with measuring(model): return generate_replies(model, tokenizer, conversations, **generation)
-    after = answer(tuned)
+    def answer(model, name):
+        with measuring(model): return generate_replies(model, tokenizer, conversations, **{'what': f'{name}: replies', **generation})
+    after = answer(tuned, 'tuned')
     if shared:
-        with adapter_off(tuned): before = answer(tuned)
-    else: before = answer(base)
+        with adapter_off(tuned): before = answer(tuned, 'base')
+    else: before = answer(base, 'base')
     rows, plain = [], {k: v for k,v in generation.items() if isinstance(v, (str, int, float, bool))}
     for c,b,t in zip(conversations, before, after):
         answered = c.messages[-1].role == 'assistant'

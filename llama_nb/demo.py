@@ -20,6 +20,7 @@ from .evaluation import adapter_off
 from .generate import generate_replies
 from .memory import MemoryPlan, plan
 from .model import demo_model, load_model
+from .report import load_report, verdict
 from .runs import Run, list_runs, write_json
 from .train import LLAMATrainer
 from .views import View, plain_text, table
@@ -92,10 +93,9 @@ def scores_table(
 def headline(
     evaluation:dict, # As `EvaluationReport.to_dict()`
 )->str: # One sentence
-    "How far the tuned model is from the 16-bit base, with its paired interval."
-    d = evaluation['differences']['tuned - base_16bit']['perplexity']
-    verdict = 'the interval excludes 0' if d['low']*d['high'] > 0 else 'the interval includes 0: nothing is proved'
-    return f"tuned - 16-bit base: {d['value']:+.1f} perplexity [{d['low']:+.1f}, {d['high']:+.1f}], that is {d['relative']:+.0%}; {verdict}"
+    "Whether the tuned model is better than the 16-bit base, or where that was not measured than the 4-bit one."
+    report = load_report(evaluation)
+    return verdict(report, 'base_16bit' if 'tuned - base_16bit' in report.differences else None).text
 
 # %% ../nbs/33_demo.ipynb #1de629e2
 def cost_text(

@@ -26,7 +26,7 @@ from .metrics import UnicodeTokenizer, count_words, perplexity, ratio, repetitio
 from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
 from .quality import languages
-from .views import PALETTE, View, escape, plain_text
+from .views import PALETTE, View, escape, plain_text, progress
 
 # %% ../nbs/26_losses.ipynb #7c7daf99
 @contextmanager
@@ -143,10 +143,11 @@ class PerplexityEvaluator:
         on_overflow:str='raise', # Longer conversations: as in `encode`; dropped ones are not counted
         batch_size:int=8, # Conversations at a time; in float32 no number depends on it
         max_tokens:int=8192, # About how many tokens at a time: bounds the memory
+        what:str|None='scoring', # Name of the progress bar, which counts conversations; `None` draws none
     ):
         self.model, self.tokenizer, self.template, self.train_on, self.on_overflow = model, tokenizer, template, train_on, on_overflow
         self.max_length = max_length or getattr(_causal_lm(model).config, 'max_position_embeddings', None)
-        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.batch_size, self.max_tokens, self.what = batch_size, max_tokens, what
 
     def encode(self,
         conversation, # A `Conversation` or a list of messages
@@ -159,10 +160,11 @@ class PerplexityEvaluator:
         found = [(c, e) for c in conversations if (e := self.encode(c)) is not None]
         if not found: raise DataError('no conversation to measure: none was given, or all were dropped for their length')
         collate, out, device = PackedCollator(pad_id=0), [], next(self.model.parameters()).device
-        with measuring(self.model):
+        with measuring(self.model), progress(total=len(found), what=self.what or '', unit='conversation', show=self.what is not None) as bar:
             for group in _batches([e for _,e in found], self.batch_size, self.max_tokens):
                 batch = {k: v.to(device) if isinstance(v, Tensor) else v for k,v in collate(group).items()}
                 out += zip(group, *(x.cpu().split([len(e) for e in group]) for x in token_scores(self.model, batch)))
+                bar.update(len(group))
         for e,nll,_ in out:
             if not nll.isfinite().all(): raise NonFiniteError(f"{e.row or 'a conversation'}: the loss of a taught token is not finite; look for non-finite weights in the model")
         return out, [c for c,_ in found]
@@ -339,7 +341,7 @@ def top_losses(
     k:int=10, # How many to keep
     by:str='loss', # `'loss'` per token, `'total'`, or what the tuning made `'worse'` or `'better'`
     replies:Sequence|None=None, # A `Reply` of the model to each; tags are then about these, otherwise about the answers in the data
-    **evaluator, # As in `PerplexityEvaluator`: `template`, `max_length`, `train_on`, `on_overflow`, `batch_size`, `max_tokens`
+    **evaluator, # As in `PerplexityEvaluator`: `template`, `max_length`, `train_on`, `on_overflow`, `batch_size`, `max_tokens`, `what`
 )->TopLosses: # Worst first
     "The conversations a model predicts worst. Raises `DataError` for nothing to measure, `ValueError` for an order that needs a base where there is none."
     if by not in BY: raise ValueError(f"by must be one of {', '.join(BY)}, got {by!r}")
@@ -350,6 +352,7 @@ def top_losses(
     scored, kept = measure._scored(conversations)
     base = [None]*len(scored)
     if not _no_base(model):
+        measure.what = measure.what and f'{measure.what}, base'
         with adapter_off(model): base = [nll for _,nll,_ in measure._scored(kept)[0]]
     rows = [TokenLosses(c, e, nll, b, (), tokenizer) for c,(e,nll,_),b in zip(kept, scored, base)]
     n, usual = sum(r.num_tokens for r in rows), float(np.median([len(m.content.split()) for c in kept for m in c.messages if m.role == 'assistant'] or [0]))

@@ -30,13 +30,19 @@ STAGES = ('reading ', 'starting PyTorch', 'encoding ', 'packed into ', 'loading 
 
 
 def refused(done, code, *words):
+<<<<<<< HEAD
     "Assert exit code, one clear line on stderr that holds the words, below the stages it had come to; nothing on stdout."
     said = [line for line in done.stderr.strip().splitlines() if not line.startswith(STAGES)]
+=======
+    "Assert exit code, one clear last line on stderr that holds the words, before it at most stage lines, nothing on stdout."
+    *stages, last = done.stderr.strip().splitlines()
+>>>>>>> work-d
     assert done.returncode == code, f'exit code {done.returncode}, stderr: {done.stderr[-1500:]}'
     assert 'Traceback' not in done.stderr + done.stdout
     assert done.stdout == ''
-    assert len(said) == 1 and said[0].startswith('llama-nb: ') and len(said[0]) < 420, said
-    for word in words: assert word in said[0], f'{word!r} is not in {said[0]!r}'
+    assert last.startswith('llama-nb: ') and len(last) < 420, last
+    assert len(stages) < 8 and not any(s.startswith('llama-nb: ') or 'Error' in s for s in stages), stages
+    for word in words: assert word in last, f'{word!r} is not in {last!r}'
 
 
 @pytest.fixture(scope='module')
@@ -148,6 +154,21 @@ def test_train_evaluate_chat_and_runs(place):
     listed = json.loads(llama_nb('runs', place/'runs', '--json').stdout)['runs']
     assert [(r['run'], r['status'], r['step']) for r in listed] == [('whole', 'finished', 3)]
     assert llama_nb('runs', place/'runs').stdout.split()[:1] == ['run']
+
+
+def test_stage_lines_come_before_torch(place, tmp_path):
+    (tmp_path/'torch.py').write_text('raise ImportError("torch is wanted")')
+    (tmp_path/'run').mkdir()
+    shutil.copy(place/'run.yaml', tmp_path/'run'/'config.yaml')
+    (tmp_path/'run'/'data.json').write_text(json.dumps({'chat': {'system': 'Be brief.'}}))
+    env = {'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for args, stages in ((['chat', place/'tiny', '--prompt', 'hi'], ['loading']), (['evaluate', tmp_path/'run'], ['evaluating']),
+                         (['chat', tmp_path/'run'], ["system message of the training data: 'Be brief.'", 'loading'])):
+        done = llama_nb(*args, env=env)
+        *said, last = done.stderr.strip().splitlines()
+        assert done.returncode == 1 and 'torch is wanted' in last, done.stderr
+        assert [line.startswith(stage) for line, stage in zip(said, stages)] == [True]*len(stages), said
+    refused(llama_nb('evaluate', tmp_path/'gone', env=env), 3, 'no run')
 
 
 def test_ctrl_c_is_130_and_resume_finishes(place):

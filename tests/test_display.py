@@ -20,7 +20,7 @@ from llama_nb.formats import read_conversations
 from llama_nb.generate import Reply
 from llama_nb.packing import PackedCollator, pack
 from llama_nb.runs import list_runs, watch
-from llama_nb.views import bars, table, token_strip
+from llama_nb.views import View, bars, escape, side_by_side, table, token_strip
 
 HARMLESS = 'harmless'
 PAYLOADS = [
@@ -58,7 +58,8 @@ def evaluation(x):
     reply = dict(text=x, ended=False, num_tokens=3)
     sample = dict(row=x, prompt=[dict(role='user', content=x)], reference=x, replies={'tuned': reply, 'base_4bit': reply, x: reply}, loss={'tuned': 1., 'base_4bit': 2.})
     sums = np.array([[2., 1.], [3., 2.], [5., 2.]])
-    return EvaluationReport({'tuned': {'bits_per_byte': sums, x: sums}, 'base_4bit': {'bits_per_byte': sums + 1, x: sums}}, [sample]*3, dict(seed=1, confidence=.95, num_bootstrap=20, data={x: x}, template=x), {x: x})
+    return EvaluationReport({'tuned': {'bits_per_byte': sums, x: sums}, 'base_4bit': {'bits_per_byte': sums + 1, x: sums}}, [sample]*3, dict(seed=1, confidence=.95, num_bootstrap=20, data={x: x, 'dropped': [x], 'asked': 4}, template=x, by=x), {x: x},
+                            {x: [0, 1], 'other': [2]}, dict(run=x, model=x, date=x))
 
 
 def runs(x, folder):
@@ -90,11 +91,12 @@ PATHS = {
     'show_batch of a padded batch': lambda x, _: [show_batch(padded(x), TOY)],
     'show_batch with faults': lambda x, _: [show_batch([replace(e, labels=[IGNORE_INDEX]*len(e)) for e in examples(x)], TOY)],
     'DataReport': lambda x, d: [report(x, d)],
-    'EvaluationReport': lambda x, _: [evaluation(x), _report_page(evaluation(x))],
+    'EvaluationReport': lambda x, _: [evaluation(x), evaluation(x).table(), _report_page(evaluation(x))],
     'compare': lambda x, _: [Comparison((dict(row=x, prompt=(Message('user', x),), reference=x, base=Reply(x, [1], False, None), tuned=Reply(x + ' 1', [1], True, None)),))],
     'run': lambda x, d: [watch(p) for p in sorted(runs(x, d).iterdir())],
     'runs': lambda x, d: [list_runs(runs(x, d))],
     'doctor': lambda x, _: [DoctorReport((Check(x, 'fail', x, x),))],
+    'side_by_side': lambda x, _: [View(side_by_side([(x, escape(x))]), x)],
     'table': lambda x, _: [table([{x: x, 'n': x}], caption=x), table([[x, x]], marks=['red'])],
     'bars': lambda x, _: [bars({x: 1.0, x + '2': 2.0}, {x: 4.0}, title=x, unit=x)],
     'token_strip': lambda x, _: [token_strip([(x, s, x) for s in ('taught', 'context', 'template', 'padding', 'cut')] + [(x, ('role', x), x), ('', 'border', x)])],

@@ -36,8 +36,9 @@ test: setup ## every check: notebooks as written and against the modules, then t
 test-slow: setup ## the same, with the cells and tests marked slow
 	@$(BIN)/python tools/check.py --flags slow
 
-notebooks: setup ## run every notebook and keep its outputs
-	@OMP_NUM_THREADS=1 $(BIN)/python tools/nbsave.py nbs/*.ipynb nbs/tutorials/*.ipynb
+notebooks: setup ## run every notebook and keep its outputs: chapters, home page, docs and tutorials
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/nbsave.py nbs/*.ipynb nbs/docs/*.ipynb nbs/tutorials/*.ipynb
+	@$(BIN)/python tools/readme.py
 
 export: setup ## notebooks to modules, then strip what git should not see
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean

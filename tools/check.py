@@ -184,7 +184,7 @@ def main():
         export_and_clean(tally)
         kept_outputs(tally)
         step(tally, 'README.md is what the index notebook says', [python, 'tools/readme.py', '--check'])
-        step(tally, 'docs: one _quarto.yml, every page built and listed, no broken link', [python, 'tools/docs.py', '--check'])
+        step(tally, 'docs: one _quarto.yml, every page built and listed, no broken link', [python, 'tools/docs.py', '--check'], timeout=900)
     files = nbcheck.notebooks()
     if wanted('notebooks'): notebooks(tally, 'notebooks as written', files, False, a.flags, a.timeout)
     if wanted('modules'): notebooks(tally, 'notebooks against the modules', [f for f in files if nbcheck.exports(f)], True, a.flags, a.timeout)

@@ -74,6 +74,7 @@ def step(tally, name, *cmds, **kwargs):
     began = time.monotonic()
     for cmd in cmds:
         ok, code, text = run(cmd, **kwargs)
+        tally.skipped += [line.removeprefix('SKIPPED ') for line in text.splitlines() if line.startswith('SKIPPED ')]
         if not ok: break
     tally.add(name, ok, time.monotonic() - began, f'(exit code: {code})\n{text}')
 
@@ -137,6 +138,14 @@ def notebooks(tally, name, files, module, flags, timeout):
         tally.skipped += r.notes()
         if not r.ok: tally.failures.append(f"{name}: {r.name}: {r.error.strip().splitlines()[-1]}")
     tally.group(name, sum(r.ok and r.ran for r in results), sum(not r.ok for r in results), time.monotonic() - began)
+    if not module: stored_outputs(tally, results)
+
+
+def stored_outputs(tally, results):
+    "The numbers a page shows are those its cells give: one check a notebook, on what running it as written gave."
+    old = [r for r in results if r.stale]
+    for r in old: tally.failures.append(f'stored outputs: {r.name}: {len(r.stale)} cells give something else; run: python tools/nbsave.py nbs/{r.name}')
+    tally.group(f'stored outputs are what {sum(r.compared for r in results)} cells give', sum(r.ok and not r.stale for r in results if r.compared), len(old), 0)
 
 
 def pytest(tally, flags, timeout):
@@ -175,7 +184,7 @@ def main():
         export_and_clean(tally)
         kept_outputs(tally)
         step(tally, 'README.md is what the index notebook says', [python, 'tools/readme.py', '--check'])
-        step(tally, 'docs: one _quarto.yml, every page built and listed, no broken link', [python, 'tools/docs.py', '--check'])
+        step(tally, 'docs: one _quarto.yml, every page built and listed, no broken link', [python, 'tools/docs.py', '--check'], timeout=900)
     files = nbcheck.notebooks()
     if wanted('notebooks'): notebooks(tally, 'notebooks as written', files, False, a.flags, a.timeout)
     if wanted('modules'): notebooks(tally, 'notebooks against the modules', [f for f in files if nbcheck.exports(f)], True, a.flags, a.timeout)

@@ -4,7 +4,8 @@
 
 As written, a notebook runs as `nbdev_test` would run it. With `--module`, cells that export are replaced by the exported
 module, so that the same tests exercise what a user installs; notebooks that export nothing have no such second run.
-What did not run is listed, never counted: printed lines that start with 'SKIPPED ', cells behind a flag, `skip_exec`."""
+What did not run is listed, never counted: printed lines that start with 'SKIPPED ', cells behind a flag, `skip_exec`.
+As written, a notebook is checked twice: its cells run without an error, and they give the outputs that are stored in it."""
 import argparse
 import json
 import os
@@ -17,6 +18,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = {'export', 'exports', 'exporti'}
@@ -36,12 +39,16 @@ class Result:
     skips: list = field(default_factory=list)  # lines the notebook printed that start with 'SKIPPED '
     not_run: dict = field(default_factory=dict)  # flag -> number of cells it kept from running
     error: str = ''
+    stale: list = field(default_factory=list)  # cells whose stored output is not what they give now
+    compared: int = 0  # cells whose output was compared
+    varies: int = 0  # cells of which only the kinds of output were compared
 
     def notes(self):
         "One line per reason why something of this notebook did not run."
         cells = ', '.join(f'{n} {flag}' for flag, n in self.not_run.items())
+        stored = f'{self.name}: {self.varies} outputs vary by machine, and only their presence was checked'
         return ([] if self.ran else [f'{self.name}: skip_exec, nothing run']) + [f'{self.name}: {s}' for s in self.skips] + (
-            [f'{self.name}: {cells} {"cell" if sum(self.not_run.values()) == 1 else "cells"} not run'] if cells else [])
+            [f'{self.name}: {cells} {"cell" if sum(self.not_run.values()) == 1 else "cells"} not run'] if cells else []) + [stored]*bool(self.varies)
 
 
 def environment():
@@ -94,13 +101,24 @@ def run_here(path, module=False, flags=()):
         if off & found.keys():
             not_run.update(sorted(off & found.keys())[:1])
             return True
-        return bool(module and EXPORTS & found.keys())
+        if module and EXPORTS & found.keys(): return True
+        cell.outputs = []  # what the cell gives replaces what is stored
+        return False
 
     def collect(cell):
         for out in cell.get('outputs', []):
             text = out.get('text', '')
             result.skips += [line for line in ''.join(text).splitlines() if line.startswith('SKIPPED ')]
+        if module or cell.cell_type != 'code' or cell.id not in stored: return
+        if any(kind == 'error' for kind, _ in outputs.shown(cell.outputs)): return  # it raised, which is told as such
+        if any(line.startswith('SKIPPED ') for _, text in outputs.shown(cell.outputs) for line in text.splitlines()): return
+        varies = outputs.VARIES in directives(cell)
+        why = outputs.stale(stored[cell.id][1], cell.outputs, exact=by_the_letter(path), varies=varies)
+        result.compared, result.varies = result.compared + 1, result.varies + varies
+        if why: result.stale.append(f'cell {stored[cell.id][0]} ({cell.source.strip().splitlines()[0][:60]})\n  {why}')
 
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    stored = {c['id']: (i, c['outputs']) for i, c in enumerate(cells) if c['cell_type'] == 'code'}
     if module:
         names = vars(importlib.import_module(f'{cfg.lib_path.name}.{name}'))
         shell.user_ns.update({k: v for k, v in names.items() if not k.startswith('__')})
@@ -110,6 +128,9 @@ def run_here(path, module=False, flags=()):
     except Exception: result.error = shell.prettytb(fname=path)
     result.not_run = dict(not_run)
     return result
+
+
+def by_the_letter(path): return 'docs' in path.parts or path.name == 'index.ipynb'
 
 
 def label(path): return path.relative_to(ROOT/'nbs').as_posix()
@@ -149,6 +170,7 @@ def run_all(files, module=False, flags='', jobs=2, timeout=600, show=print):
         r = run_apart(path, module, flags, timeout)
         state = 'ok   ' if r.ok and r.ran else 'skip ' if r.ok else 'FAIL '
         show(f'{state}{r.name}{" (module)" * module} {r.seconds:.1f} s' + (f'\n{r.error[-4000:].rstrip()}' if not r.ok else ''))
+        for cell in r.stale: show(f'STALE {r.name} {cell}')
         return r
     with ThreadPoolExecutor(jobs) as pool:
         try: return list(pool.map(one, files))
@@ -176,6 +198,9 @@ def main():
     results = run_all(files, a.module, a.flags, a.jobs, a.timeout, show=lambda s: print(s, flush=True))
     for note in (n for r in results for n in r.notes()): print('skipped', note)
     passed, failed = sum(r.ok and r.ran for r in results), sum(not r.ok for r in results)
+    old = [r.name for r in results if r.stale]
+    if old: print(f'stored outputs are not what the cells give; run: python tools/nbsave.py {" ".join(f"nbs/{name}" for name in old)}')
+    passed, failed = passed + sum(r.ok and not r.stale for r in results if r.compared), failed + len(old)
     print(f'{passed} passed, {failed} failed')
     sys.exit(bool(failed or not passed))
 

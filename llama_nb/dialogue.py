@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from .errors import ConfigError, DataError, did_you_mean, one_line, shorten
 from .segments import _cached, _content_ids, _encoder, _Encoder, _Fixed, _Slot, _Tokens, get_template, stop_ids
-from .template import IGNORE_INDEX, PINNED_DATE, ROLES, TEMPLATES, ChatTemplate, Conversation, Message, Source, as_conversation, toy_tokenizer
+from .template import (IGNORE_INDEX, PINNED_DATE, ROLES, TEMPLATES, ChatTemplate, Conversation, Message, Source,
+                               as_conversation, toy_tokenizer)
 from .views import View, token_strip
 
 # %% ../nbs/08_dialogue.ipynb #dba41ecc
@@ -137,6 +138,7 @@ def _check_choice(name:str, value, allowed:tuple):
     near = did_you_mean(value, allowed)
     raise ConfigError(f"{name}: {shorten(repr(value), 40)} is not one of {', '.join(allowed)}{near}")
 
+# %% ../nbs/08_dialogue.ipynb #b91950d0
 def encode(
     conversation, # A `Conversation` or a list of `{"role", "content"}`
     tokenizer, # A Hugging Face tokenizer with a fast backend; it is not changed
@@ -337,6 +339,7 @@ def _faults(tokens:_Tokens, stops:tuple, e:Example)->str:
               'an answer has no end token': bool(stops) and not all(map(closed, answers))}
     return ', '.join(name for name,seen in faults.items() if seen)
 
+# %% ../nbs/08_dialogue.ipynb #3252b9b2
 def _row_pieces(tokens:_Tokens, row:list[Example], stops:tuple, **how)->list[list[tuple]]:
     "The pieces of each conversation of a row, with the borders between them."
     found = []
@@ -387,7 +390,7 @@ def show_batch(
 )->View: # One box per row; as plain text, taught text is in brackets
     "Which tokens of a batch are taught, whose they are, and where one conversation ends."
     tokens, rows, (read, stops) = _cached(tokenizer)[0], _batch_rows(batch), _reader(tokenizer, template)
-    more, rows = max(len(rows) - n, 0), [[read(e) for e in row] for row in rows[:n]]
+    more, rows = max(len(rows) - n, 0), [list(map(read, row)) for row in rows[:n]]
     lines, room = list(map(_row_line, rows)), 10**12 if detail else _PAGE_BYTES - 500
     for fold in (False, True):
         pieces = [_row_pieces(tokens, row, stops, detail=detail, fold=fold) for row in rows]
@@ -435,6 +438,7 @@ def _check_spans(enc:_Encoder, parts:list, texts:dict, example:Example)->str:
         if not _equal_text(text, texts[p.message], p): return where + f'decodes to {shorten(repr(text), 60)}'
     return ''
 
+# %% ../nbs/08_dialogue.ipynb #d9959a79
 def _check_labels(enc:_Encoder, messages:tuple, parts:list, texts:dict, example:Example, train_on:str)->str:
     "Compare the taught labels with the answers and their end of turn."
     ids, labels = example.input_ids, example.labels
@@ -463,6 +467,7 @@ def _check_mask(enc:_Encoder, conv:Conversation, example:Example, train_on:str='
     spans = _check_spans(enc, parts, texts, example)
     return spans or _check_labels(enc, conv.messages, parts, texts, example, train_on)
 
+# %% ../nbs/08_dialogue.ipynb #9f7295d8
 def verify_masks(
     conversations, # An iterable of conversations; it is read once, and no conversation is kept
     tokenizer, # A Hugging Face tokenizer with a fast backend

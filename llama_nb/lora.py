@@ -76,7 +76,8 @@ def _check_start(model, c, full_weight):
 def _check_targets(model, c):
     "Refuse a target that matches no layer."
     names = [name for name, _ in model.named_modules() if name]
-    last = sorted({part for part in (name.rpartition('.')[2] for name in names) if not part.isdigit()})
+    last = {name.rpartition('.')[2] for name in names}
+    last = sorted(name for name in last if not name.isdigit())
     targets = () if c.target_modules == 'all-linear' else c.target_modules
     for wanted in (*targets, *(c.modules_to_save or ())):
         if any(name == wanted or name.endswith('.' + wanted) for name in names): continue
@@ -173,8 +174,8 @@ def _other_layers(stems):
 # %% ../nbs/04_lora.ipynb #c27e96e1
 def _missing(names, settings):
     "The first tensor that should be in the adapter and is not; an empty text if all are there."
-    stems = {kind: {n.partition(f'.{kind}')[0] for n in names if f'.{kind}' in n}
-             for kind in ('lora_A', 'lora_B', 'lora_magnitude_vector')}
+    stems_of = lambda kind: {n.partition(f'.{kind}')[0] for n in names if f'.{kind}' in n}
+    stems = {kind: stems_of(kind) for kind in ('lora_A', 'lora_B', 'lora_magnitude_vector')}
     pairs = stems['lora_A'] | stems['lora_B']
     if not pairs: return 'lora_A and lora_B of every layer'
     kinds = ['lora_A', 'lora_B'] + ['lora_magnitude_vector']*bool(settings.get('use_dora'))
@@ -182,8 +183,8 @@ def _missing(names, settings):
     if not settings.get('layers_to_transform') and not settings.get('rank_pattern'):
         wanted |= {f'{stem}.lora_A' for stem in _other_layers(pairs)}
     lost = sorted(w for w in wanted if w.rpartition('.')[0] not in stems[w.rpartition('.')[2]])
-    whole = settings.get('modules_to_save') or ()
-    lost += [module for module in whole if not any(f'.{module}.' in name for name in names)]
+    for module in settings.get('modules_to_save') or ():
+        if not any(f'.{module}.' in name for name in names): lost.append(module)
     return next(iter(lost), '')
 
 # %% ../nbs/04_lora.ipynb #ef56b04b

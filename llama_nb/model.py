@@ -82,6 +82,7 @@ def model_shape(
     if name.endswith('.gguf'): return _gguf_shape(_gguf_file(name))
     return _llama_only(_pretrained(AutoConfig, find_model(name), revision), name)
 
+# %% ../nbs/06_model.ipynb #e7257f3e
 def _llama_only(shape, name):
     "Refuse other architectures."
     if isinstance(shape, LlamaConfig) and shape.model_type == 'llama': return shape
@@ -281,6 +282,7 @@ def _gguf_file(name):
     check_gguf(file)
     return file
 
+# %% ../nbs/06_model.ipynb #437fa042
 def _from_gguf(cls, file, **kwargs):
     "`cls.from_pretrained` on a GGUF file, with a one-line error."
     try:
@@ -320,6 +322,7 @@ def _without_gguf_mark(loaded, shape, dtype):
     fresh.config.dtype, fresh.generation_config = dtype, loaded.generation_config
     return fresh
 
+# %% ../nbs/06_model.ipynb #5c781c6b
 def _convert_gguf(
     file:Path, # GGUF file
     folder:Path, # Existing folder to fill
@@ -397,6 +400,7 @@ def find_model(
                             f"{did_you_mean(name, KNOWN_MODELS)}; use a folder, a .gguf file, 'demo', or a Hub id")
     return name
 
+# %% ../nbs/06_model.ipynb #e62ce64c
 def _converted_gguf(file):
     "Folder of a GGUF file in the cache; converts it if it is new or has changed."
     stat = file.stat()
@@ -415,6 +419,7 @@ def _pretrained(cls, source, revision=None, **kwargs):
                             'set model.use_4bit=true or use a smaller model') from None
     except (OSError, ValueError) as e: raise _load_error(source, local, e) from None
 
+# %% ../nbs/06_model.ipynb #f7139bf2
 def _load_error(source, local, error):
     "The `ResourceError` for a model that could not be loaded."
     name, text = shorten(redact(source)), str(error).lower()
@@ -474,6 +479,7 @@ def pick_device()->torch.device: # CUDA if available, else the CPU
     "The default device of a model."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
+# %% ../nbs/06_model.ipynb #b8f7d0b5
 def disable_cpu_4bit_trap_(
     model:nn.Module, # Any module with bitsandbytes linears
 )->int: # Number of linears changed
@@ -550,6 +556,7 @@ def _rect(at, w, h, color, alpha=0.3):
     rgba = (*(int(color[i:i + 2], 16)/255 for i in (1, 3, 5)), alpha)
     return Rectangle(at, w, h, facecolor=rgba, edgecolor=color, lw=0.8)
 
+# %% ../nbs/06_model.ipynb #782651eb
 class _Canvas:
     "Boxes and arrows on a figure without axes, in units of a tenth of an inch."
     def __init__(self, width, height):
@@ -619,6 +626,7 @@ def _draw_attention(c):
     c.linear('o_proj', 50, 20)
     c.arrow((59.5, 20), (61.3, 20))
 
+# %% ../nbs/06_model.ipynb #46baa000
 def _draw_mlp(c):
     "The norm, gate, up and down projections."
     c.arrow((62.7, 20), (65, 20))
@@ -667,6 +675,7 @@ def _architecture_rows(shape, use_4bit, lora_config):
                      'LoRA weights each': f'{lora_config.r*(out + into):,}' if name in adapted else ''})
     return rows
 
+# %% ../nbs/06_model.ipynb #49fa837e
 def architecture(
     model, # What `model_shape` takes
     lora_config:LoRAConfig|None=LoRAConfig(), # Adapter to draw; `None` draws none

@@ -205,6 +205,7 @@ class _Reader:
         "Skip a text that must come next."
         self.ok = self.optional(part) and self.ok
 
+# %% ../nbs/07_segments.ipynb #f2aedb98
 def _pieces(name:str, marks:list[str], text:str, spaced:str)->tuple[list[str],list[_Slot]]:
     "Split a rendering at its placeholders: the text before, between and after them, and what happens to content."
     pieces, slots, pos, second = [], [], 0, _Reader(spaced)
@@ -271,6 +272,7 @@ def _markers_of(template:ChatTemplate, names:set)->tuple[str,...]:
     "Plain-text markers of Llama 2 in a tokenizer's own template; no tokenizer can distinguish them from content."
     return tuple(m for m in TEMPLATES['llama-2'].markers if m in template.text and m not in names)
 
+# %% ../nbs/07_segments.ipynb #4b12947e
 class _Encoder:
     "One template on one tokenizer."
     def __init__(self, tokens:_Tokens, template:ChatTemplate):

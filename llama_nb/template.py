@@ -77,8 +77,8 @@ class Conversation:
 
     def to_dicts(self)->list[dict]: # `[{"role", "content"}, ...]`, with `train` and `weight` where given
         "The messages as plain dictionaries."
-        fields = Message.__dataclass_fields__
-        return [{k: v for k in fields if (v := getattr(m, k)) is not None} for m in self.messages]
+        def as_dict(m): return {k: v for k in Message.__dataclass_fields__ if (v := getattr(m, k)) is not None}
+        return [as_dict(m) for m in self.messages]
 
 # %% ../nbs/05_template.ipynb #2c098b1d
 def _message(m, i:int, where:str)->Message:

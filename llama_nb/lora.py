@@ -126,8 +126,8 @@ def _loftq_start_(tuned, full_weight, seed=0):
         if not hasattr(module, 'lora_A'): continue
         packed = module.get_base_layer().weight
         A, B = module.lora_A['default'].weight, module.lora_B['default'].weight
-        rounded = dequantize_4bit(packed.data, packed.quant_state).to(A.device, torch.float32)
-        error = full_weight(name).to(A.device, torch.float32) - rounded
+        error = (full_weight(name).to(A.device, torch.float32)
+                 - dequantize_4bit(packed.data, packed.quant_state).to(A.device, torch.float32))
         with torch.random.fork_rng(devices=[]): # randomised SVD with a fixed seed: a full one costs O(n^3) per layer
             torch.default_generator.manual_seed(seed)
             U, S, V = torch.svd_lowrank(error.cpu(), q=min(4*len(A) + 8, *error.shape), niter=4)

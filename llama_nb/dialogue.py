@@ -54,7 +54,7 @@ def _grow(
         if part.ids: spans.append(Span(start, end, roles[part.message], part.message, state))
         ids += part.ids
         labels += part.ids if teach else [IGNORE_INDEX]*len(part.ids)
-    labels[0] = IGNORE_INDEX # no token comes before it that could predict it
+    labels[0] = IGNORE_INDEX # no token comes before it, so no logits predict it
     return ids, labels, spans
 
 # %% ../nbs/08_dialogue.ipynb #a6d53eea

@@ -134,7 +134,7 @@ def test_hostile_gguf(tmp_path):
     for what, content in gguf_files().items():
         (tmp_path/'model.gguf').write_bytes(content)
         code, said, took = within_limits(lambda: model_shape(str(tmp_path/'model.gguf')), tmp_path/'log')
-        assert code == 3 and said.startswith('ResourceError: ') and 'not a sound GGUF file' in said, (what, code, said)
+        assert code == 3 and said.startswith('ResourceError: ') and 'not a valid GGUF file' in said, (what, code, said)
         record('hostile file', kind='gguf', name=what, refused=True, seconds=took)
 
 

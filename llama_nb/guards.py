@@ -281,7 +281,7 @@ class SpikeGuard(Guard):
         return control
 
 # %% ../nbs/22_guards.ipynb #c0faf3f8
-_PARTS = {'forward and backward': ('activations', 'logits and loss', 'one layer backwards', 'workspace'), 'optimizer step': ('optimizer', 'gradients'),
+_PARTS = {'forward and backward': ('activations', 'logits and loss', 'backward pass of one layer', 'workspace'), 'optimizer step': ('optimizer', 'gradients'),
           'evaluation': ('logits and loss', 'workspace'), 'saving': ('trained weights',)} # what each phase brings to the plan
 
 def _size(num_bytes): return f'{num_bytes/GiB:.2f} GiB' if num_bytes >= GiB/10 else f'{num_bytes/2**20:.2f} MiB'
@@ -304,9 +304,9 @@ def out_of_memory(
     settings = dict(pair.split('=', 1) for c in changes for pair in c['setting'].split()) # of two values of one setting the last counts
     advice = [f'{k}={v}' for k,v in settings.items()]
     room = f', there are {_size(room_bytes)}' if room_bytes else ''
-    table = '\n'.join(f"{'> ' if name == part else '  '}{name:<20}{_size(size):>12}" for name,size in parts.items())
+    table = '\n'.join(f"{'> ' if name == part else '  '}{name:<27}{_size(size):>12}" for name,size in parts.items())
     return OutOfMemoryError(f'out of memory in the {phase}: the largest part of it is {part} with {_size(parts[part])}, the whole plan needs {_size(memory_plan.total)}{room}; '
-                            f"set {' '.join(advice) or 'model.model_name to a smaller one'}, then train again", f'{table}\n  {"together":<20}{_size(memory_plan.total):>12}', advice)
+                            f"set {' '.join(advice) or 'model.model_name to a smaller one'}, then train again", f'{table}\n  {"together":<27}{_size(memory_plan.total):>12}', advice)
 
 # %% ../nbs/22_guards.ipynb #0b9098fd
 class InterruptGuard(Guard):

@@ -47,7 +47,6 @@ def _tile_spans(borders):
         elif b > a: spans.append((a, a, b, [a]))
     return spans
 
-# %% ../nbs/15_attention.ipynb #200b311d
 @functools.lru_cache(maxsize=8)
 def _tiles(
     borders:tuple[int,...], # Borders of the conversations
@@ -183,7 +182,6 @@ def _(grad, query, key, value, cu_seqlens, scaling):
     dq = query.new_empty(query.shape[1], query.shape[0], query.shape[2]).transpose(0, 1)
     return dq, key.new_empty(key.shape), value.new_empty(value.shape)
 
-# %% ../nbs/15_attention.ipynb #f6aaf249
 def _save_for_backward(ctx, inputs, output):
     "Save the inputs only: nothing of size T*T."
     *tensors, ctx.scaling = inputs
@@ -211,7 +209,6 @@ class _BlockAttention(torch.autograd.Function):
         dq, dk, dv = _backward_tiles(grad_blocks, query, key, value, ctx.tiles, ctx.scaling, saved)
         return _by_tokens(dq, len(grad)).transpose(0, 1), dk, dv, None, None
 
-# %% ../nbs/15_attention.ipynb #d65500cd
 def _block_attention(
     query:Tensor, # `(H, T, D)`
     key:Tensor, # `(Hkv, T, D)`
@@ -231,7 +228,6 @@ def _varlen():
     except ImportError: return None
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
-# %% ../nbs/15_attention.ipynb #a5faab03
 def _flash(
     query:Tensor, # `(1, H, T, D)`, float16 or bfloat16
     key:Tensor, # `(1, Hkv, T, D)`
@@ -265,7 +261,6 @@ def _flex_kernel(compiled:bool):
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
-# %% ../nbs/15_attention.ipynb #23d1eea8
 def _flex(
     query:Tensor, # `(1, H, T, D)`
     key:Tensor, # `(1, Hkv, T, D)`

@@ -12,11 +12,7 @@ export HF_EVALUATE_OFFLINE = 1
 export WANDB_MODE = offline
 export MPLBACKEND ?= agg
 
-<<<<<<< HEAD
-.PHONY: help setup demo test test-slow versions notebooks export readme docs bench clean
-=======
-.PHONY: help setup demo lab test test-slow notebooks export readme docs bench clean
->>>>>>> work-f
+.PHONY: help setup demo lab test test-slow versions notebooks export readme docs bench clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -44,17 +40,12 @@ test: setup ## every check: notebooks as written and against the modules, then t
 test-slow: setup ## the same, with the cells and tests marked slow
 	@$(BIN)/python tools/check.py --flags slow
 
-<<<<<<< HEAD
 versions: ## the package as a user installs it, with the oldest, the locked and the newest versions of what it needs
 	@for kind in oldest locked newest; do $(PYTHON) tools/versions.py $$kind || exit 1; done
 
-notebooks: setup ## run every notebook and keep its outputs
-	@OMP_NUM_THREADS=1 $(BIN)/python tools/nbsave.py nbs/*.ipynb nbs/tutorials/*.ipynb
-=======
 notebooks: setup ## run every notebook and keep its outputs: chapters, home page, docs and tutorials
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/nbsave.py nbs/*.ipynb nbs/docs/*.ipynb nbs/tutorials/*.ipynb
 	@$(BIN)/python tools/readme.py
->>>>>>> work-e
 
 export: setup ## notebooks to modules, then strip what git should not see
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean

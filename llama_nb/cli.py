@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, Optional
 
 import typer
+import re
+import shlex
+import shutil
 
 from .config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
-from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, exit_code, logger, one_line, redact, shorten
-from .views import plain_text, table
+from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean, exit_code, logger, one_line, redact, shorten
+from .views import can_show_color, can_show_progress, Line, plain_text, progress, table, tell, text_lines
 
 # %% ../nbs/34_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -53,19 +56,35 @@ def _say(text='', end='\n'):
     out.write(f'{text}{end}')
     out.flush()
 
+def _settings():
+    "The section of every setting whose name is in one section only."
+    config, found = RunConfig(), {}
+    for section in (f.name for f in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, f.name))):
+        for f in dataclasses.fields(getattr(config, section)): found.setdefault(f.name, []).append(section)
+    return {name: sections[0] for name,sections in found.items() if len(sections) == 1}
+
+def _as_typed(text):
+    "Advice in the form of the command line: `on_bad='skip'` becomes `data.on_bad=skip`."
+    sections = _settings()
+    def typed(m): return f"{sections[m[1]]}.{m[1]}={m[2].strip(chr(34) + chr(39))}"
+    return re.sub(rf"""(?<![\w.])({'|'.join(sections)})=('[^']*'|"[^"]*"|<[^>]*>|[\w.]+)""", typed, str(text))
+
+_MAX_FAULTS = 20
+
 def _fail(error, as_json=False):
-    "One line on stderr (and the object on stdout); returns the exit code."
+    "One line on stderr, and one for each fault of the data (and the object on stdout); returns the exit code."
     if _debug(): traceback.print_exception(error)
     if not isinstance(error, LlamaNbError) and 'No space left' in str(error): # some libraries say it in words only
         error = ResourceError(f'disk full: {one_line(error, 120)}; make room, then go on with llama-nb train --resume RUN')
-    code, text = exit_code(error), one_line(error, 400)
+    code, faults = exit_code(error), list(error.faults) if isinstance(error, DataError) else []
+    text = _as_typed(one_line(DataError(error.message) if faults else error, 400))
     if not isinstance(error, (LlamaNbError, KeyboardInterrupt)): text += ' (LLAMA_NB_DEBUG=1 shows where)'
     if isinstance(error, RunInterrupted) and error.checkpoint: text = f'interrupted, nothing is lost; go on with: llama-nb train --resume {redact(Path(error.checkpoint).parent)}'
     elif isinstance(error, KeyboardInterrupt): text = 'interrupted'
-    if as_json:
-        faults = {'faults': [redact(f) for f in error.faults]} if isinstance(error, DataError) else {}
-        _say(json.dumps({'error': text, 'exit_code': code, **faults}, ensure_ascii=False))
-    print(f'llama-nb: {text}', file=sys.stderr)
+    if as_json: _say(json.dumps({'error': text, 'exit_code': code, **({'faults': [redact(f) for f in faults]} if isinstance(error, DataError) else {})}, ensure_ascii=False))
+    shown = [f'llama-nb: {text}', *(f'  {_as_typed(redact(f))}' for f in faults[:_MAX_FAULTS])]
+    if len(faults) > _MAX_FAULTS: shown.append(f'  … and {len(faults) - _MAX_FAULTS:,} more; llama-nb data SOURCE lists them')
+    print(plain_text('\n'.join(shown)), file=sys.stderr)
     return code
 
 # %% ../nbs/34_cli.ipynb #92ad2726
@@ -174,17 +193,49 @@ def _masks(conversations, cfg, show=1):
     from llama_nb.dialogue import encode, show_mask, verify_masks
     from llama_nb.model import load_tokenizer
     tokenizer = load_tokenizer(cfg.model.model_name, revision=cfg.model.revision)
-    proof = verify_masks(conversations, tokenizer, template=cfg.data.template)
+    proof = verify_masks(progress(conversations, 'proving the masks', unit='conversation'), tokenizer, template=cfg.data.template)
     views = []
-    for conversation in list(conversations)[:show]:
-        example = encode(conversation, tokenizer, template=cfg.data.template, train_on=cfg.data.train_on)
+    for conversation in conversations:
+        if len(views) == show: break
+        try: example = encode(conversation, tokenizer, template=cfg.data.template, train_on=cfg.data.train_on)
+        except DataError: continue # the report names it
         views.append(show_mask(example, tokenizer, template=cfg.data.template).text)
     return {'exact': proof.exact, 'total': proof.total}, views
 
+def _check_model(model_config):
+    "Refuse a model that is not there, in the words of `find_model` but without torch; what only the Hub knows is left to it."
+    from huggingface_hub import constants
+    name, path = model_config.model_name, Path(model_config.model_name).expanduser()
+    if name == 'demo' or (path.is_dir() and (path/'config.json').is_file()): return
+    if path.is_dir(): raise ResourceError(f'model {redact(path)}: the folder holds no config.json' + ('; it holds an adapter: name its base model' if (path/'adapter_config.json').is_file() else ''))
+    if name.endswith('.gguf'):
+        if not path.is_file(): raise ResourceError(f'model {redact(path)}: no such file')
+        return
+    known = [PRESETS[p]['model']['model_name'] for p in PRESETS]
+    near = did_you_mean(name, known) if name not in known else ''
+    if name.count('/') != 1 or name.startswith(('.', '/', '~')):
+        raise ResourceError(f"model {shorten(redact(name))}: no such folder, and not a Hub id (owner/name){near}; use a folder, a .gguf file, 'demo', or a Hub id")
+    in_cache = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").glob('snapshots/*/config.json')
+    if constants.HF_HUB_OFFLINE and not any(in_cache):
+        raise ResourceError(f"model {shorten(redact(name))} is not in the cache, and HF_HUB_OFFLINE is set, so it cannot be downloaded{near}; unset it, or use a local folder, a .gguf file, or 'demo'")
+
+def _trainer(cfg):
+    "A trainer whose model is there and whose data is read: what can be refused before torch is imported is refused."
+    from llama_nb.data import read_data
+    from llama_nb.runs import check_name
+    check_name(cfg.training.run_name)
+    _check_model(cfg.model)
+    data = read_data(cfg.data)
+    tell('starting PyTorch')
+    from llama_nb.train import LLAMATrainer
+    return LLAMATrainer.from_config(cfg, data=data)
+
 def _dry_run(cfg):
     "Everything that can be known before training."
-    from llama_nb.train import LLAMATrainer, auto_batch_size, num_steps
-    trainer, planned = LLAMATrainer.from_config(cfg), _memory(cfg)
+    trainer = _trainer(cfg)
+    from llama_nb.memory import plan
+    from llama_nb.train import auto_batch_size, num_steps, touched_line
+    planned = plan(cfg.model, cfg.training, cfg.lora, **({} if trainer.device.type == 'cuda' else {'context_bytes': 0})) # there is no CUDA on a CPU
     rows, _, facts = trainer.rows() # raises as training would, for faulty rows and for too long ones
     data, size = trainer.data, cfg.training.per_device_train_batch_size
     steps = num_steps(len(rows), auto_batch_size(len(rows), cfg.model, cfg.training, cfg.lora, trainer.device) if size == 'auto' else size, cfg.training)
@@ -192,8 +243,10 @@ def _dry_run(cfg):
     sizes = {part: {k: facts[part][k] for k in ('conversations', 'rows', 'tokens', 'taught_tokens')} for part in ('train', 'validation')}
     told = [f'{part}: ' + ', '.join(f"{v:,} {k.replace('_', ' ')}" for k,v in sizes[part].items()) for part in sizes]
     proof = f"masks exact: {masks['exact']} of {masks['total']}"
-    text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join([*told, f'optimizer steps: {steps:,}', proof]), *views, repr(planned), 'dry run: nothing was trained']
-    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'sizes': sizes, 'steps': steps, 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
+    touched = {part: {action: facts[part][action] for action in ('shortened', 'dropped', 'bad')} for part in sizes}
+    left_out = [line] if (line := touched_line(trainer)) else []
+    text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join([*told, *left_out, f'optimizer steps: {steps:,}', proof]), *views, repr(planned), 'dry run: nothing was trained']
+    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'sizes': sizes, 'touched': touched, 'steps': steps, 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
 
 # %% ../nbs/34_cli.ipynb #b3075ad6
 def _run_config(run, overrides=None):
@@ -216,8 +269,7 @@ def _train(
     of_run = resume.parent if resume is not None and resume.name.startswith('checkpoint-') else resume
     cfg = _resolve(config, preset, overrides, needed='train') if resume is None else _run_config(of_run, overrides)
     if dry_run: return _dry_run(cfg)
-    from llama_nb.train import LLAMATrainer
-    trainer = LLAMATrainer.from_config(cfg)
+    trainer = _trainer(cfg)
     run = trainer.train(resume=resume or False)
     data, text = {'run': str(run.folder), 'status': run.status}, [f'trained: {redact(run.folder)}']
     if evaluate_after:
@@ -234,24 +286,30 @@ def _evaluate(
     fail_under:Annotated[Optional[list[str]], typer.Option('--fail-under', metavar='METRIC=VALUE', help='Exit with 5 if a score is worse, e.g. rougeL=0.2; may stand several times.', show_default=False)]=None,
     data_text:Annotated[bool, typer.Option(' /--no-data-text', help='Write scores, rows and replies only, no text of the data.')]=True,
     by:Annotated[Optional[str], typer.Option('--by', metavar='COLUMN', help='Split every number by this key of the conversations, e.g. dataset.', show_default=False)]=None,
+    everything:Annotated[bool, typer.Option('--all', help='Show all numbers and differences, not only the main ones.')]=False,
     as_json:_Json=False,
 ):
     "Compare base and tuned on the held-out conversations of a run."
     thresholds = _thresholds(fail_under, max_perplexity) # before the long part
     cfg = _run_config(run, overrides)
+    tell(f'evaluating {redact(run)}: reading its held-out conversations') # before the imports, which take seconds
+    from datetime import date
     from llama_nb.data import load_data
     from llama_nb.evaluation import EvaluationFramework
     from llama_nb.model import load_model, load_tuned
     from llama_nb.runs import Run, write_card
     held_out = load_data(cfg.data).validation
     if not len(held_out): raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
+    tell(_loading(cfg.model))
     model, tokenizer = load_tuned(run)
     base_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False)) if cfg.model.use_4bit else None
-    rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow)
+    rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow, about={'run': Path(run).resolve().name, 'date': date.today().isoformat()})
     report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out, by)
     report.save(Path(run)/'eval'/'validation', data_text)
     write_card(Run(run)) # the card shows the newest scores
-    return _judged(report, thresholds)
+    return _judged(report, thresholds, everything)
+
+def _loading(model_config): return f"loading {model_config.model_name}{' in 4 bits' if model_config.use_4bit else ''}"
 
 def _thresholds(fail_under=None, max_perplexity=None):
     "Options as metric → worst score; raises `ConfigError` for one that is no `METRIC=VALUE`."
@@ -262,79 +320,214 @@ def _thresholds(fail_under=None, max_perplexity=None):
         except ValueError: raise ConfigError(f'--fail-under {shorten(repr(text), 60)}: write METRIC=VALUE, e.g. rougeL=0.2') from None
     return found
 
-def _judged(report, thresholds=None):
+def _judged(report, thresholds=None, everything=False):
     "A report as an answer; if a threshold is not met its exit code is that of `ThresholdError`."
     missed = report.misses(thresholds) if thresholds else []
     for line in missed: logger.info('threshold not met: %s', line)
-    return _Answer(report.to_dict() | ({'missed': missed} if thresholds else {}), repr(report), ThresholdError.exit_code if missed else 0)
+    return _Answer(report.to_dict() | ({'missed': missed} if thresholds else {}), '\n\n'.join([repr(report), *([report.table().text] if everything else [])]), ThresholdError.exit_code if missed else 0)
 
 # %% ../nbs/34_cli.ipynb #2ffbc28b
-def _load_chat(model):
+def _load_chat(model, cfg):
     "Model and tokenizer of a run folder, or of a base model by name."
+    tell(_loading(cfg.model) + (f' with the adapter of {redact(model)}' if str(model) != cfg.model.model_name else '')) # before the imports, which take seconds
     from llama_nb.model import load_model, load_tokenizer, load_tuned
-    if (Path(model)/'config.yaml').is_file(): return (*load_tuned(model), _run_config(model).data.template)
-    cfg = load_config(overrides=[f'model.model_name={json.dumps(str(model))}']).model
-    return load_model(cfg), load_tokenizer(cfg.model_name), 'auto'
+    if _is_run(model): return load_tuned(model)
+    return load_model(cfg.model), load_tokenizer(cfg.model.model_name)
+
+def _is_run(model): return (Path(model)/'config.yaml').is_file()
+
+def _trained_system(run):
+    "The system message that the training data of a run have in common; `None` where the folder does not tell."
+    try: return json.loads((Path(run)/'data.json').read_text(encoding='utf-8'))['chat']['system']
+    except (OSError, ValueError, KeyError, TypeError): return None
 
 @app.command('chat')
 @_command
 def _chat(
     model:Annotated[str, typer.Argument(metavar='RUN', help='Folder of a run, or a base model by name.')],
-    prompt:Annotated[Optional[str], typer.Option('--prompt', help='_Answer this once, then stop.', show_default=False)]=None,
-    system:Annotated[Optional[str], typer.Option('--system', help='System message.', show_default=False)]=None,
+    prompt:Annotated[Optional[str], typer.Option('--prompt', help='Answer this once, then stop.', show_default=False)]=None,
+    system:Annotated[Optional[str], typer.Option('--system', help="System message; '' for none. A run uses that of its training data unless you give one.", show_default=False)]=None,
     max_new_tokens:Annotated[int, typer.Option('--max-new-tokens', min=1, help='Longest reply, in tokens.')]=256,
     sample:Annotated[bool, typer.Option('--sample', help='Draw the reply at random instead of taking the likeliest tokens.')]=False,
     as_json:_Json=False,
 ):
     "Talk to a run or to a base model."
     if prompt is None and as_json: raise ConfigError('--json answers once: add --prompt TEXT')
-    net, tokenizer, template = _load_chat(model)
-    settings = dict(template=template, max_new_tokens=max_new_tokens, do_sample=sample)
-    if prompt is None: return _talk(net, tokenizer, system, settings)
-    from llama_nb.generate import generate_replies
-    messages = [*([{'role': 'system', 'content': system}] if system else []), {'role': 'user', 'content': prompt}]
-    reply = generate_replies(net, tokenizer, [messages], **settings)[0]
-    return _Answer({'model': model, 'prompt': prompt, 'reply': reply.text, 'ended': reply.ended, 'num_tokens': len(reply.token_ids), 'settings': settings}, plain_text(reply.text))
-
-def _talk(net, tokenizer, system, settings):
-    "Chat line by line until the input ends; replies appear as they are made."
+    cfg = _run_config(model) if _is_run(model) else load_config(overrides=[f'model.model_name={json.dumps(str(model))}'])
+    if system is None and (system := _trained_system(model)): tell(f"system message of the training data: {shorten(repr(system), 100)} (--system '' for none)")
+    net, tokenizer = _load_chat(model, cfg)
     from llama_nb.generate import ChatSession
-    session = ChatSession(net, tokenizer, system=system, **settings)
-    _say('/reset forgets the conversation, /exit ends it')
+    settings = dict(template=cfg.data.template, max_new_tokens=max_new_tokens, do_sample=sample)
+    session = ChatSession(net, tokenizer, system=system or None, **settings)
+    if prompt is None: return _talk(session)
+    if not as_json: _reply(session, prompt)
+    else: session.say(prompt)
+    reply = session.last
+    return _Answer({'model': model, 'prompt': prompt, 'system': session.system, 'reply': reply.text, 'ended': reply.ended, 'num_tokens': len(reply.token_ids), 'settings': settings}, '')
+
+def _reply(session, text):
+    "Write a reply as it is made; one that was cut ends with a sign."
+    for piece in session.stream(text): _say(plain_text(piece), end='')
+    _say('' if session.last.ended else ' …')
+    if not session.last.ended: tell(f"… cut at {session.settings['max_new_tokens']} tokens; --max-new-tokens allows more")
+
+_COMMANDS = {'/help': 'list these commands', '/reset': 'forget the conversation', '/exit': 'end the chat, as /quit and the end of the input do'}
+
+def _talk(session):
+    "Chat line by line until the input ends."
+    _say('/help lists the commands, /exit ends the chat')
     while True:
         _say('you: ', end='')
         line = sys.stdin.readline()
-        if not line or line.strip() in ('/exit', '/quit'): break
-        if line.strip() == '/reset': session.reset()
-        elif line.strip():
-            for piece in session.stream(line.strip()): _say(plain_text(piece), end='')
-            _say()
+        text = line.strip()
+        if not line or text in ('/exit', '/quit'): break
+        if text == '/help': _say('\n'.join(f'{name:8}{does}' for name,does in _COMMANDS.items()))
+        elif text == '/reset':
+            session.reset()
+            tell('a new conversation begins')
+        elif re.fullmatch(r'/\w*', text.partition(' ')[0]): _say(f"{plain_text(text.partition(' ')[0])} is not a command; /help lists them, and a second slash in front sends it as text")
+        elif text: _turn(session, text[1:] if text.startswith('//') else text)
     return _Answer({}, '')
 
+def _turn(session, text):
+    "One turn; what goes wrong in it does not end the chat."
+    try: _reply(session, text)
+    except KeyboardInterrupt: _say(' … stopped')
+    except Exception as e:
+        if _debug(): traceback.print_exception(e)
+        _say()
+        print(f'llama-nb: {one_line(e)}; the chat goes on', file=sys.stderr)
+
 # %% ../nbs/34_cli.ipynb #09e2ebf9
+_BLOCKING, _ADVISED = ('not encodable',), ('leak', 'near leak', 'secret', 'empty') # training refuses the first; the second should not be in a set
+
+def _stage(text):
+    "A stage line for who sits before a terminal; a script's stderr is for what went wrong."
+    if can_show_progress(): tell(text)
+
+def _read_all(cfg):
+    "The good rows as splits, and what would be refused: the error, or `None`. Raises `DataError` for what cannot be read at all."
+    from llama_nb.data import DataSplits, TooFewError, data_report, load_data
+    from llama_nb.formats import Conversations
+    def read(**options): # as asked for, but that the report names the bad rows
+        found = load_data(cfg.data, on_bad='skip', **options)
+        settings = found.report.settings | dict(on_bad=cfg.data.on_bad)
+        return dataclasses.replace(found, report=dataclasses.replace(found.report, settings=settings))
+    def news(record): return record.levelno < logging.WARNING # the report says more of the skipped rows
+    logger.addFilter(news)
+    try: return read(), None
+    except TooFewError as e: return read(val_size=0), e
+    except DataError as e:
+        if not e.faults: raise
+        none = Conversations((), Path(cfg.data.dataset_name).name, '', e.faults, len(e.faults))
+        return DataSplits(none, none, data_report([], [], [none])), e
+    finally: logger.removeFilter(news)
+
+def _write(found, folder, complete):
+    "What was written; of a set with bad rows that nobody allowed to leave out, only the accounts."
+    from llama_nb.data import save_accounts, save_data
+    return [str(p) for p in (save_data if complete else save_accounts)(found, folder)]
+
+def _assigned(key, value):
+    "A setting as a word for a shell that is read back as this text."
+    section, _, name = key.partition('.')
+    try: same = getattr(getattr(load_config(overrides=[f'{key}={value}']), section), name) == value
+    except ConfigError: same = False
+    return shlex.quote(f'{key}={value if same else json.dumps(value)}')
+
+def _free_folder(source):
+    "A folder for the cleaned set: `clean`, unless something else stands there."
+    ours = not Path('clean').exists() or (Path('clean')/'accounts'/'report.json').exists()
+    return 'clean' if ours else f'{Path(source).stem}_clean'
+
+def _start(cfg, model, preset, config):
+    "The words of `train` and `data` that say which model: file, preset, or the preset of this model."
+    if config: return ['--config', shlex.quote(str(config))], cfg
+    if preset: return ['--preset', preset], cfg
+    name = next((n for n,c in ((n, named_preset(n)) for n in PRESETS) if c.model.model_name == cfg.model.model_name), None)
+    return (['--preset', name], named_preset(name)) if name else (['--preset', 'llama3-8b', _assigned('model.model_name', cfg.model.model_name)], named_preset('llama3-8b'))
+
+def _next(source, overrides, cfg, found, refused, allowed, wanted, output, written, model, preset, config):
+    "The command to go on with."
+    typed = [shlex.quote(w) for w in overrides if not w.startswith('data.on_bad=')]
+    chosen = (['--config', shlex.quote(str(config))] if config else []) + (['--preset', preset] if preset else []) + (['--model', shlex.quote(model)] if model else [])
+    again, bad = ['llama-nb data', shlex.quote(source), *chosen, *typed], bool(found.report.bad)
+    if not found.train: return 'correct the rows, then: ' + ' '.join(again)
+    if refused: return 'add conversations, or hold none out: ' + ' '.join([*again, 'data.on_bad=skip'*bad, 'data.val_size=0']).replace('  ', ' ')
+    stop = [*_BLOCKING, *(['too long'] if cfg.data.on_overflow == 'raise' else [])]
+    counts = found.report.counts
+    propose = [k for k in counts if k in stop or k in _ADVISED and not written]
+    if propose or not allowed or found.removed and not written:
+        kinds = [*dict.fromkeys(k for k in [*wanted, *propose] if k != 'bad rows')]
+        fixes = [w for k in kinds for w in ('--fix', k.replace(' ', '_'))]
+        return ' '.join([*again, *(['data.on_bad=skip'] if bad else []), *fixes, '-o', shlex.quote(str(output or _free_folder(source)))])
+    base, start = _start(cfg, model, preset, config)
+    named = ['data.dataset_name=both', 'data.data_path=sample'] if source == 'sample' else [_assigned('data.dataset_name', source)]
+    if written:
+        named = [_assigned('data.dataset_name', str(output))]
+        typed = [w for w in typed if not w.startswith('data.') or w.startswith(('data.template=', 'data.train_on=', 'data.on_overflow='))]
+    elif bad: typed.append('data.on_bad=skip')
+    if found.report.tokens.get('max', 0) > start.model.max_length: typed.append(f'model.max_length={cfg.model.max_length}') # what was checked is what is trained
+    return ' '.join(['llama-nb train', *base, *named, *dict.fromkeys(typed)])
+
+# %% ../nbs/34_cli.ipynb #a828ea4a
+_MAX_BAD = 50
+_REST = 'all of them: --json, or -o FOLDER, which writes FOLDER/accounts/bad_rows.jsonl'
+
+def _as_object(found, bad, code, refused):
+    "The answer of `data` for `--json`: all rows, not only the first of each kind."
+    rows = [dict(file=b.source.file, line=b.source.line, field=b.field, problem=redact(b.problem), fix=_as_typed(b.fix)) for b in bad]
+    findings = [dict(kind=f.kind, part=f.part, file=f.row and f.row.file, line=f.row and f.row.line, detail=f.detail) for f in found.report.findings]
+    told = {'report': found.report.to_dict(), 'bad_rows': rows, 'findings': findings, 'removed': len(found.removed), 'exit_code': code}
+    return told if not code else told | {'error': _as_typed(refused), 'faults': [redact(b) for b in bad]}
+
+def _as_text(report, refused, views, end, go_on):
+    "The answer of `data` for people, in color where the terminal has it."
+    out = _terminal.get() or sys.stdout
+    width, colored = shutil.get_terminal_size().columns if out.isatty() else None, can_show_color(out)
+    lines = [line if line.label.strip() == 'settings' else line._replace(text=_as_typed(line.text)) for line in report.lines(_MAX_BAD, _REST, refused)]
+    last = text_lines([Line('next: ', go_on, ('green', 'bold'))], colored=colored) # not wrapped: it is there to be copied
+    return '\n\n'.join([text_lines(lines, width, colored), *views, *(['\n'.join(end)] if end else []), last])
+
 @app.command('data')
 @_command
 def _data(
     source:Annotated[str, typer.Argument(metavar='SOURCE', help='File, folder or Hub id; or alpaca, dailydialog, both; or sample.')], overrides:_Overrides=None,
     show:Annotated[int, typer.Option('--show', min=0, help='Conversations to show as the model will see them.')]=1,
-    model:Annotated[str, typer.Option('--model', help='Model whose tokenizer and template are used.')]='demo',
+    model:Annotated[Optional[str], typer.Option('--model', help='Model whose tokenizer and template are used; without it that of the preset or file, else demo.', show_default=False)]=None,
+    config:_ConfigFile=None, preset:_Preset=None,
     check:Annotated[bool, typer.Option(help='Read the texts: repeats, leaks, secrets, languages, lengths.')]=True,
-    fix:Annotated[Optional[list[str]], typer.Option('--fix', metavar='KIND', help="Leave out conversations with this finding, or 'all'; may be repeated.", show_default=False)]=None,
+    fix:Annotated[Optional[list[str]], typer.Option('--fix', metavar='KIND', help="Leave out conversations with this finding, e.g. near_leak; 'bad_rows'; or 'all'. May be repeated.", show_default=False)]=None,
     output:Annotated[Optional[Path], typer.Option('--output', '-o', metavar='FOLDER', help='Write the set there, with its report and every row left out.', show_default=False)]=None,
     as_json:_Json=False,
 ):
-    "Report on a data set, and show which tokens would be taught."
-    named = ['data.dataset_name=both', 'data.data_path=sample'] if source == 'sample' else [f'data.dataset_name={json.dumps(source)}']
-    cfg = load_config(overrides=[*named, f'model.model_name={json.dumps(model)}', *(overrides or [])])
-    from llama_nb.data import check_data, load_data, save_data
-    found = load_data(cfg.data)
-    if check or fix:
+    "Report on a data set: every bad row, what the texts hold, and which tokens would be taught."
+    named = ['data.dataset_name=both', 'data.data_path=sample'] if source == 'sample' else [f'data.dataset_name={json.dumps(source)}', *(['data.data_path=null'] if preset or config else [])]
+    named += [f'model.model_name={json.dumps(model or "demo")}'] if model or not (preset or config) else []
+    cfg = _resolve(config, preset, [*named, *(overrides or [])])
+    _stage(f'reading {source}')
+    from llama_nb.data import BAD_ROWS, check_data, fixes
+    wanted = fixes(fix or ())
+    found, error = _read_all(cfg)
+    bad, refused = found.report.bad, error.message if error else ''
+    allowed = not error and (not bad or cfg.data.on_bad == 'skip' or BAD_ROWS in wanted)
+    if not allowed and not refused: refused = f'training refuses this set until its bad row{"s"[:len(bad) > 1]} {"are" if len(bad) > 1 else "is"} corrected, or left out with data.on_bad=skip'
+    if (check or fix) and found.train:
+        _stage(f'loading the tokenizer of {cfg.model.model_name}')
         from llama_nb.model import load_tokenizer
-        found = check_data(found, load_tokenizer(cfg.model.model_name, revision=cfg.model.revision), cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix='all' if fix == ['all'] else fix or ())
-    written = [str(p) for p in save_data(found, output)] if output else []
-    masks, views = _masks([*found.train, *found.validation], cfg, show) if show else ({}, [])
-    text = [repr(found.report), *views, *([f"masks exact: {masks['exact']} of {masks['total']}"] if masks else []), *([f'removed: {len(found.removed)}'] if fix else []), *[f'wrote {p}' for p in written]]
-    return _Answer({'report': found.report.to_dict(), 'masks': masks, 'shown': views, 'removed': len(found.removed), 'written': written}, '\n\n'.join(text))
+        tokenizer = load_tokenizer(cfg.model.model_name, revision=cfg.model.revision)
+        _stage(f'checking {len(found.train) + len(found.validation):,} conversations')
+        found = check_data(found, tokenizer, cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix=wanted)
+    written = _write(found, output, allowed) if output else []
+    masks, views = _masks([*found.train, *found.validation], cfg, show) if show and found.train else ({}, [])
+    go_on = _next(source, overrides or [], cfg, found, error, allowed, wanted, output, written if allowed else [], model, preset, config)
+    code = 0 if allowed else DataError.exit_code
+    if code and not (_terminal.get() or sys.stdout).isatty(): _fail(DataError(one_line(DataError(f'{source}: {refused}', bad), 400))) # for a script's log
+    if as_json: return _Answer(_as_object(found, bad, code, refused) | {'masks': masks, 'shown': views, 'written': written, 'next': go_on}, '', code)
+    end = [f"masks exact: {masks['exact']} of {masks['total']}"] if masks else []
+    end += ([f'removed: {len(found.removed)}'] if fix else []) + [f'wrote {p}' for p in written]
+    if written and not allowed: end.append('the set itself is written once its bad rows are corrected or left out')
+    return _Answer({}, _as_text(found.report, refused, views, end, go_on), code)
 
 # %% ../nbs/34_cli.ipynb #c0cbf676
 @app.command('plan')

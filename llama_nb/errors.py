@@ -50,7 +50,7 @@ class CheckpointError(LlamaNbError):
 
 # %% ../nbs/00_errors.ipynb #c0ba56b5
 class DataError(LlamaNbError, ValueError):
-    "Rows can not be used as they are; `.faults` holds one line per fault."
+    "Rows cannot be used as they are; `.faults` holds one entry per fault, and the message shows the first twenty."
     exit_code = 4
 
     def __init__(self,
@@ -60,7 +60,9 @@ class DataError(LlamaNbError, ValueError):
         self.message, self.faults = message, tuple(faults)
         super().__init__(message, self.faults) # both, so that the error survives pickling between processes
 
-    def __str__(self): return '\n'.join([self.message, *(f'  {fault}' for fault in self.faults)])
+    def __str__(self):
+        more = len(self.faults) - 20
+        return '\n'.join([self.message, *(f'  {fault}' for fault in self.faults[:20]), *([f'  … and {more} more'] if more > 0 else [])])
 
 # %% ../nbs/00_errors.ipynb #f99ba6ce
 class OutOfMemoryError(ResourceError, MemoryError):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['bitsandbytes', 'KEEP_LOGS', 'SafeTrainer', 'new_window', 'save_adapter', 'Guard', 'describe_rows', 'skip_update_if_',
            'Late', 'FiniteGuard', 'SpikeGuard', 'is_out_of_memory', 'out_of_memory', 'InterruptGuard', 'EventLog',
-           'same_random_state', 'SampleGuard', 'ProgressBar', 'tracked_config', 'Tracker', 'guards']
+           'same_random_state', 'SampleGuard', 'rehearsing', 'TrialGuard', 'ProgressBar', 'PaceGuard', 'in_notebook',
+           'LiveView', 'tracked_config', 'Tracker', 'guards']
 
 # %% ../nbs/22_guards.ipynb #30ea902f
 from .quantization import _bitsandbytes
@@ -14,11 +15,14 @@ from .quantization import _bitsandbytes
 bitsandbytes = _bitsandbytes() # first, and quietly: importing transformers' trainer imports it too, with a note on a kernel nobody asked for
 
 # %% ../nbs/22_guards.ipynb #b87d7fdd
+import copy
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -30,11 +34,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .checkpoints import rotate_checkpoints, stage_checkpoint
+from .checkpoints import _no_space, rotate_checkpoints, stage_checkpoint, verify_checkpoint
 from .errors import CheckpointError, DivergenceError, LlamaNbError, NonFiniteError, OutOfMemoryError, import_extra, logger, one_line, shorten
 from .memory import GiB, cheapest_changes
-from .runs import Run, write_json
-from .views import can_show_progress
+from .runs import Run, RunView, cell_number, spoken_time, write_json
+from .views import View, can_show_progress, tell
 
 # %% ../nbs/22_guards.ipynb #c1ff81f8
 class SafeTrainer:
@@ -43,6 +47,7 @@ class SafeTrainer:
     Takes `run` (a `Run`) and `run_facts` (kept as `run.json` in each checkpoint) besides the trainer's own arguments."""
     def __init__(self, *args, run:Run, run_facts:dict|None=None, **kwargs):
         self.run, self.run_facts, self.window, self.phase, self._stage = run, run_facts or {}, new_window(), 'start', None
+        self.saved_step = None # of the newest checkpoint that this trainer wrote
         super().__init__(*args, **kwargs)
         for callback in self.callback_handler.callbacks: self._bind(callback)
 
@@ -53,6 +58,11 @@ class SafeTrainer:
     def guards(self)->list:
         "Those of our guards that are on."
         return [c for c in self.callback_handler.callbacks if isinstance(c, Guard)]
+
+    @property
+    def is_shown(self)->bool:
+        "Whether somebody looks at a bar or a live view of this training."
+        return any(isinstance(c, (ProgressBar, LiveView)) for c in self.callback_handler.callbacks)
 
     def add_callback(self, callback):
         super().add_callback(callback)
@@ -83,6 +93,28 @@ class SafeTrainer:
         self.phase = 'evaluation'
         return super().evaluate(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        "As stock, but a checkpoint that is due is saved before the evaluation of the same step."
+        if self.control.should_evaluate and self.control.should_save:
+            self.control.should_evaluate = False
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            asked = any(getattr(g, 'requested', None) for g in self.guards) # to stop, while it was saved: the next start evaluates
+            self.control.should_evaluate = not asked or self.state.global_step >= self.state.max_steps
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(self, trial, *args, **kwargs):
+        "As stock, but what fails in an evaluation takes no step with it."
+        try: return super()._evaluate(trial, *args, **kwargs)
+        except Exception:
+            self._save_after_failure(trial)
+            raise
+
+    def _save_after_failure(self, trial):
+        "Keep the steps since the last checkpoint, unless the loss has left its range."
+        if self.saved_step == self.state.global_step or any(isinstance(g, SpikeGuard) and g.count for g in self.guards): return
+        try: self._save_checkpoint(self.model, trial)
+        except Exception as e: logger.warning('no checkpoint of step %s: %s', self.state.global_step, one_line(e))
+
 # %% ../nbs/22_guards.ipynb #efc31cbb
 KEEP_LOGS = 2000 # Lines of `trainer.state.log_history`
 
@@ -106,6 +138,7 @@ def _save_checkpoint(self, model, trial=None, **kwargs):
         for path in inner.iterdir(): path.rename(stage/path.name)
         inner.rmdir()
         write_json(stage/'run.json', self.run_facts)
+    self.saved_step = step
     rotate_checkpoints(self.run.folder, max(2, self.args.save_total_limit or 2), self.run.id)
 
 def _save(self, output_dir=None, *args, **kwargs): save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
@@ -281,7 +314,7 @@ class SpikeGuard(Guard):
         return control
 
 # %% ../nbs/22_guards.ipynb #c0faf3f8
-_PARTS = {'forward and backward': ('activations', 'logits and loss', 'one layer backwards', 'workspace'), 'optimizer step': ('optimizer', 'gradients'),
+_PARTS = {'forward and backward': ('activations', 'logits and loss', 'backward pass of one layer', 'workspace'), 'optimizer step': ('optimizer', 'gradients'),
           'evaluation': ('logits and loss', 'workspace'), 'saving': ('trained weights',)} # what each phase brings to the plan
 
 def _size(num_bytes): return f'{num_bytes/GiB:.2f} GiB' if num_bytes >= GiB/10 else f'{num_bytes/2**20:.2f} MiB'
@@ -304,9 +337,9 @@ def out_of_memory(
     settings = dict(pair.split('=', 1) for c in changes for pair in c['setting'].split()) # of two values of one setting the last counts
     advice = [f'{k}={v}' for k,v in settings.items()]
     room = f', there are {_size(room_bytes)}' if room_bytes else ''
-    table = '\n'.join(f"{'> ' if name == part else '  '}{name:<20}{_size(size):>12}" for name,size in parts.items())
+    table = '\n'.join(f"{'> ' if name == part else '  '}{name:<27}{_size(size):>12}" for name,size in parts.items())
     return OutOfMemoryError(f'out of memory in the {phase}: the largest part of it is {part} with {_size(parts[part])}, the whole plan needs {_size(memory_plan.total)}{room}; '
-                            f"set {' '.join(advice) or 'model.model_name to a smaller one'}, then train again", f'{table}\n  {"together":<20}{_size(memory_plan.total):>12}', advice)
+                            f"set {' '.join(advice) or 'model.model_name to a smaller one'}, then train again", f'{table}\n  {"together":<27}{_size(memory_plan.total):>12}', advice)
 
 # %% ../nbs/22_guards.ipynb #0b9098fd
 class InterruptGuard(Guard):
@@ -331,9 +364,20 @@ class InterruptGuard(Guard):
         finally:
             for s,handler in before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def owes(self,
+        args, # `TrainingArguments`
+        state, # `TrainerState` that was loaded from a checkpoint; changed in place
+    )->bool: # Whether the evaluation of its step is still to be made
+        "Look whether the step of a checkpoint was evaluated. Its own history ends before that, since it was saved first; a result that the run knows is put there."
         due = args.eval_strategy == 'steps' and state.global_step > 0 and state.global_step % state.eval_steps == 0
-        self.owed = bool(due and self.run and state.global_step not in dict(self.run.metrics('eval_loss'))) # the stop was in a hurry
+        if not due or not self.run: return False
+        found = next((e for e in self.run.events()[::-1] if e['kind'] == 'eval' and e.get('step') == state.global_step), None)
+        if found is None or state.global_step not in dict(self.run.metrics('eval_loss')): return True
+        if not any('eval_loss' in h and h['step'] == state.global_step for h in state.log_history):
+            state.log_history.append({**{k: v for k,v in found.items() if k.startswith('eval_')}, 'epoch': state.epoch, 'step': state.global_step})
+        return False
+
+    def on_train_begin(self, args, state, control, **kwargs): self.owed = self.owes(args, state)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.owed: self.trainer.evaluate()
@@ -347,13 +391,14 @@ class InterruptGuard(Guard):
         if self.requested and state.global_step < state.max_steps: control.should_evaluate = False
         return self._stop(state, control)
 
-    def on_evaluate(self, args, state, control, **kwargs): return self._stop(state, control) # asked meanwhile: a save comes next
+    def on_evaluate(self, args, state, control, **kwargs): return self._stop(state, control) # asked meanwhile: a save comes next, if it was not before
     def on_save(self, args, state, control, **kwargs):
         if self.requested: control.should_training_stop = True # asked while it was saved: nothing is left to do
         return control
 
     def _stop(self, state, control):
-        if self.requested and state.global_step < state.max_steps: control.should_save = control.should_training_stop = True
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save, control.should_training_stop = self.trainer.saved_step != state.global_step, True
         return control
 
 # %% ../nbs/22_guards.ipynb #8a9743c8
@@ -400,17 +445,84 @@ class SampleGuard(Guard):
         samples, # Function without arguments; returns dictionaries such as `{'prompt': ..., 'reply': ...}`
     ): self.run, self.samples = run, samples
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        training, since = model is not None and model.training, time.monotonic()
+    def make(self)->list:
+        "The samples; model and random states are afterwards as before."
+        model = self.trainer.model
+        training = model.training
         try:
-            with same_random_state(): rows = list(self.samples())
+            with same_random_state(): return list(self.samples())
+        finally: model.train(training)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        since = time.monotonic()
+        try:
+            rows = self.make()
             path = self.run.folder/'samples'/f'step-{state.global_step}.jsonl'
             path.parent.mkdir(exist_ok=True)
             path.write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8')
             self.run.log('samples', step=state.global_step, count=len(rows), seconds=round(time.monotonic() - since, 4))
         except Exception as e: logger.warning('no samples at step %s: %s', state.global_step, one_line(e))
-        finally:
-            if model is not None: model.train(training)
+
+# %% ../nbs/22_guards.ipynb #248b3f2f
+@contextmanager
+def rehearsing(
+    trainer:SafeTrainer, # In training, before a step
+): # A run of its own to write to
+    "Inside the block a trainer evaluates and saves as ever; afterwards state, callbacks, random numbers and folder are as before."
+    names = ('run', 'state', 'control', 'callback_handler', 'phase', 'saved_step')
+    kept, folder = {name: getattr(trainer, name) for name in names}, trainer.run.folder/'.tmp-trial'
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        run, deaf = Run(folder), copy.copy(trainer.callback_handler)
+        run.log('created', id=trainer.run.id)
+        deaf.call_event = lambda event, args, state, control, **kwargs: control
+        trainer.run, trainer.callback_handler = run, deaf
+        trainer.state, trainer.control = copy.deepcopy(trainer.state), copy.copy(trainer.control)
+        training = trainer.model.training
+        with same_random_state(): yield run
+        trainer.model.train(training)
+    finally:
+        for name,value in kept.items(): setattr(trainer, name, value)
+        shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/22_guards.ipynb #bab7039f
+@contextmanager
+def _trying(what):
+    "Turn what fails inside the block into one line."
+    try: yield
+    except Exception as e:
+        if isinstance(e, LlamaNbError) or is_out_of_memory(e) or _no_space(e): raise
+        raise LlamaNbError(f'{what} failed before the first step: {one_line(e)}; training would have stopped there later, so it was not begun; LLAMA_NB_DEBUG=1 shows where') from e
+
+class TrialGuard(Guard):
+    """Before the first step: scores one validation batch, makes the sample replies, saves one checkpoint and publishes the adapter, and removes it all.
+
+    Raises what is wrong in one line, `LlamaNbError` or one of its kin, from within training."""
+    def __init__(self,
+        run:Run, # Told how long it took
+        publish=None, # Called with a `Run` to write the finished adapter to; `None`: nothing is published
+    ): self.run, self.publish = run, publish
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, spent, since = self.trainer, {}, time.monotonic()
+        def note(name): spent[name] = round(time.monotonic() - since - sum(spent.values()), 4)
+        rows = trainer.eval_dataset if args.eval_strategy != 'no' else None
+        tell('trying one validation batch and one save' if rows is not None else 'trying one save')
+        with rehearsing(trainer) as run:
+            if rows is not None:
+                with _trying('an evaluation'): trainer.evaluate([rows[i] for i in range(min(len(rows), args.per_device_eval_batch_size))])
+                note('evaluation_seconds')
+            for guard in trainer.guards:
+                if isinstance(guard, SampleGuard):
+                    with _trying('making sample replies'): guard.make()
+                    note('samples_seconds')
+            with _trying('saving a checkpoint'): trainer._save_checkpoint(trainer.model, None)
+            if problems := verify_checkpoint(run.checkpoints()[-1], run.id): raise CheckpointError(f'a checkpoint that was just saved is damaged: {problems[0]}; is the disk sound?')
+            if self.publish is not None:
+                with _trying('writing the adapter'): self.publish(run)
+            note('save_seconds')
+        self.run.log('trial', seconds=round(time.monotonic() - since, 4), **spent)
 
 # %% ../nbs/22_guards.ipynb #b917b827
 class ProgressBar(Guard):
@@ -433,6 +545,75 @@ class ProgressBar(Guard):
     def close(self):
         if self.bar is not None: self.bar.close()
     def on_train_end(self, args, state, control, **kwargs): self.close()
+
+# %% ../nbs/22_guards.ipynb #691cce30
+class PaceGuard(Guard):
+    "Says how many steps there are and, after the first few, how long they will take."
+    def __init__(self,
+        measure:bool=True, # Say how long; false where a bar or a live view shows it
+    ): self.measure, self.since = measure, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.since = state.global_step, None
+        left = state.max_steps - state.global_step
+        tell(f"training: {left} {'steps' if left != 1 else 'step'}" + (f' of {state.max_steps}' if state.global_step else ''))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.measure: return
+        if self.since is None: self.since = time.monotonic() # the first step warms up, so it is not counted
+        timed, left, spent = state.global_step - self.first - 1, state.max_steps - state.global_step, time.monotonic() - self.since
+        if timed < 1 or left < 1 or (timed < 5 and spent < 5): return
+        self.measure = False # told once
+        with _above_bars(): tell(f'{state.max_steps} steps, about {spoken_time(spent/timed*left)} left')
+
+@contextmanager
+def _above_bars():
+    "Write above the bars on the screen, which are drawn again afterwards."
+    bars = sys.modules.get('tqdm.std')
+    if bars is None: yield
+    else:
+        with bars.tqdm.external_write_mode(): yield
+
+# %% ../nbs/22_guards.ipynb #d66a84ae
+def in_notebook()->bool: # Whether this is a cell of a running notebook
+    "True in a Jupyter kernel, of whichever front end; false in a terminal, in IPython's too, and in a script."
+    interactive = sys.modules.get('IPython')
+    return hasattr(interactive and interactive.get_ipython(), 'kernel')
+
+class LiveView(Guard):
+    "The run as `watch` shows it, drawn anew in its place while it trains."
+    def __init__(self,
+        run:Run, # What to show
+        every_s:float=2.0, # Seconds between two drawings, at least
+    ): self.run, self.every_s, self.handle, self.next_s, self.failed = run, every_s, None, 0.0, False
+
+    def draw(self,
+        now:bool=False, # Do not wait for the next turn
+    ):
+        "Draw, if it is time."
+        since = time.monotonic()
+        if self.failed or (since < self.next_s and not now): return
+        try:
+            view = RunView(self.run)
+            still = View(view.html, view.text, view.figure) # without the thread by which a `RunView` keeps itself current
+            if self.handle is None:
+                from IPython.display import display
+                self.handle = display(still, display_id=True)
+            else: self.handle.update(still)
+        except Exception as e:
+            self.failed = True
+            logger.warning('no live view: %s', one_line(e))
+        self.next_s = time.monotonic() + max(self.every_s, 20*(time.monotonic() - since))
+
+    def finish(self):
+        "Draw the end of the run, which then need not be drawn once more as the result of the cell."
+        self.draw(now=True)
+        if self.handle is not None and not self.failed: self.run.drawn_in = cell_number()
+
+    def on_train_begin(self, args, state, control, **kwargs): self.draw()
+    def on_log(self, args, state, control, **kwargs): self.draw()
+    def on_step_end(self, args, state, control, **kwargs): self.draw()
+    def on_save(self, args, state, control, **kwargs): self.draw()
 
 # %% ../nbs/22_guards.ipynb #6b9af9d7
 _TRACKED = {'model': ('use_4bit', 'bnb_4bit_quant_type', 'use_nested_quant', 'max_length'), 'lora': ('r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora'),
@@ -496,11 +677,14 @@ def guards(
     run:Run, # The run to write to
     tokenizer=None, # Shows the text of faulty rows
     samples=None, # Function without arguments that returns sample replies; `None`: none
-    progress:bool|None=None, # Show a bar; `None`: where somebody can see it
+    progress:bool|None=None, # Show a live view in a notebook, elsewhere a bar; `None`: where somebody can see it
     report_to=(), # Trackers: `'tensorboard'`, `'wandb'`
+    publish=None, # Called with a `Run` to write the finished adapter to, which is tried before the first step; `None`: nothing is published
 )->list: # Callbacks for `transformers.Trainer(callbacks=...)` behind `SafeTrainer`
     "The callbacks every trainer of ours shares."
-    found = [FiniteGuard(tokenizer), SpikeGuard(run, tokenizer), InterruptGuard(run), EventLog(run), *(Tracker(run, name) for name in report_to)]
+    shows = can_show_progress() if progress is None else progress
+    live = shows and in_notebook()
+    found = [FiniteGuard(tokenizer), SpikeGuard(run, tokenizer), InterruptGuard(run), TrialGuard(run, publish), PaceGuard(measure=not live), EventLog(run), *(Tracker(run, name) for name in report_to)]
     if samples is not None: found.append(SampleGuard(run, samples))
-    if can_show_progress() if progress is None else progress: found.append(ProgressBar())
+    if shows: found.append(LiveView(run) if live else ProgressBar())
     return found

@@ -25,6 +25,7 @@ from .fastpath import batch_loss, compile_layers_, compiled_gap, fp8_copies_, fp
 from .memory import decide
 from .packing import PackedCollator, PackedRow, pack
 from .runs import Run
+from .views import progress
 
 # %% ../nbs/29_loop.ipynb #e8c71be6
 class EpochOrder(Sampler):
@@ -84,7 +85,8 @@ class PackedTrainer(SafeTrainer, Trainer):
         self.model.eval()
         total, count = 0.0, 0
         try:
-            for i in range(0, len(rows), size):
+            batches = range(0, len(rows), size)
+            for i in progress(batches, 'validation', unit='batch') if self.is_shown else batches:
                 batch = collate(rows[i:i+size])
                 batch.pop('rows')
                 with self.autocast(): nlls = token_nlls(self.model, self._prepare_inputs(batch))

@@ -369,11 +369,14 @@ def _base_name(name):
     return (name, True) if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists() else (Path(name).name, False)
 
 def _scores(folder):
-    "Main figures of the evaluation reports below `eval/`, as texts by name."
+    "Verdict and main figures of the evaluation reports below `eval/`, as texts by name."
     found = {}
     for path in sorted(Path(folder).glob('eval/*/metrics.json')):
-        try: systems = json.loads(path.read_text())['scores']
-        except (OSError, ValueError, KeyError): continue
+        try: saved = json.loads(path.read_text())
+        except (OSError, ValueError): continue
+        if not isinstance(saved, dict): continue
+        systems = saved.get('scores') or {}
+        if saved.get('verdict'): found[f'verdict, {path.parent.name}'] = saved['verdict']
         for metric in ('perplexity', 'bleu', 'rougeL'):
             parts = [f"{s.replace('_', ' ')} {m['value']:.4g}" + (f" ({m['low']:.4g} to {m['high']:.4g})" if m.get('low') is not None else '')
                      for s,values in systems.items() if (m := values.get(metric)) and m.get('value') is not None]

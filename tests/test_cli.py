@@ -26,17 +26,11 @@ def llama_nb(*args, env=None, cwd=None, input=None):
     return subprocess.run([*CLI, *map(str, args)], capture_output=True, text=True, timeout=300, env=environment(**(env or {})), cwd=cwd, input=input)
 
 
-STAGES = ('reading ', 'starting PyTorch', 'encoding ', 'packed into ', 'loading ', 'run: ', 'trying one ', 'training: ')
 
 
 def refused(done, code, *words):
-<<<<<<< HEAD
-    "Assert exit code, one clear line on stderr that holds the words, below the stages it had come to; nothing on stdout."
-    said = [line for line in done.stderr.strip().splitlines() if not line.startswith(STAGES)]
-=======
     "Assert exit code, one clear last line on stderr that holds the words, before it at most stage lines, nothing on stdout."
     *stages, last = done.stderr.strip().splitlines()
->>>>>>> work-d
     assert done.returncode == code, f'exit code {done.returncode}, stderr: {done.stderr[-1500:]}'
     assert 'Traceback' not in done.stderr + done.stdout
     assert done.stdout == ''

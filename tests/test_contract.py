@@ -38,6 +38,8 @@ EVENTS = 'on_train_begin on_train_end on_step_begin on_step_end on_pre_optimizer
 TABLE = [
     # transformers.Trainer: what SafeTrainer and PackedTrainer override, and what they call
     Row(TRAINER + '_save_checkpoint', ('model', 'trial'), 'guards', starts=True),
+    Row(TRAINER + '_maybe_log_save_evaluate', (), 'guards'),
+    Row(TRAINER + '_evaluate', ('trial',), 'guards', starts=True),
     Row(TRAINER + '_get_output_dir', ('trial',), 'guards'),
     Row(TRAINER + '_save', ('output_dir', 'state_dict'), 'guards', starts=True),
     Row(TRAINER + '_load_from_checkpoint', ('resume_from_checkpoint', 'model'), 'guards, train', starts=True),

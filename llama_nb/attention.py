@@ -294,8 +294,8 @@ def _check_flat(query, key, attention_mask, cu_seqlens):
     if cu_seqlens is not None and attention_mask is None and flat: return
     raise ValueError(
         f"packed attention takes one flat row with cu_seqlens and neither mask nor cache, "
-        f"got queries {tuple(query.shape)}, keys {tuple(key.shape)}, mask {'missing' if attention_mask is None else 'given'}, "
-        f"cu_seqlens {'missing' if cu_seqlens is None else 'given'}; "
+        f"got queries {tuple(query.shape)}, keys {tuple(key.shape)}, "
+        f"mask {'missing' if attention_mask is None else 'given'}, cu_seqlens {'missing' if cu_seqlens is None else 'given'}; "
         f"for any other input use `with plain_attention(model):`")
 
 # %% ../nbs/15_attention.ipynb #3360272c

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'escape', 'plain_text', 'View', 'follow_theme_', 'picture', 'side_by_side', 'table', 'bars', 'token_strip',
-           'can_show_progress', 'tell', 'progress', 'live_text', 'can_show_color', 'color', 'Line', 'text_lines']
+           'can_show_progress', 'tell', 'stage', 'progress', 'live_text', 'can_show_color', 'color', 'Line',
+           'text_lines']
 
 # %% ../nbs/02_views.ipynb #a0e93081
 import base64
+import contextlib
 import html
 import io
 import itertools
 import logging
 import os
 import re
+import shutil
 import sys
 import textwrap
-import shutil
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -302,6 +305,31 @@ def tell(
     "Say in one line which stage begins: to the package's logger if a program listens to it, else to the notebook's cell or the terminal."
     if _has_listener(): logger.info('%s', text)
     elif can_show_progress(): print(text, file=sys.stdout if 'ipykernel' in sys.modules else sys.stderr, flush=True)
+
+# %% ../nbs/02_views.ipynb #4b953f63
+@contextlib.contextmanager
+def stage(
+    text:str, # What begins now, as in `tell`
+    delay_s:float=1.0, # Show no counter before this many seconds
+):
+    "`tell` for a stage that cannot be counted: inside the block a terminal shows how long it has been going."
+    tell(text)
+    ended, terminal = threading.Event(), sys.stderr
+    def count():
+        began, width = time.monotonic(), 0
+        while not ended.wait(delay_s):
+            shown = f'  … {time.monotonic() - began:.0f} s'
+            terminal.write(f'\r{shown}')
+            terminal.flush()
+            width = len(shown)
+        if width: terminal.write(f"\r{' '*width}\r")
+    in_terminal = can_show_progress() and 'ipykernel' not in sys.modules
+    counter = threading.Thread(target=count, daemon=True, name='stage') if in_terminal else None
+    if counter: counter.start()
+    try: yield
+    finally:
+        ended.set()
+        if counter: counter.join()
 
 # %% ../nbs/02_views.ipynb #d6f12cd7
 def progress(

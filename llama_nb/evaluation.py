@@ -23,20 +23,25 @@ from .errors import ConfigError, DataError, did_you_mean, exit_code, import_extr
 from .fastpath import _causal_lm, plain_attention
 from .generate import Reply, generate_replies
 from .losses import ConversationLoss, PerplexityEvaluator, _has_adapter, _no_base, adapter_off, measuring
-from .metrics import bleu_signature, bleu_stats, chrf_signature, chrf_stats, distinct, ratio, repetition_stats, rouge_scores, rouge_signature
+from .metrics import (bleu_signature, bleu_stats, chrf_signature, chrf_stats, distinct, ratio, repetition_stats,
+                              rouge_scores, rouge_signature)
 from .report import LABELS, STATISTICS, TITLES, EvaluationReport, share_interval, sign_test
 from .views import PALETTE, View, escape, plain_text, side_by_side, tell
 
-_all_ = ['EvaluationReport', 'PerplexityEvaluator', 'ConversationLoss', 'adapter_off', 'measuring', 'LABELS', 'TITLES'] # at home in chapters before this one, and part of it
+# defined in earlier chapters; part of this module's API too
+_all_ = ['EvaluationReport', 'PerplexityEvaluator', 'ConversationLoss', 'adapter_off', 'measuring', 'LABELS', 'TITLES']
 
 # %% ../nbs/27_evaluation.ipynb #dc2b55f2
 def _with_reference(conversation):
-    "A conversation cut behind its last answer, and that answer."
+    "A conversation up to its last answer, and the text of that answer."
     conversation = as_conversation(conversation)
     last = max((i for i,m in enumerate(conversation.messages) if m.role == 'assistant'), default=0)
-    if last == 0: raise DataError(f"{conversation.row or 'a conversation'}: no answer after a question, so there is nothing to compare a reply with")
+    if last == 0:
+        place = conversation.row or 'a conversation'
+        raise DataError(f'{place}: no answer after a question, so there is nothing to compare a reply with')
     return replace(conversation, messages=conversation.messages[:last + 1]), conversation.messages[last].content
 
+# %% ../nbs/27_evaluation.ipynb #2681be93
 def _text_tables(predictions, references):
     "Sums per reply for each text metric: `{name: (n, k)}`."
     ones = np.ones(len(predictions))
@@ -46,10 +51,10 @@ def _text_tables(predictions, references):
     return dict(bleu=bleu, chrf=chrf, **rouge, length_ratio=bleu[:, :2])
 
 def _reply_tables(replies):
-    "Sums per reply for what needs no reference."
-    counted = {name: np.array([[value(r), 1] for r in replies], dtype=float) for name,value in
-               dict(ended=lambda r: r.ended, mean_length=lambda r: len(r.token_ids)).items()}
-    return counted | dict(repetition=np.stack([repetition_stats(r.text) for r in replies]))
+    "Sums per reply for the metrics that need no reference."
+    return dict(ended=np.array([[r.ended, 1] for r in replies], dtype=float),
+                mean_length=np.array([[len(r.token_ids), 1] for r in replies], dtype=float),
+                repetition=np.stack([repetition_stats(r.text) for r in replies]))
 
 def _signatures(): return dict(bleu=bleu_signature(), chrf=chrf_signature(), rouge=rouge_signature())
 
@@ -59,69 +64,82 @@ def _score(tables):
 
 # %% ../nbs/27_evaluation.ipynb #87c5f21c
 class QualitativeEvaluator:
-    "Replies of a model against the answers that were given; `score` alone needs no model."
+    "Compares a model's replies with the reference answers; `score` alone needs no model."
     def __init__(self,
-        model:nn.Module|None=None, # A causal LM; `None` if only `score` is wanted
+        model:nn.Module|None=None, # A causal LM; `None` if you only call `score`
         tokenizer=None, # Its tokenizer
         template='auto', # As in `encode`
-        max_new_tokens:int=128, # Longest reply
-        do_sample:bool=False, # False: the likeliest token each time
-        temperature:float=0.7, # Only with `do_sample`
-        top_p:float=0.9, # Only with `do_sample`
-        batch_size:int=8, # Conversations at a time
-        seed:int=42, # Of the draw
-        what:str|None='replies', # Name of the progress bar; `None` draws none
+        max_new_tokens:int=128, # Maximum length of a reply
+        do_sample:bool=False, # Sample; False: always the most likely token
+        temperature:float=0.7, # Sampling temperature; only with `do_sample`
+        top_p:float=0.9, # Nucleus sampling; only with `do_sample`
+        batch_size:int=8, # Conversations per batch
+        seed:int=42, # Seed of sampling
+        what:str|None='replies', # Name of the progress bar; `None`: no bar
     ):
         self.model, self.tokenizer, self.what = model, tokenizer, what
-        self.decoding = dict(template=template, max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_p=top_p, batch_size=batch_size, seed=seed)
+        self.decoding = dict(template=template, max_new_tokens=max_new_tokens, do_sample=do_sample,
+                             temperature=temperature, top_p=top_p, batch_size=batch_size, seed=seed)
 
     def score(self,
         predictions:Sequence[str], # Replies
-        references:Sequence[str], # What was wanted, one each
+        references:Sequence[str], # One reference for each
     )->dict: # `bleu chrf rouge1 rouge2 rougeL rougeLsum length_ratio distinct1 distinct2` and `signatures`
-        "Scores of given texts. Raises `DataError` on nothing or unequal lengths."
+        "Scores of given texts. Raises `DataError` for no texts or unequal lengths."
         predictions, references = list(predictions), list(references)
         if len(predictions) != len(references) or not predictions:
-            raise DataError(f'{len(predictions)} predictions and {len(references)} references: give at least one, and as many of one as of the other')
+            counts = f'{len(predictions)} predictions and {len(references)} references'
+            raise DataError(f'{counts}: give at least one prediction, and one reference for each')
         variety = {f'distinct{n}': distinct(predictions, n) for n in (1, 2)}
         return _score(_text_tables(predictions, references)) | variety | dict(signatures=_signatures())
 
     def replies(self,
         conversations:Sequence, # Conversations with at least one answer
-    )->tuple[list[Reply],list[str]]: # The model's replies, and the answers that were given
-        "Answer the last question of each conversation anew. Raises `DataError` for one without an answer."
-        if self.model is None: raise ValueError('no model: give model and tokenizer to make replies; score() works without')
+    )->tuple[list[Reply],list[str]]: # The model's replies, and the reference answers
+        "Generate a new answer to the last question of each conversation. Raises `DataError` for one without an answer."
+        if self.model is None:
+            raise ValueError('no model: give model and tokenizer to make replies; score() works without')
         cut, references = zip(*map(_with_reference, conversations))
-        with measuring(self.model): return generate_replies(self.model, self.tokenizer, list(cut), **self.decoding, what=self.what), list(references)
+        with measuring(self.model):
+            replies = generate_replies(self.model, self.tokenizer, list(cut), **self.decoding, what=self.what)
+        return replies, list(references)
 
     def evaluate(self,
         conversations:Sequence, # Conversations with at least one answer
-    )->dict: # What `score` gives, and `ended` (share), `mean_length` [tokens], `repetition` (share; nan where all replies are short), `num_conversations`
-        "Make replies and score them; raises as `replies` does."
+    )->dict: # `score`'s, `ended` and `repetition` (shares), `mean_length` [tokens], `num_conversations`
+        "Generate replies and score them; raises as `replies` does."
         if not conversations: raise DataError('no conversation to answer: none was given')
         replies, references = self.replies(conversations)
-        return self.score([r.text for r in replies], references) | _score(_reply_tables(replies)) | dict(num_conversations=len(replies))
+        scores = self.score([r.text for r in replies], references) | _score(_reply_tables(replies))
+        return scores | dict(num_conversations=len(replies))
 
 # %% ../nbs/27_evaluation.ipynb #370f666a
 def _is_4bit(model): return any(type(m).__name__ == 'Linear4bit' for m in model.modules())
 
 def _fingerprint(conversations):
-    "sha256 of the messages: the same data, the same digits."
+    "sha256 of the messages: the same data gives the same digits."
     text = json.dumps([c.to_dicts() for c in conversations], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-def _loss_tables(losses):
-    "Sums per conversation for the metrics that come from losses."
-    x = np.array([l[1:] for l in losses], dtype=float)
-    return dict(perplexity=x[:, :2], perplexity_without_eot=x[:, 2:4], word_perplexity=x[:, [2, 5]], bits_per_byte=np.stack([x[:, 2]/math.log(2), x[:, 4]], 1), token_accuracy=x[:, [6, 1]])
 
 def _model_facts(model):
     "What a report says about a model."
     name = str(getattr(_causal_lm(model).config, '_name_or_path', '') or '')
-    return dict(name=Path(name).name if os.path.isabs(name) else redact(name), weights='4-bit' if _is_4bit(model) else str(next(model.parameters()).dtype).removeprefix('torch.'))
+    weights = '4-bit' if _is_4bit(model) else str(next(model.parameters()).dtype).removeprefix('torch.')
+    return dict(name=Path(name).name if os.path.isabs(name) else redact(name), weights=weights)
+
+# %% ../nbs/27_evaluation.ipynb #238acdac
+def _loss_tables(losses):
+    "Sums per conversation for the metrics that come from losses."
+    sums = {name: np.array([getattr(l, name) for l in losses], dtype=float) for name in ConversationLoss._fields[1:]}
+    def pair(above, below): return np.stack([sums[above], sums[below]], 1)
+    bits = np.stack([sums['nll_without_eot']/math.log(2), sums['num_bytes']], 1)
+    return dict(perplexity=pair('nll', 'num_tokens'),
+                perplexity_without_eot=pair('nll_without_eot', 'num_tokens_without_eot'),
+                word_perplexity=pair('nll_without_eot', 'num_words'), bits_per_byte=bits,
+                token_accuracy=pair('num_correct', 'num_tokens'))
 
 class Measured(NamedTuple):
-    "What one model gave on the conversations."
+    "Results of one model on the conversations."
     tables:dict # metric → sums per conversation
     losses:list # `ConversationLoss` each, or empty
     replies:list # `Reply` each, or empty
@@ -130,23 +148,28 @@ class Measured(NamedTuple):
 # %% ../nbs/27_evaluation.ipynb #30ccf81e
 _REPLY_METRICS = {'bleu', 'chrf', 'rouge'} # those that need replies
 
+def _slice_name(conversation, by): return str(by(conversation) if callable(by) else conversation.meta.get(by, '(none)'))
+
 def _groups(conversations, by):
-    "Places of conversations by slice, in the order of their names."
+    "Indices of conversations by slice, in the order of the slices' names."
     if by is None: return {}
     if isinstance(by, str) and not any(by in c.meta for c in conversations):
         known = sorted({key for c in conversations for key in c.meta})
-        raise ConfigError(f"by: no conversation has {by!r}; they have {', '.join(known) or 'nothing to slice by'}{did_you_mean(by, known)}")
+        available = ', '.join(known) or 'nothing to slice by'
+        raise ConfigError(f"by: no conversation has {by!r}; they have {available}{did_you_mean(by, known)}")
     groups = {}
-    for i,c in enumerate(conversations): groups.setdefault(str(by(c) if callable(by) else c.meta.get(by, '(none)')), []).append(i)
+    for i,c in enumerate(conversations): groups.setdefault(_slice_name(c, by), []).append(i)
     return dict(sorted(groups.items()))
 
+# %% ../nbs/27_evaluation.ipynb #dee5aa3f
 def _drawn(n, num, seed):
-    "Places of `n` conversations: those that are drawn first, then the others, should some of them be too long."
+    "Indices of `n` conversations: the sample first, then the others as replacements."
     if n <= num: return list(range(n))
     rng = np.random.default_rng(seed)
     first = sorted(rng.choice(n, num, replace=False).tolist())
     return first + rng.permutation(sorted({*range(n)} - {*first})).tolist()
 
+# %% ../nbs/27_evaluation.ipynb #d93f9056
 class EvaluationFramework:
     "Evaluate a model, its base with the adapter off, and the 16-bit base, on the same held-out conversations."
     def __init__(self,
@@ -155,61 +178,78 @@ class EvaluationFramework:
         eval_config:EvaluationConfig|None=None, # Metrics, decoding, confidence, seed
         base_16bit=None, # The 16-bit base: a model, or a function without arguments that loads one
         template='auto', # As in `encode`
-        max_length:int|None=None, # Longest conversation in tokens; `None`: what the model has positions for
-        on_overflow:str='raise', # Longer conversations: as in `encode`; dropped ones are replaced where there are others, and named in the report
-        about:dict|None=None, # What the report's page says of itself, e.g. `run` and `date`
+        max_length:int|None=None, # Maximum conversation length in tokens; `None`: the model's maximum
+        on_overflow:str='raise', # Longer conversations: as in `encode`; the report names dropped ones
+        about:dict|None=None, # Facts for the title of the report, e.g. `run` and `date`
     ):
-        self.model, self.tokenizer, self.config, self.base_16bit = model, tokenizer, eval_config or EvaluationConfig(), base_16bit
-        self.template, self.max_length, self.on_overflow, self.about = template, max_length, on_overflow, dict(about or {})
+        self.model, self.tokenizer, self.config = model, tokenizer, eval_config or EvaluationConfig()
+        self.base_16bit, self.template, self.max_length = base_16bit, template, max_length
+        self.on_overflow, self.about = on_overflow, dict(about or {})
 
     def _perplexity(self, model, what=None):
-        return PerplexityEvaluator(model, self.tokenizer, self.template, self.max_length, on_overflow=self.on_overflow, batch_size=self.config.batch_size, what=what)
+        return PerplexityEvaluator(model, self.tokenizer, self.template, self.max_length,
+                                   on_overflow=self.on_overflow, batch_size=self.config.batch_size, what=what)
+
+    def _replies(self, model, what):
+        c = self.config
+        return QualitativeEvaluator(model, self.tokenizer, self.template, max_new_tokens=c.max_new_tokens,
+                                    do_sample=c.do_sample, temperature=c.temperature, top_p=c.top_p,
+                                    batch_size=c.batch_size, seed=c.seed, what=what)
+
+    def _fits(self, conversation, evaluator):
+        "Whether a conversation can be measured, its reply included."
+        example = evaluator.encode(conversation)
+        if example is None: return False
+        if self.on_overflow == 'raise' or not _REPLY_METRICS & set(self.config.metrics): return True
+        limit = getattr(_causal_lm(self.model).config, 'max_position_embeddings', None) or 1 << 30
+        prompt = encode_prompt(_with_reference(conversation)[0], self.tokenizer, self.template)
+        return len(prompt) + self.config.max_new_tokens <= limit
 
     def choose(self,
         conversations:Sequence, # Held-out conversations
     )->tuple[list[Conversation],list]: # Those to measure, in their order; rows of those that are too long
-        "At most `num_samples` conversations, drawn by the seed; for one that is too long the next one is drawn. Raises `DataError` if nothing is left."
-        conversations, c, taken, dropped = [as_conversation(x) for x in conversations], self.config, [], []
-        evaluator, room = self._perplexity(self.model), getattr(_causal_lm(self.model).config, 'max_position_embeddings', None) or 1 << 30
-        def fits(x):
-            example = evaluator.encode(x)
-            if example is None or self.on_overflow == 'raise' or not _REPLY_METRICS & set(c.metrics): return example is not None
-            return len(encode_prompt(_with_reference(x)[0], self.tokenizer, self.template)) + c.max_new_tokens <= room
-        for i in _drawn(len(conversations), c.num_samples, c.seed):
-            if len(taken) == c.num_samples: break
-            (taken if fits(conversations[i]) else dropped).append(i)
-        if not taken: raise DataError('no conversation to measure: none was given, or all were dropped for their length')
+        """Choose at most `num_samples` conversations by the seed; one that is too long is replaced by the next.
+
+        Raises `DataError` if none is left."""
+        conversations, taken, dropped = [as_conversation(x) for x in conversations], [], []
+        evaluator = self._perplexity(self.model)
+        for i in _drawn(len(conversations), self.config.num_samples, self.config.seed):
+            if len(taken) == self.config.num_samples: break
+            (taken if self._fits(conversations[i], evaluator) else dropped).append(i)
+        if not taken:
+            raise DataError('no conversation to measure: none was given, or all were dropped for their length')
         return [conversations[i] for i in sorted(taken)], [str(conversations[i].row or i) for i in sorted(dropped)]
 
     def measure(self,
-        model:nn.Module, # Any causal LM with our tokenizer
+        model:nn.Module, # Any causal LM with the same tokenizer
         conversations:Sequence[Conversation], # From `choose`
-        name:str='model', # Who is measured, for stage lines and progress bars
+        name:str='model', # Name of the model in log lines and progress bars
     )->Measured: # Sums per conversation, and replies
         "All metrics of one model."
-        c, tables, losses, replies = self.config, {}, [], []
+        metrics, tables, losses, replies = set(self.config.metrics), {}, [], []
         def stage(doing):
             tell(f'{name}: {doing} {len(conversations)} conversations')
             return f'{name}: {doing}'
-        if 'perplexity' in c.metrics:
+        if 'perplexity' in metrics:
             losses = self._perplexity(model, stage('scoring')).per_conversation(conversations)
             tables |= _loss_tables(losses)
-        if wanted := _REPLY_METRICS & set(c.metrics):
-            answers = QualitativeEvaluator(model, self.tokenizer, self.template, max_new_tokens=c.max_new_tokens, do_sample=c.do_sample,
-                                           temperature=c.temperature, top_p=c.top_p, batch_size=c.batch_size, seed=c.seed, what=stage('answering'))
-            replies, references = answers.replies(conversations)
-            kept = {k: v for k,v in _text_tables([r.text for r in replies], references).items() if k.startswith(('length', *wanted))}
-            tables |= kept | _reply_tables(replies)
+        if wanted := _REPLY_METRICS & metrics:
+            replies, references = self._replies(model, stage('answering')).replies(conversations)
+            texts = _text_tables([r.text for r in replies], references)
+            tables |= {k: v for k,v in texts.items() if k.startswith(('length', *wanted))} | _reply_tables(replies)
         return Measured(tables, losses, replies, _model_facts(model))
 
     def evaluate(self,
-        conversations:Sequence, # Held-out conversations; more than `num_samples` are drawn from by the seed
-        by:str|Callable|None=None, # Slices: a key of the conversations' `meta`, or what names the slice of a conversation
+        conversations:Sequence, # Held-out conversations; if there are more than `num_samples`, the seed draws some
+        by:str|Callable|None=None, # Slices: a key of the conversations' `meta`, or a function of a conversation
     )->EvaluationReport: # Scores, intervals, paired differences, samples, slices
-        "Measure every model there is. Raises `DataError` for nothing to measure or an answer that is missing, `ConfigError` for a key that no conversation has."
+        """Measure every model there is.
+
+        Raises `DataError` if a conversation or an answer is missing, `ConfigError` for an unknown key."""
         chosen, dropped = self.choose(conversations)
-        groups = _groups(chosen, by) # before the long part
-        first, base = 'tuned' if _has_adapter(self.model) else 'model', 'base_4bit' if _is_4bit(self.model) else 'base'
+        groups = _groups(chosen, by) # a wrong key fails before the slow part
+        first = 'tuned' if _has_adapter(self.model) else 'model'
+        base = 'base_4bit' if _is_4bit(self.model) else 'base'
         found, skipped = {first: self.measure(self.model, chosen, first)}, {}
         if not _no_base(self.model):
             with adapter_off(self.model): found[base] = self.measure(self.model, chosen, LABELS[base])
@@ -217,98 +257,151 @@ class EvaluationFramework:
         measured, why = self._measure_16bit(chosen)
         if measured: found['base_16bit'] = measured
         else: skipped['base_16bit'] = why
-        asked = min(len(conversations), self.config.num_samples)
-        return _make_report(self, chosen, dict(dropped=dropped, asked=asked), found, skipped, by, groups)
+        choice = dict(dropped=dropped, asked=min(len(conversations), self.config.num_samples))
+        return _make_report(self, chosen, choice, found, skipped, by, groups)
+
+    def _no_16bit(self):
+        "Why the 16-bit base is not measured; empty if it is."
+        if not self.config.include_16bit: return 'switched off by include_16bit=false'
+        if self.base_16bit is not None: return ''
+        if _is_4bit(self.model): return 'no 16-bit base was given'
+        return 'the base is not quantised: its own column is that of the full weights'
 
     def _measure_16bit(self, chosen):
-        "The 16-bit base's numbers, or the reason why there are none."
-        if not self.config.include_16bit: return None, 'switched off by include_16bit=false'
-        if self.base_16bit is None: return None, 'no 16-bit base was given' if _is_4bit(self.model) else 'the base is not quantised: its own column is that of the full weights'
+        "The 16-bit base's results, or the reason why there are none."
+        if why := self._no_16bit(): return None, why
+        given = isinstance(self.base_16bit, nn.Module)
         try:
-            if not isinstance(self.base_16bit, nn.Module): tell('16-bit base: loading')
-            model = self.base_16bit if isinstance(self.base_16bit, nn.Module) else self.base_16bit()
+            if not given: tell('16-bit base: loading')
+            model = self.base_16bit if given else self.base_16bit()
             return self.measure(model, chosen, LABELS['base_16bit']), ''
         except Exception as e:
-            if exit_code(e) != 3: raise # only what is missing or does not fit is no fault of ours
+            if exit_code(e) != 3: raise # 3: a resource is missing or too small; every other error is a fault
             logger.warning('16-bit base skipped: %s', one_line(e))
             return None, one_line(e)
         finally:
-            model = None # a loaded one goes before the next thing needs its memory
+            model = None # frees a loaded model before the next step needs its memory
             gc.collect()
             if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/27_evaluation.ipynb #c1a03f02
+_PERPLEXITY_SIGNATURES = dict(
+    perplexity='perplexity|token-weighted|tokens:answers and their end-of-turn|nats',
+    word_perplexity='word_perplexity|answers without end-of-turn|words:split at white space|as lm-evaluation-harness')
+
+def _decoding(c):
+    "How replies are generated; temperature and top_p only if they are used."
+    sampling = dict(temperature=c.temperature, top_p=c.top_p) if c.do_sample else {}
+    return dict(max_new_tokens=c.max_new_tokens, do_sample=c.do_sample, batch_size=c.batch_size) | sampling
+
 def _settings(framework, chosen, choice, found):
     "Everything the numbers depend on."
     import peft, transformers
     c, template = framework.config, get_template(framework.tokenizer, framework.template)
     first = next(iter(found.values()))
-    decoding = dict(max_new_tokens=c.max_new_tokens, do_sample=c.do_sample, batch_size=c.batch_size) | (dict(temperature=c.temperature, top_p=c.top_p) if c.do_sample else {})
-    return dict(n=len(chosen), seed=c.seed, confidence=c.confidence, num_bootstrap=c.num_bootstrap, metrics=list(c.metrics),
-        signatures=dict(perplexity='perplexity|token-weighted|tokens:answers and their end-of-turn|nats', word_perplexity='word_perplexity|answers without end-of-turn|words:split at white space|as lm-evaluation-harness', **_signatures()),
-        decoding=decoding, template=dict(name=template.name, hash=template.hash), max_length=framework._perplexity(framework.model).max_length,
-        num_tokens=sum(l.num_tokens for l in first.losses), data=dict(sha256=_fingerprint(chosen), **choice), models={k: m.facts for k,m in found.items()},
+    return dict(
+        n=len(chosen), seed=c.seed, confidence=c.confidence, num_bootstrap=c.num_bootstrap, metrics=list(c.metrics),
+        signatures=_PERPLEXITY_SIGNATURES | _signatures(), decoding=_decoding(c),
+        template=dict(name=template.name, hash=template.hash),
+        max_length=framework._perplexity(framework.model).max_length,
+        num_tokens=sum(l.num_tokens for l in first.losses),
+        data=dict(sha256=_fingerprint(chosen), **choice), models={k: m.facts for k,m in found.items()},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__))
+
+# %% ../nbs/27_evaluation.ipynb #25b42aca
+def _reply_dict(reply): return dict(text=reply.text, ended=bool(reply.ended), num_tokens=len(reply.token_ids))
+
+def _sample(i, conversation, found):
+    "One conversation of the report: prompt, reference, and each model's reply and loss."
+    replied = {k: m.replies[i] for k,m in found.items() if m.replies}
+    scored = {k: m.losses[i] for k,m in found.items() if m.losses}
+    cut, reference = _with_reference(conversation) if replied else (conversation, None)
+    row = str(conversation.row) if conversation.row else None
+    return dict(row=row, prompt=cut.to_dicts()[:-1], reference=reference,
+                replies={k: _reply_dict(r) for k,r in replied.items()},
+                loss={k: l.nll/l.num_tokens for k,l in scored.items()})
 
 def _make_report(framework, chosen, choice, found, skipped, by, groups):
     "Tables, samples and settings of what was measured, as an `EvaluationReport`."
-    samples = []
-    for i,conversation in enumerate(chosen):
-        cut, reference = _with_reference(conversation) if any(m.replies for m in found.values()) else (conversation, None)
-        samples.append(dict(row=str(conversation.row) if conversation.row else None, prompt=cut.to_dicts()[:-1], reference=reference,
-            replies={k: dict(text=m.replies[i].text, ended=bool(m.replies[i].ended), num_tokens=len(m.replies[i].token_ids)) for k,m in found.items() if m.replies},
-            loss={k: m.losses[i].nll/m.losses[i].num_tokens for k,m in found.items() if m.losses}))
-    named = {} if by is None else {'by': by if isinstance(by, str) else getattr(by, '__name__', 'a function')}
-    return EvaluationReport({k: m.tables for k,m in found.items()}, samples, _settings(framework, chosen, choice, found) | named, skipped, groups, framework.about)
+    samples = [_sample(i, conversation, found) for i,conversation in enumerate(chosen)]
+    settings = _settings(framework, chosen, choice, found)
+    if by is not None: settings['by'] = by if isinstance(by, str) else getattr(by, '__name__', 'a function')
+    tables = {k: m.tables for k,m in found.items()}
+    return EvaluationReport(tables, samples, settings, skipped, groups, framework.about)
 
 # %% ../nbs/27_evaluation.ipynb #8433115c
-def _diff(first:str, second:str): # Two `(html, text)`: what only the first has, what only the second has
-    "Two texts with the words marked that the other lacks."
+def _marked(text, tag, color):
+    "A text that only one side has, as `(html, text)`."
+    plain, space = plain_text(text).rstrip(), ' '*(text != text.rstrip())
+    html = f'<{tag} style="background:{PALETTE[color]}2e;text-decoration:none">{escape(text)}</{tag}>'
+    return html, f'[{plain}]{space}'
+
+def _diff(first:str, second:str): # Two `(html, text)` pairs, one for each text
+    "Two texts, each with the words marked that the other lacks."
     a, b = (re.findall(r'\S+\s*|\s+', t) for t in (first, second))
-    parts = ([], [])
-    for kind,i,j,k,l in difflib.SequenceMatcher(None, [w.strip() for w in a], [w.strip() for w in b], autojunk=False).get_opcodes():
-        for out,words,tag,color in ((parts[0], a[i:j], 'del', 'red'), (parts[1], b[k:l], 'ins', 'green')):
+    matcher = difflib.SequenceMatcher(None, [w.strip() for w in a], [w.strip() for w in b], autojunk=False)
+    sides = [], []
+    for kind,i,j,k,l in matcher.get_opcodes():
+        for side,words,tag,color in ((sides[0], a[i:j], 'del', 'red'), (sides[1], b[k:l], 'ins', 'green')):
             text = ''.join(words)
-            if kind == 'equal': out.append((escape(text), plain_text(text)))
-            elif text: out.append((f'<{tag} style="background:{PALETTE[color]}2e;text-decoration:none">{escape(text)}</{tag}>', f'[{plain_text(text).rstrip()}]' + ' '*(text != text.rstrip())))
-    return [tuple(map(''.join, zip(*side))) if side else ('', '') for side in parts]
+            if kind == 'equal': side.append((escape(text), plain_text(text)))
+            elif text: side.append(_marked(text, tag, color))
+    return [tuple(map(''.join, zip(*side))) if side else ('', '') for side in sides]
+
+# %% ../nbs/27_evaluation.ipynb #20958127
+def _comparison_block(row):
+    "Prompt, both replies and the reference of one row, as `(html, text lines)`."
+    (base_html, base_text), (tuned_html, tuned_text) = _diff(row['base'].text, row['tuned'].text)
+    cut = {k: '' if row[k].ended else ' …' for k in ('base', 'tuned')}
+    asked, want = row['prompt'][-1].content, row['reference'] or ''
+    columns = [('asked', escape(asked)), ('base', base_html + cut['base']), ('tuned', tuned_html + cut['tuned'])]
+    lines = [f'asked:     {plain_text(asked)}', f"base:      {base_text}{cut['base']}",
+             f"tuned:     {tuned_text}{cut['tuned']}"]
+    if want:
+        columns.append(('reference', escape(want)))
+        lines.append(f'reference: {plain_text(want)}')
+    return side_by_side(columns), lines
+
+def _row_dict(row):
+    "Row and replies as plain data."
+    def plain(reply): return dict(text=reply.text, ended=reply.ended, num_tokens=len(reply.token_ids))
+    return dict(row=str(row['row']) if row['row'] else None, base=plain(row['base']), tuned=plain(row['tuned']))
 
 # %% ../nbs/27_evaluation.ipynb #9bdb0181
 @dataclass(frozen=True, repr=False)
 class Comparison:
     "Replies of two models to the same prompts."
     rows:tuple[dict,...] # Each with `row`, `prompt`, `reference` (or `None`), `base`, `tuned` (a `Reply` each)
-    settings:dict=field(default_factory=dict) # How the replies were made
+    settings:dict=field(default_factory=dict) # How the replies were generated
 
     def view(self)->View: # A block per prompt
-        "Replies side by side, with the words marked that only one of them has."
+        "Replies side by side; words that only one of them has are marked."
         same = sum(r['base'].text == r['tuned'].text for r in self.rows)
-        head = f'{len(self.rows)} prompts, {same} with the same reply from both; … marks a reply cut at its length limit'
+        counts = f'{len(self.rows)} prompts, {same} with the same reply from both'
+        head = f'{counts}; … marks a reply cut at its length limit'
         html, text = [f'<div style="font-weight:600">{escape(head)}</div>'], [head]
-        for r in self.rows:
-            (bh, bt), (th, tt) = _diff(r['base'].text, r['tuned'].text)
-            more, asked, want = {k: '' if r[k].ended else ' …' for k in ('base', 'tuned')}, r['prompt'][-1].content, r['reference'] or ''
-            html.append(side_by_side([('asked', escape(asked)), ('base', bh + more['base']), ('tuned', th + more['tuned']), *([('reference', escape(want))] if want else [])]))
-            text += ['', f'asked:     {plain_text(asked)}', f"base:      {bt}{more['base']}", f"tuned:     {tt}{more['tuned']}", *([f'reference: {plain_text(want)}'] if want else [])]
+        for row in self.rows:
+            block, lines = _comparison_block(row)
+            html.append(block)
+            text += ['', *lines]
         return View(''.join(html), '\n'.join(text))
 
     def to_dict(self)->dict: # Plain data
-        "Prompts' rows, replies and settings; no text of the data."
-        reply = lambda r: dict(text=r.text, ended=r.ended, num_tokens=len(r.token_ids))
-        return dict(settings=self.settings, rows=[dict(row=str(r['row']) if r['row'] else None, base=reply(r['base']), tuned=reply(r['tuned'])) for r in self.rows])
+        "Rows, replies and settings, without any text of the data."
+        return dict(settings=self.settings, rows=[_row_dict(r) for r in self.rows])
 
     def blind(self,
-        path=None, # JSONL file for the votes; votes that stand in it count, and voting goes on behind them
-        seed:int=42, # Of the order, and of which side is A
+        path=None, # JSONL file for the votes; earlier votes in it count, and you continue after them
+        seed:int=42, # Decides the order, and which side is A
     )->'BlindVote': # Shows one pair at a time, without names
-        "Vote without knowing which is which."
+        "Vote without knowing which reply is the tuned one."
         return BlindVote(self, path, seed)
 
     def judge(self,
         fn:Callable, # `fn(prompt, first, second)` with messages and two texts → `'first'`, `'second'` or `'tie'`
-        cache=None, # JSONL file of answers; what stands in it is not asked again
+        cache=None, # JSONL file of answers; a pair that is in it is not asked again
     )->'Votes': # One vote per pair
-        "Let a function vote, twice for each pair, in both orders; where it prefers a place to a reply, that is a tie."
+        "Let a function vote on each pair in both orders; if the two answers contradict each other, the vote is a tie."
         return _judge(self, fn, cache)
 
     def __len__(self): return len(self.rows)
@@ -316,27 +409,31 @@ class Comparison:
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
 
 # %% ../nbs/27_evaluation.ipynb #36a48581
+def _comparison_row(conversation, base, tuned):
+    "One row: a last answer is the reference, not part of the prompt."
+    messages, answered = conversation.messages, conversation.messages[-1].role == 'assistant'
+    return dict(row=conversation.row, prompt=messages[:-1] if answered else messages,
+                reference=messages[-1].content if answered else None, base=base, tuned=tuned)
+
 def compare(
     base:nn.Module|None, # The base model; `None`, or `tuned` itself: `tuned` with its adapter off
     tuned:nn.Module, # The tuned model
     conversations:Sequence, # Prompts; a last answer is cut off and shown as reference
     tokenizer, # Their tokenizer
-    **generation, # As in `generate_replies`: `template`, `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `batch_size`, `seed`
+    **generation, # As in `generate_replies`, e.g. `max_new_tokens`, `do_sample`, `batch_size`, `seed`
 )->Comparison: # Shows itself as a table
     "Answer the same prompts with two models. Raises `ValueError` if there is no adapter to switch off."
     conversations, shared = [as_conversation(c) for c in conversations], base is None or base is tuned
-    if shared and _no_base(tuned): raise ValueError(_no_base(tuned)) # before any reply is made
+    if shared and _no_base(tuned): raise ValueError(_no_base(tuned)) # before any reply is generated
     def answer(model, name):
-        with measuring(model): return generate_replies(model, tokenizer, conversations, **{'what': f'{name}: replies', **generation})
+        options = {'what': f'{name}: replies', **generation}
+        with measuring(model): return generate_replies(model, tokenizer, conversations, **options)
     after = answer(tuned, 'tuned')
     if shared:
         with adapter_off(tuned): before = answer(tuned, 'base')
     else: before = answer(base, 'base')
-    rows, plain = [], {k: v for k,v in generation.items() if isinstance(v, (str, int, float, bool))}
-    for c,b,t in zip(conversations, before, after):
-        answered = c.messages[-1].role == 'assistant'
-        rows.append(dict(row=c.row, prompt=c.messages[:-1] if answered else c.messages, reference=c.messages[-1].content if answered else None, base=b, tuned=t))
-    return Comparison(tuple(rows), plain)
+    rows = tuple(_comparison_row(c, b, t) for c,b,t in zip(conversations, before, after))
+    return Comparison(rows, {k: v for k,v in generation.items() if isinstance(v, (str, int, float, bool))})
 
 # %% ../nbs/27_evaluation.ipynb #7573909c
 @dataclass(frozen=True, repr=False)
@@ -344,68 +441,80 @@ class Votes:
     "Preferences between the replies of base and tuned."
     votes:tuple[dict,...] # Each with `row`, `index` and `winner`: `'tuned'`, `'base'` or `'tie'`
 
-    def tally(self)->dict: # `tuned`, `base`, `tie` (counts), `share` (an `Interval`: tuned wins among decided votes; `None` without any), `p_value`
-        "Count the votes."
+    def tally(self)->dict: # Counts of `tuned`, `base`, `tie`; `share` (an `Interval` or `None`), `p_value`
+        "Count the votes; `share` is the tuned model's part of the decided ones."
         counts = {k: sum(v['winner'] == k for v in self.votes) for k in ('tuned', 'base', 'tie')}
         decided = counts['tuned'] + counts['base']
-        return counts | dict(share=share_interval(counts['tuned'], decided) if decided else None, p_value=sign_test(counts['tuned'], counts['base']))
+        share = share_interval(counts['tuned'], decided) if decided else None
+        return counts | dict(share=share, p_value=sign_test(counts['tuned'], counts['base']))
 
     def save(self,
-        path, # JSONL file, replaced as a whole
+        path, # JSONL file; an existing one is replaced
     )->Path: # The file
-        "Write the votes, one a line."
+        "Write the votes, one per line."
         path = Path(path)
-        path.write_text(''.join(json.dumps(v, ensure_ascii=False) + '\n' for v in self.votes), encoding='utf-8')
+        lines = [json.dumps(v, ensure_ascii=False) + '\n' for v in self.votes]
+        path.write_text(''.join(lines), encoding='utf-8')
         return path
 
     def __len__(self): return len(self.votes)
 
     def __repr__(self):
         t = self.tally()
-        if t['share'] is None: return f"{t['tie']} ties, no vote for either"
-        share, sure = t['share'], t['p_value'] < 0.05
-        return f"tuned {t['tuned']}, base {t['base']}, ties {t['tie']}; tuned wins {share.value:.0%} [{share.low:.0%}, {share.high:.0%}], p = {t['p_value']:.2g}" + ('' if sure else ': no measurable preference')
+        share, p = t['share'], t['p_value']
+        if share is None: return f"{t['tie']} ties, no vote for either"
+        counts = f"tuned {t['tuned']}, base {t['base']}, ties {t['tie']}"
+        wins = f'tuned wins {share.value:.0%} [{share.low:.0%}, {share.high:.0%}], p = {p:.2g}'
+        return f'{counts}; {wins}' + ('' if p < 0.05 else ': no measurable preference')
+
+# %% ../nbs/27_evaluation.ipynb #2e318e37
+def _blind_order(rows, seed):
+    "Pairs in random order with the sides of A and B; pairs of equal replies are left out."
+    rng = np.random.default_rng(seed)
+    order, flips = rng.permutation(len(rows)).tolist(), rng.integers(0, 2, len(rows))
+    return [(i, ('tuned', 'base') if flips[i] else ('base', 'tuned')) for i in order
+            if rows[i]['base'].text != rows[i]['tuned'].text]
+
+def _read_votes(path, key):
+    "The votes in a file that carry this key."
+    if path is None or not path.exists(): return []
+    found = []
+    for n,line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+        if not line: continue
+        try: vote = json.loads(line)
+        except ValueError:
+            logger.warning('%s:%d: not a vote, skipped', path.name, n) # most likely a last line that was cut off
+            continue
+        if isinstance(vote, dict) and vote.get('key') == key: found.append(vote)
+    return found
 
 # %% ../nbs/27_evaluation.ipynb #10f493ba
 class BlindVote:
-    "Pairs of replies without names, voted on one after another; shows the pair that is next."
+    "Pairs of replies without names, voted on one after another; shows the next pair."
     def __init__(self, comparison:Comparison, path=None, seed:int=42):
         self.comparison, self.path, self.seed = comparison, None if path is None else Path(path), seed
-        self.key = hashlib.sha256(json.dumps([seed, comparison.to_dict()], sort_keys=True).encode()).hexdigest()[:16] # votes belong to these replies in this order
-        rng, rows = np.random.default_rng(seed), comparison.rows
-        order, flips = rng.permutation(len(rows)).tolist(), rng.integers(0, 2, len(rows))
-        self.order = [(i, ('tuned', 'base') if flips[i] else ('base', 'tuned')) for i in order if rows[i]['base'].text != rows[i]['tuned'].text]
-        self.votes = self._read()
-
-    def _read(self):
-        "Votes of these pairs that stand in the file."
-        if self.path is None or not self.path.exists(): return []
-        found = []
-        for n,line in enumerate(self.path.read_text(encoding='utf-8').split('\n'), 1):
-            if not line: continue
-            try: vote = json.loads(line)
-            except ValueError:
-                logger.warning('%s:%d: not a vote, passed over', self.path.name, n) # a torn last line, most likely
-                continue
-            if isinstance(vote, dict) and vote.get('key') == self.key: found.append(vote)
-        return found
+        text = json.dumps([seed, comparison.to_dict()], sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16] # votes belong to these replies in this order
+        self.order = _blind_order(comparison.rows, seed)
+        self.votes = _read_votes(self.path, self.key)
 
     @property
-    def current(self)->int|None: # Place in the comparison's rows; `None` when all are voted on
-        "The pair that is next."
+    def current(self)->int|None: # Index in the comparison's rows; `None` after the last pair
+        "The next pair."
         done = {v['index'] for v in self.votes}
         return next((i for i,_ in self.order if i not in done), None)
 
     def vote(self,
         choice:str, # `'A'`, `'B'` or `'tie'`
     )->'BlindVote': # Shows the next pair
-        "Vote on the current pair. Raises `ValueError` for another word, or when there is nothing left."
+        "Vote on the current pair. Raises `ValueError` for another word, or after the last pair."
         i, picked = self.current, str(choice).strip().upper()
         if i is None: raise ValueError('nothing left to vote on; see .tally()')
         if picked not in ('A', 'B', 'TIE'): raise ValueError(f"vote 'A', 'B' or 'tie', got {choice!r}")
-        sides = dict(self.order)[i]
+        sides, row = dict(self.order)[i], str(self.comparison.rows[i]['row'] or i)
         winner = 'tie' if picked == 'TIE' else sides['AB'.index(picked)]
-        made = dict(key=self.key, row=str(self.comparison.rows[i]['row'] or i), index=i, A=sides[0], B=sides[1], choice=picked.replace('TIE', 'tie'), winner=winner)
+        made = dict(key=self.key, row=row, index=i, A=sides[0], B=sides[1],
+                    choice=picked.replace('TIE', 'tie'), winner=winner)
         if self.path is not None:
             with self.path.open('a', encoding='utf-8') as f: f.write(json.dumps(made, ensure_ascii=False) + '\n')
         self.votes.append(made)
@@ -416,13 +525,14 @@ class BlindVote:
         return Votes(tuple(self.votes))
 
     def view(self)->View: # The current pair, or the tally
-        "What was asked, and two replies without names."
+        "The prompt, and two replies without names."
         i = self.current
         if i is None: return View(f'<div>{escape(self.tally())}</div>', repr(self.tally()))
-        r, sides = self.comparison.rows[i], dict(self.order)[i]
-        head, texts = f'{len(self.votes) + 1} of {len(self.order)}: vote A, B or tie', [r[s].text + ('' if r[s].ended else ' …') for s in sides]
-        return View(f'<div style="font-weight:600">{head}</div>' + side_by_side([('asked', escape(r['prompt'][-1].content)), ('A', escape(texts[0])), ('B', escape(texts[1]))]),
-                    f"{head}\nasked: {r['prompt'][-1].content}\nA: {texts[0]}\nB: {texts[1]}")
+        row, sides = self.comparison.rows[i], dict(self.order)[i]
+        head, asked = f'{len(self.votes) + 1} of {len(self.order)}: vote A, B or tie', row['prompt'][-1].content
+        a, b = (row[s].text + ('' if row[s].ended else ' …') for s in sides)
+        columns = side_by_side([('asked', escape(asked)), ('A', escape(a)), ('B', escape(b))])
+        return View(f'<div style="font-weight:600">{head}</div>{columns}', f'{head}\nasked: {asked}\nA: {a}\nB: {b}')
 
     def __repr__(self): return repr(self.view())
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
@@ -430,42 +540,50 @@ class BlindVote:
 # %% ../nbs/27_evaluation.ipynb #00efc819
 _VERDICTS = ('first', 'second', 'tie')
 
-def _asked_before(cache):
+def _cached_answers(cache):
     "Answers in a cache file, by the hash of what was asked."
     path = None if cache is None else Path(cache)
     lines = path.read_text(encoding='utf-8').splitlines() if path and path.exists() else []
-    return path, {a['asked']: a['verdict'] for a in map(json.loads, filter(lambda l: l.endswith('}'), lines))}
+    answers = [json.loads(line) for line in lines if line.endswith('}')]
+    return path, {a['asked']: a['verdict'] for a in answers}
 
+def _ask(fn, messages, first, second, path, known):
+    "A judge's answer, from the cache if it is there."
+    key = hashlib.sha256(json.dumps([messages, first, second]).encode()).hexdigest()
+    if key in known: return known[key]
+    verdict = fn(messages, first, second)
+    if verdict not in _VERDICTS: raise ValueError(f"a judge must return one of {', '.join(_VERDICTS)}; got {verdict!r}")
+    known[key] = verdict
+    if path:
+        with path.open('a', encoding='utf-8') as f: f.write(json.dumps(dict(asked=key, verdict=verdict)) + '\n')
+    return verdict
+
+# %% ../nbs/27_evaluation.ipynb #b105342a
 def _judge(comparison, fn, cache=None):
-    "Both orders of each pair, from the cache where it stands there."
-    path, known = _asked_before(cache)
-    def ask(prompt, first, second):
-        messages = [dict(role=getattr(m, 'role', 'user'), content=m.content) for m in prompt]
-        key = hashlib.sha256(json.dumps([messages, first, second]).encode()).hexdigest()
-        if key not in known:
-            verdict = fn(messages, first, second)
-            if verdict not in _VERDICTS: raise ValueError(f"a judge answers {', '.join(_VERDICTS)}; got {verdict!r}")
-            known[key] = verdict
-            if path:
-                with path.open('a', encoding='utf-8') as f: f.write(json.dumps(dict(asked=key, verdict=verdict)) + '\n')
-        return known[key]
-    votes = []
+    "Votes of a judge: each pair in both orders."
+    (path, known), votes = _cached_answers(cache), []
     for i,r in enumerate(comparison.rows):
         base, tuned = r['base'].text, r['tuned'].text
-        verdicts = ('tie', 'tie') if base == tuned else (ask(r['prompt'], base, tuned), ask(r['prompt'], tuned, base))
-        winner = {('first', 'second'): 'base', ('second', 'first'): 'tuned'}.get(verdicts, 'tie')
-        votes.append(dict(row=str(r['row'] or i), index=i, verdicts=list(verdicts), winner=winner))
+        messages = [dict(role=getattr(m, 'role', 'user'), content=m.content) for m in r['prompt']]
+        verdicts = ['tie', 'tie'] # equal replies are not asked
+        if base != tuned: verdicts = [_ask(fn, messages, *pair, path, known) for pair in ((base, tuned), (tuned, base))]
+        winner = {('first', 'second'): 'base', ('second', 'first'): 'tuned'}.get(tuple(verdicts), 'tie')
+        votes.append(dict(row=str(r['row'] or i), index=i, verdicts=verdicts, winner=winner))
     return Votes(tuple(votes))
 
 # %% ../nbs/27_evaluation.ipynb #48484fdb
+def _numbers(metrics):
+    "The numbers among a task's results."
+    return {k: v for k,v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
 def run_lm_eval(
     model:nn.Module, # A causal LM, or a PEFT model around one
     tokenizer, # Its tokenizer
     tasks:Sequence[str], # Names of tasks, e.g. `['hellaswag']`
     include_path=None, # Folder with task files of your own
-    num_fewshot:int|None=None, # Examples in front of each question; `None`: as the task says
+    num_fewshot:int|None=None, # Examples before each question; `None`: the task's own number
     limit:int|None=None, # Questions per task; `None`: all
-    batch_size:int=8, # Requests at a time
+    batch_size:int=8, # Requests per batch
     with_base:bool=False, # Measure with the adapter off as well
 )->dict[str,dict]: # model (`'tuned'`, `'base'` or `'model'`) → task → metric → value
     "Benchmarks on the loaded model. Raises `ImportError` without lm-eval, `ValueError` if `with_base` finds no base."
@@ -473,12 +591,14 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     if with_base and _no_base(model): raise ValueError(_no_base(model))
+    max_length = min(_causal_lm(model).config.max_position_embeddings, 4096)
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
     def measure():
         with measuring(model), plain_attention(model):
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=min(_causal_lm(model).config.max_position_embeddings, 4096))
-            found = harness.simple_evaluate(model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=TaskManager(include_path=str(include_path) if include_path else None),
-                                            bootstrap_iters=0, log_samples=False)['results']
-        return {task: {k: v for k,v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)} for task,metrics in found.items()}
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+            found = harness.simple_evaluate(model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit,
+                                            task_manager=manager, bootstrap_iters=0, log_samples=False)
+        return {task: _numbers(metrics) for task,metrics in found['results'].items()}
     out = {'tuned' if _has_adapter(model) else 'model': measure()}
     if with_base:
         with adapter_off(model): out['base'] = measure()

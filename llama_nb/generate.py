@@ -7,6 +7,7 @@ __all__ = ['Reply', 'generate_replies', 'stream_reply', 'ChatSession', 'common_s
 
 # %% ../nbs/23_generate.ipynb #44a62099
 import functools, hashlib, inspect, json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,20 +21,19 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from .dialogue import Source, as_conversation, encode_prompt, stop_ids
 from .errors import ConfigError, DataError, NonFiniteError
 from .fastpath import plain_attention
-from .views import progress, table, View
-from collections import Counter
+from .views import View, progress, table
 
 # %% ../nbs/23_generate.ipynb #e1fb6fc3
 def _sample(
-    logits:Tensor, # `(B, V)` float32 scores
+    logits:Tensor, # `(B, V)` float32 logits
     uniforms:Tensor, # `(B,)` numbers in [0, 1), one per row
     temperature:float, # Above 0; 1 leaves the model's probabilities as they are
     top_p:float, # In (0, 1]; 1 keeps every token
 )->Tensor: # `(B,)` ids
-    "Nucleus sampling by one number per row."
+    "Nucleus sampling with one uniform number per row."
     probs = (logits.double()/temperature).softmax(-1)
     sizes, order = probs.sort(dim=-1, descending=True)
-    outside = sizes.cumsum(-1) - sizes >= top_p # what stands before a token decides, so the first always stays
+    outside = sizes.cumsum(-1) - sizes >= top_p # the sum before a token decides, so the first one always stays
     total = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0).cumsum(-1)
     return (total <= uniforms[:, None]*total[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
@@ -43,31 +43,38 @@ def _generator(seed:int, prompt:list[int])->torch.Generator:
     digest = hashlib.sha256(f'{seed}:{prompt}'.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], 'big'))
 
+# %% ../nbs/23_generate.ipynb #e5eec66b
 class _Choice:
     "How the next tokens are chosen; raises `ConfigError` on settings out of range."
     def __init__(self, prompts:list[list[int]], do_sample:bool, temperature:float, top_p:float, seed:int):
-        if do_sample and not temperature > 0: raise ConfigError(f'temperature: must be above 0, got {temperature}; set do_sample=False for greedy replies')
+        if do_sample and not temperature > 0:
+            remedy = 'set do_sample=False for greedy replies'
+            raise ConfigError(f'temperature: must be above 0, got {temperature}; {remedy}')
         if do_sample and not 0 < top_p <= 1: raise ConfigError(f'top_p: must be above 0 and at most 1, got {top_p}')
         self.temperature, self.top_p = temperature, top_p
         self.generators = [_generator(seed, p) for p in prompts] if do_sample else None
 
     def __call__(self, logits:Tensor, rows:list[int])->list[int]: # One id per row
-        best = logits.max(-1) # a NaN counts as the greatest: no pass of its own, and no copy in float32
-        if best.values.isnan().any(): raise NonFiniteError('the model scores tokens with NaN; its weights or adapter are damaged')
+        best = logits.max(-1) # NaN counts as the maximum: finding it needs no second pass and no float32 copy
+        if best.values.isnan().any():
+            raise NonFiniteError('the model scores tokens with NaN; its weights or adapter are damaged')
         if self.generators is None: return best.indices.tolist()
         uniforms = torch.cat([torch.rand(1, generator=self.generators[r]) for r in rows]).to(logits.device)
         return _sample(logits.float(), uniforms, self.temperature, self.top_p).tolist()
 
 # %% ../nbs/23_generate.ipynb #2301eec1
 class _Roomy(DynamicLayer):
-    "Keys and values of a layer with free columns behind them and free rows below: `keys` and `values` are views of `rooms`."
-    more, rooms, start = 64, None, 0 # columns added at a time; `(rows, Hkv, columns, D)` for keys and for values; first column in use
+    "Keys and values of a layer with free columns and rows: `keys` and `values` are views of the buffers in `rooms`."
+    more = 64 # columns added at a time
+    rooms = None # `(rows, Hkv, columns, D)` for keys and for values
+    start = 0 # first column in use
 
     def _look(self, rows, start, stop):
+        "Set the views to so many rows, and to columns `start` to `stop`."
         self.start, (self.keys, self.values) = start, (room[:rows, :, start:stop] for room in self.rooms)
 
     def _move(self, rows, left, width):
-        "Into rooms of so many rows, behind `left` free columns; `width` columns will be in use behind those."
+        "Copy into larger buffers: `rows` rows, `left` free columns, then room for `width` columns and more."
         old, at = (self.keys, self.values), self.get_seq_length()
         self.rooms = [x.new_zeros(rows, *x.shape[1:2], left + width + self.more, x.shape[-1]) for x in old]
         for room,x in zip(self.rooms, old): room[:len(x), :, left:left + at] = x
@@ -92,32 +99,37 @@ class _Roomy(DynamicLayer):
         self._look(len(indices), self.start, self.start + self.get_seq_length())
 
     def skip(self, columns:int):
-        "Look at fewer columns: these, on the left, are padding in every row."
+        "Leave columns on the left out of the views: they are padding in every row."
         self._look(len(self.keys), self.start + columns, self.start + self.get_seq_length())
 
     def join(self, other:DynamicLayer):
-        "Put the rows of another layer below, the last columns side by side; the gap on the left of the shorter ones is the mask's to hide."
+        "Append the rows of another layer, aligned at the last column; the mask hides the gap on the left."
         (rows, _, width, _), (more, _, wide, _) = self.keys.shape, other.keys.shape
-        if rows + more > len(self.rooms[0]) or wide > self.start + width: self._move(rows + more, max(0, wide - width), width)
+        if rows + more > len(self.rooms[0]) or wide > self.start + width:
+            self._move(rows + more, max(0, wide - width), width)
         stop = self.start + width
         for room,x in zip(self.rooms, (other.keys, other.values)): room[rows:rows + more, :, stop - wide:stop] = x
         self._look(rows + more, stop - max(width, wide), stop)
 
+# %% ../nbs/23_generate.ipynb #f3e4a010
 def _new_cache(model):
-    "An empty cache for a model, with room where the model attends to everything."
+    "An empty cache for a model, with free columns if every layer attends to everything."
     cache = DynamicCache(config=model.config)
     if all(type(layer) is DynamicLayer for layer in cache.layers): cache.layers = [_Roomy() for _ in cache.layers]
     return cache
 
+def _is_plain(cache): # no sliding window, no recurrent state
+    return all(type(layer) is _Roomy for layer in cache.layers)
+
 @functools.cache
 def _cache_name(kind:type)->str: # `'cache'` since transformers 5.24, `'past_key_values'` before
-    "What the forward of a class of models calls the cache."
-    return 'past_key_values' if {'past_key_values', 'cache'} & inspect.signature(kind.forward).parameters.keys() == {'past_key_values'} else 'cache'
+    "Name of the cache argument in the forward of a class of models."
+    names = {'past_key_values', 'cache'} & inspect.signature(kind.forward).parameters.keys()
+    return 'past_key_values' if names == {'past_key_values'} else 'cache'
 
-def _is_plain(cache): return all(type(layer) is _Roomy for layer in cache.layers) # no sliding window, no recurrent state
-
-def _close_up(keep:list[int])->list[int]: # The same places, those behind the new end moved into the gaps
-    "In which order rows go on, so that as few as possible move."
+# %% ../nbs/23_generate.ipynb #f43bec36
+def _close_up(keep:list[int])->list[int]: # The same indices; those behind the new end fill the gaps
+    "The order in which rows are kept, so that as few as possible move."
     there, behind = {i for i in keep if i < len(keep)}, iter([i for i in keep if i >= len(keep)])
     return [i if i in there else next(behind) for i in range(len(keep))]
 
@@ -125,30 +137,33 @@ def _common(a:list, b:list)->int:
     "Length of the common beginning."
     return next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-
 # %% ../nbs/23_generate.ipynb #440bc04b
 class _Rows:
-    "Conversations answered side by side, a token at a time; they join and leave between steps."
+    "Conversations that are answered in one batch, a token at a time; they join and leave between steps."
 
     def __init__(self, model:nn.Module, stops:set, pad_id:int, choice:_Choice, max_new_tokens:int):
-        self.model, self.stops, self.pad_id, self.choice, self.max_new_tokens = model, stops, pad_id, choice, max_new_tokens
+        self.model, self.stops, self.pad_id = model, stops, pad_id
+        self.choice, self.max_new_tokens = choice, max_new_tokens
         self.device = model.get_input_embeddings().weight.device
         self.cache_name = _cache_name(type(model.get_base_model() if hasattr(model, 'get_base_model') else model))
-        self.rows, self.found, self.cache, self.mask = [], {}, None, None # rows still open; new ids of each row
+        self.rows, self.found = [], {} # rows still open; new ids of each row
+        self.cache, self.mask = None, None
 
     def tensor(self, x): return torch.tensor(x, device=self.device)
 
     @property
-    def can_be_joined(self)->bool: # Where keys and values can be padded; elsewhere a batch runs to its end
+    def can_be_joined(self)->bool: # False where keys and values cannot be padded; a batch then runs to its end
         return not self.rows or _is_plain(self.cache)
 
     @torch.no_grad()
     def _forward(self, rows, input_ids, mask, position_ids, cache):
-        "One pass, which makes `cache` longer: the next id of each of `rows`, and the rows that go on (as places)."
-        out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
+        "One forward pass, which extends `cache`: the next id of each row, and the indices of the rows that continue."
+        out = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=True,
+                         logits_to_keep=1, **{self.cache_name: cache})
         new = self.choice(out.logits[:, -1], rows)
         for row,token in zip(rows, new): self.found.setdefault(row, []).append(token)
-        return new, [i for i,r in enumerate(rows) if new[i] not in self.stops and len(self.found[r]) < self.max_new_tokens]
+        def continues(i): return new[i] not in self.stops and len(self.found[rows[i]]) < self.max_new_tokens
+        return new, [i for i in range(len(rows)) if continues(i)]
 
     def join(self, rows:list[int], prompts:list[list[int]], cache=None, known:int=0):
         "Read prompts and choose their first token. `cache` holds the first `known` tokens of a single prompt."
@@ -166,30 +181,36 @@ class _Rows:
         new, keep = self._forward(rows, self.last, self.mask, self.position_ids, self.cache)
         self._go_on(rows, new, keep, self.mask, self.position_ids + 1, self.cache)
 
+    def _merge(self, mask, position_ids, last, cache):
+        "The open rows followed by the new ones, padded to a common width."
+        open_mask = self.mask[:, :-1] # without the token that the open rows read next
+        width = max(open_mask.shape[1], mask.shape[1])
+        def widen(m): return F.pad(m, (width - m.shape[1], 0))
+        for layer,new_rows in zip(self.cache.layers, cache.layers): layer.join(new_rows)
+        mask = torch.cat([widen(open_mask), widen(mask)])
+        return mask, torch.cat([self.position_ids, position_ids]), torch.cat([self.last, last]), self.cache
+
     def _go_on(self, rows, new, keep, mask, position_ids, cache):
-        "Add the rows that go on to those that are open."
+        "Add the rows that continue to those that are open."
         if keep and len(keep) < len(rows):
             keep = _close_up(keep)
             cache.batch_select_indices(self.tensor(keep))
             mask, position_ids = mask[keep], position_ids[keep]
         last = self.tensor([[new[i]] for i in keep])
-        if self.rows and keep:
-            width = max(self.mask.shape[1] - 1, mask.shape[1]) # the open rows' mask already counts the token they will read next
-            widen = lambda m, w: F.pad(m, (w - m.shape[1], 0))
-            for layer,new_rows in zip(self.cache.layers, cache.layers): layer.join(new_rows)
-            cache, mask = self.cache, torch.cat([widen(self.mask[:, :-1], width), widen(mask, width)])
-            position_ids, last = torch.cat([self.position_ids, position_ids]), torch.cat([self.last, last])
-        elif self.rows: return
-        if 0 < len(keep) != len(rows) and _is_plain(cache) and (idle := int(mask.any(0).int().argmax())): # columns that are padding in every row
+        if self.rows and not keep: return
+        if self.rows: mask, position_ids, last, cache = self._merge(mask, position_ids, last, cache)
+        if 0 < len(keep) != len(rows) and _is_plain(cache):
+            idle = int(mask.any(0).int().argmax()) # columns that are padding in every row
             mask = mask[:, idle:]
-            for layer in cache.layers: layer.skip(idle)
-        self.rows, self.cache, self.last, self.position_ids = self.rows + [rows[i] for i in keep], cache, last, position_ids
+            for layer in cache.layers if idle else (): layer.skip(idle)
+        self.rows, self.cache = self.rows + [rows[i] for i in keep], cache
+        self.last, self.position_ids = last, position_ids
         self.mask = F.pad(mask, (0, 1), value=1) if keep else mask
 
 # %% ../nbs/23_generate.ipynb #eb5b7f72
 @contextmanager
 def _generating(model:nn.Module)->Iterator[None]:
-    "Evaluation mode and padded attention for a while."
+    "Context manager: evaluation mode and attention with a mask."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -200,16 +221,18 @@ def _generating(model:nn.Module)->Iterator[None]:
 # %% ../nbs/23_generate.ipynb #777a9e2e
 @dataclass(frozen=True)
 class Reply:
-    "What the model said."
+    "A reply of the model."
     text:str # Without control tokens and outer white space
     token_ids:list[int] # As generated, the stop id included
-    ended:bool # It stopped by itself; otherwise `max_new_tokens` cut it
+    ended:bool # The model stopped by itself; False: cut at `max_new_tokens`
     row:Source|None=None # Where the conversation came from
 
+# %% ../nbs/23_generate.ipynb #820d786c
 def _stops(model:nn.Module, tokenizer, template)->set: # Ids
     "The template's stop ids and those of the model's own generation settings."
     own = getattr(getattr(model, 'generation_config', None), 'eos_token_id', None)
-    return {*stop_ids(tokenizer, template), *([] if own is None else [own] if isinstance(own, int) else own)}
+    own = [] if own is None else [own] if isinstance(own, int) else own
+    return {*stop_ids(tokenizer, template), *own}
 
 def _text(tokenizer, token_ids:list[int], stops:set)->str:
     "Generated ids as text."
@@ -221,70 +244,87 @@ def _room(model:nn.Module)->int: # Tokens
     return getattr(model.config, 'max_position_embeddings', None) or 1 << 30
 
 def _check_room(model, prompt, max_new_tokens, row=None):
+    "Raise an error if prompt and reply do not fit in the model's context."
     if max_new_tokens < 1: raise ConfigError(f'max_new_tokens: must be at least 1, got {max_new_tokens}')
-    if len(prompt) + max_new_tokens > _room(model):
-        raise DataError(f"{f'{row} ' if row else ''}a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's {_room(model)} positions; shorten one of them")
+    if len(prompt) + max_new_tokens <= _room(model): return
+    place = f'{row} ' if row else ''
+    needed = f'a prompt of {len(prompt)} tokens and {max_new_tokens} new ones'
+    raise DataError(f"{place}{needed} are more than the model's {_room(model)} positions; shorten one of them")
 
 # %% ../nbs/23_generate.ipynb #bd11b7f4
 def generate_replies(
     model:nn.Module, # A causal language model, plain or PEFT, 4-bit or not
     tokenizer, # Its tokenizer
-    conversations, # Conversations, each ending with a message to answer or with a reference answer that is left out
+    conversations, # Conversations, each ending with a message to answer or with a reference answer, which is cut off
     template='auto', # As in `get_template`
-    max_new_tokens:int=128, # Longest reply, in tokens
-    do_sample:bool=False, # Sample, or take the likeliest token
-    temperature:float=0.7, # For sampling
-    top_p:float=0.9, # For sampling
-    batch_size:int=8, # Conversations side by side
-    seed:int=42, # For sampling; each conversation has its own random numbers
-    what:str|None='replies', # Name of the progress bar, which counts finished replies; `None` draws none
+    max_new_tokens:int=128, # Maximum length of a reply, in tokens
+    do_sample:bool=False, # Sample; False: always the most likely token
+    temperature:float=0.7, # Sampling temperature
+    top_p:float=0.9, # Nucleus sampling: keep the most likely tokens whose probabilities sum to this
+    batch_size:int=8, # Conversations per batch
+    seed:int=42, # Seed of sampling; each conversation has its own random numbers
+    what:str|None='replies', # Name of the progress bar, which counts finished replies; `None`: no bar
 )->list[Reply]: # In the order of `conversations`
-    "Answer every conversation. Raises `DataError` for a prompt that can not be encoded or is too long, `ConfigError` for settings out of range."
+    """Answer every conversation.
+
+    Raises `DataError` for a prompt that cannot be encoded or is too long, `ConfigError` for settings out of range."""
     if batch_size < 1: raise ConfigError(f'batch_size: must be at least 1, got {batch_size}')
     conversations = [as_conversation(c) for c in conversations]
     prompts = [encode_prompt(c, tokenizer, template) for c in conversations]
     for c,p in zip(conversations, prompts): _check_room(model, p, max_new_tokens, c.row)
-    stops = _stops(model, tokenizer, template)
-    rows = _Rows(model, stops, tokenizer.pad_token_id or 0, _Choice(prompts, do_sample, temperature, top_p, seed), max_new_tokens)
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) # the longest are taken first: what does not fit fails at once
-    with _generating(model), progress(total=len(prompts), what=what or '', unit='reply', show=what is not None) as bar:
+    stops, choice = _stops(model, tokenizer, template), _Choice(prompts, do_sample, temperature, top_p, seed)
+    rows = _Rows(model, stops, tokenizer.pad_token_id or 0, choice, max_new_tokens)
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) # taken from its end: the longest first
+    bar = progress(total=len(prompts), what=what or '', unit='reply', show=what is not None)
+    with _generating(model), bar as bar:
         while waiting or rows.rows:
             free = batch_size - len(rows.rows)
-            if waiting and rows.can_be_joined and (free > batch_size//8 or not rows.rows): # a few at a time: reading prompts costs a pass
+            enough = free > batch_size//8 or not rows.rows # several at a time: reading prompts costs a forward pass
+            if waiting and rows.can_be_joined and enough:
                 new = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 rows.join(new, [prompts[i] for i in new])
             else: rows.step()
             bar.update(len(prompts) - len(waiting) - len(rows.rows) - bar.n)
-    return [Reply(_text(tokenizer, ids, stops), ids, ids[-1] in stops, c.row) for c,ids in zip(conversations, (rows.found[i] for i in range(len(prompts))))]
+    found = [rows.found[i] for i in range(len(prompts))]
+    return [Reply(_text(tokenizer, ids, stops), ids, ids[-1] in stops, c.row) for c,ids in zip(conversations, found)]
 
 # %% ../nbs/23_generate.ipynb #53d3ba7a
+def _adapter_state(module):
+    "Whether the adapters of a module are off, which ones are active, and which are merged."
+    return module._disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
+
 def _state(model):
-    "What a cache depends on: every weight's place and version, every adapter switch."
+    "What a cache depends on: address and version of every weight, and the state of every adapter."
     weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
-    return hash((id(model), weights, tuple((m._disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters)) for m in model.modules() if hasattr(m, '_disable_adapters'))))
+    adapters = tuple(_adapter_state(m) for m in model.modules() if hasattr(m, '_disable_adapters'))
+    return hash((id(model), weights, adapters))
 
 class _Memory:
-    "The tokens a chat has read, with their keys and values, for as long as the model stays the same."
+    "The tokens that a chat has read, with their keys and values; valid while the model does not change."
     def __init__(self): self.ids, self.cache, self.state, self.known = [], None, None, 0
 
-    def recall(self, model, prompt:list[int]): # The cache and how many of the prompt's tokens it holds; gives the cache away
-        state, cache = _state(model), self.cache
-        self.known = min(_common(self.ids, prompt), len(prompt) - 1) if cache is not None and state == self.state else 0
-        if self.known and (more := cache.get_seq_length() - self.known): cache.crop(-more) # crop(0) emptied it in earlier versions
+    def recall(self, model, prompt:list[int]): # The cache, and how many of the prompt's tokens it holds
+        "Hand over the cache for a prompt, cropped to the common beginning."
+        state, cache, self.known = _state(model), self.cache, 0
+        if cache is not None and state == self.state: self.known = min(_common(self.ids, prompt), len(prompt) - 1)
+        more = cache.get_seq_length() - self.known if self.known else 0
+        if more: cache.crop(-more) # crop(0) emptied it in earlier versions
         self.ids, self.cache, self.state = [], None, state
         return (cache, self.known) if self.known else (None, 0)
 
     def keep(self, model, ids:list[int], cache):
-        if cache is not None and _is_plain(cache) and self.state == _state(model): self.ids, self.cache = ids[:cache.get_seq_length()], cache
+        "Keep what was read, if the model is still the same."
+        if cache is None or not _is_plain(cache) or self.state != _state(model): return
+        self.ids, self.cache = ids[:cache.get_seq_length()], cache
 
 # %% ../nbs/23_generate.ipynb #8c78d449
 def _stream(model, tokenizer, conversation, template, max_new_tokens, do_sample, temperature, top_p, seed, memory=None):
-    "Yield the growing text in pieces; the generator's value is the `Reply`."
+    "Yield the growing text in pieces; the generator returns the `Reply`."
     conversation, memory = as_conversation(conversation), memory or _Memory()
     prompt = encode_prompt(conversation, tokenizer, template)
     _check_room(model, prompt, max_new_tokens, conversation.row)
-    stops, shown = _stops(model, tokenizer, template), ''
-    rows = _Rows(model, stops, tokenizer.pad_token_id or 0, _Choice([prompt], do_sample, temperature, top_p, seed), max_new_tokens)
+    stops, choice = _stops(model, tokenizer, template), _Choice([prompt], do_sample, temperature, top_p, seed)
+    rows, shown = _Rows(model, stops, tokenizer.pad_token_id or 0, choice, max_new_tokens), ''
     try:
         with _generating(model): rows.join([0], [prompt], *memory.recall(model, prompt))
         while True:
@@ -293,20 +333,21 @@ def _stream(model, tokenizer, conversation, template, max_new_tokens, do_sample,
                 yield text[len(shown):]
                 shown = text
             if not rows.rows: break
-            with _generating(model): rows.step() # per step: between two pieces the model belongs to the caller
+            with _generating(model): rows.step() # one step at a time: between two pieces the caller may use the model
     finally: memory.keep(model, prompt + rows.found.get(0, []), rows.cache)
     return Reply(text, rows.found[0], rows.found[0][-1] in stops, conversation.row)
 
+# %% ../nbs/23_generate.ipynb #1d1bf800
 def stream_reply(
     model:nn.Module, # A causal language model, plain or PEFT, 4-bit or not
     tokenizer, # Its tokenizer
     messages, # A conversation that ends with a message to answer
     template='auto', # As in `get_template`
-    max_new_tokens:int=256, # Longest reply, in tokens
-    do_sample:bool=False, # Sample, or take the likeliest token
-    temperature:float=0.7, # For sampling
-    top_p:float=0.9, # For sampling
-    seed:int=42, # For sampling
+    max_new_tokens:int=256, # Maximum length of a reply, in tokens
+    do_sample:bool=False, # Sample; False: always the most likely token
+    temperature:float=0.7, # Sampling temperature
+    top_p:float=0.9, # Nucleus sampling, as in `generate_replies`
+    seed:int=42, # Seed of sampling
 )->Iterator[str]: # Pieces of text, never empty
     "Answer one conversation piece by piece; stop iterating to stop generating. Raises as `generate_replies`."
     yield from _stream(model, tokenizer, messages, template, max_new_tokens, do_sample, temperature, top_p, seed)
@@ -320,14 +361,15 @@ class _Chat:
         tokenizer, # Its tokenizer
         system:str|None=None, # A system message; `None`: what the template does without one
         template='auto', # As in `get_template`
-        max_new_tokens:int=256, # Longest reply, in tokens
-        do_sample:bool=False, # Sample, or take the likeliest token
-        temperature:float=0.7, # For sampling
-        top_p:float=0.9, # For sampling
-        seed:int=42, # For sampling
+        max_new_tokens:int=256, # Maximum length of a reply, in tokens
+        do_sample:bool=False, # Sample; False: always the most likely token
+        temperature:float=0.7, # Sampling temperature
+        top_p:float=0.9, # Nucleus sampling, as in `generate_replies`
+        seed:int=42, # Seed of sampling
     ):
         self.model, self.tokenizer, self.system, self.template = model, tokenizer, system, template
-        self.settings = dict(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_p=top_p, seed=seed)
+        self.settings = dict(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature,
+                             top_p=top_p, seed=seed)
         self.reset()
 
     def reset(self):
@@ -335,122 +377,165 @@ class _Chat:
         self.messages = [] if self.system is None else [{'role': 'system', 'content': self.system}]
         self.last, self.dropped, self.draws, self.reused, self._memory = None, 0, 0, 0, _Memory()
 
+    def _fits(self, messages)->bool:
+        "Whether a prompt leaves space for a reply."
+        prompt = encode_prompt(messages, self.tokenizer, self.template)
+        return len(prompt) + self.settings['max_new_tokens'] <= _room(self.model)
+
     def _kept(self)->list[dict]:
-        "The newest messages that leave room for a reply."
+        "The newest messages that leave space for a reply."
         head = int(self.system is not None)
         starts = [i for i in range(head, len(self.messages)) if self.messages[i]['role'] == 'user']
         for start in starts:
             kept = self.messages[:head] + self.messages[start:]
-            if start == starts[-1] or len(encode_prompt(kept, self.tokenizer, self.template)) + self.settings['max_new_tokens'] <= _room(self.model): break
+            if start == starts[-1] or self._fits(kept): break
         self.dropped = len(self.messages) - len(kept)
         return kept
 
     def _turn(self, turn:int)->int:
-        "Place in `messages` of the user's message of a turn."
+        "Index in `messages` of the user's message of a turn."
         places = [i for i,m in enumerate(self.messages) if m['role'] == 'user']
-        if not -len(places) <= turn < len(places): raise DataError(f'turn {turn}: the conversation has {len(places)} turns of the user')
+        if not -len(places) <= turn < len(places):
+            raise DataError(f'turn {turn}: the conversation has {len(places)} turns of the user')
         return places[turn]
 
     def _answer(self, messages:list[dict], seed:int|None=None)->Iterator[str]:
         "Answer `messages`; with the reply they become the conversation, without one it stays as it was."
         before, said, self.messages = self.messages, '', messages
         settings = self.settings if seed is None else {**self.settings, 'seed': seed}
+        stream = _stream(self.model, self.tokenizer, self._kept(), self.template, **settings, memory=self._memory)
         try:
-            with closing(_stream(self.model, self.tokenizer, self._kept(), self.template, **settings, memory=self._memory)) as pieces:
+            with closing(stream) as pieces:
                 while True:
                     try: piece = next(pieces)
                     except StopIteration as end: self.last = end.value; return
                     said += piece
                     yield piece
         finally: # also when the caller stops iterating
-            self.messages, self.reused = [*messages, {'role': 'assistant', 'content': said}] if said else before, self._memory.known
+            self.messages = [*messages, {'role': 'assistant', 'content': said}] if said else before
+            self.reused = self._memory.known
 
 # %% ../nbs/23_generate.ipynb #415558f0
 class ChatSession(_Chat):
-    "A chat with a model. `messages` is the whole conversation, `last` the last `Reply`, `reused` how many prompt tokens it did not have to read again."
+    "A chat: `messages` is the conversation, `last` the last `Reply`, `reused` counts prompt tokens read before."
 
     def stream(self,
-        text:str, # What the user says
+        text:str, # Message of the user
     )->Iterator[str]: # Pieces of the reply
-        "Say something and get the reply piece by piece. Raises `DataError` for text that can not be encoded; it is then not kept."
+        "Send a message and get the reply in pieces. Raises `DataError` for text that cannot be encoded."
         self.draws = 0
         yield from self._answer([*self.messages, {'role': 'user', 'content': text}])
 
     def say(self,
-        text:str, # What the user says
+        text:str, # Message of the user
     )->str: # The reply
-        "Say something and get the whole reply; raises as `stream`."
+        "Send a message and get the whole reply; raises as `stream`."
         return ''.join(self.stream(text))
 
     def regenerate(self,
-        seed:int|None=None, # Of the draw; `None`: the session's seed and one more each time
+        seed:int|None=None, # Seed of sampling; `None`: the session's seed, plus one for each call
     )->Iterator[str]: # Pieces of the new reply
-        "Answer the last message of the user anew. Raises `DataError` if there is none."
+        "Generate a new reply to the last message of the user. Raises `DataError` if there is none."
         self.draws += 1
-        yield from self._answer(self.messages[:self._turn(-1) + 1], self.settings['seed'] + self.draws if seed is None else seed)
+        seed = self.settings['seed'] + self.draws if seed is None else seed
+        yield from self._answer(self.messages[:self._turn(-1) + 1], seed)
 
     def edit(self,
-        text:str, # What the user says instead
+        text:str, # New text of the message
         turn:int=-1, # Which of the user's messages; negative counts from the last
     )->Iterator[str]: # Pieces of the new reply
-        "Replace a message of the user, drop what followed it, and answer. Raises `DataError` for a turn that is not there."
+        "Replace a message of the user, drop what followed, and answer. Raises `DataError` for an unknown turn."
         self.draws = 0
         yield from self._answer([*self.messages[:self._turn(turn)], {'role': 'user', 'content': text}])
 
     def save(self,
         path, # JSONL file; the conversation is appended
     )->Path: # The file
-        "Append the conversation to a file that `read_conversations` reads. Raises `DataError` if nothing was answered yet."
-        if not any(m['role'] == 'assistant' for m in self.messages): raise DataError('nothing to save: no reply was given yet')
-        path = Path(path)
-        with path.open('a', encoding='utf-8') as f: f.write(json.dumps({'messages': self.messages}, ensure_ascii=False) + '\n')
+        "Append the conversation to a file for `read_conversations`. Raises `DataError` if there is no reply yet."
+        if not any(m['role'] == 'assistant' for m in self.messages):
+            raise DataError('nothing to save: no reply was given yet')
+        path, line = Path(path), json.dumps({'messages': self.messages}, ensure_ascii=False)
+        with path.open('a', encoding='utf-8') as f: f.write(line + '\n')
         return path
 
 # %% ../nbs/23_generate.ipynb #1f726b5a
 def common_system(
     conversations:Sequence, # Training conversations
     share:float=0.95, # How many of them must begin with it
-    most:int=1000, # Look at this many at most, evenly spread
+    most:int=1000, # Look at about this many, evenly spread
 )->str|None: # `None` if they have none in common
     "The system message that all, or nearly all, conversations begin with."
-    chosen = [as_conversation(conversations[i]).messages[0] for i in range(0, len(conversations), max(1, -(-len(conversations)//most)))]
+    step = max(1, -(-len(conversations)//most))
+    chosen = [as_conversation(conversations[i]).messages[0] for i in range(0, len(conversations), step)]
     if not chosen: return None
-    said, count = Counter(m.content if m.role == 'system' else None for m in chosen).most_common(1)[0]
-    return said if count >= share*len(chosen) else None
+    counts = Counter(m.content if m.role == 'system' else None for m in chosen)
+    text, count = counts.most_common(1)[0]
+    return text if count >= share*len(chosen) else None
 
 # %% ../nbs/23_generate.ipynb #883382c7
+def _question(conversation):
+    "The messages before a last answer, as `(role, content)` pairs."
+    messages = conversation.messages[:-1] if conversation.messages[-1].role == 'assistant' else conversation.messages
+    return tuple((m.role, m.content) for m in messages)
+
 def reply_sampler(
     model:nn.Module, # The model in training
     tokenizer, # Its tokenizer
     conversations, # Held-out conversations; the first `num` are answered
-    train=(), # The training conversations: none of the prompts may stand there
-    num:int=3, # How many
+    train=(), # The training conversations, which must not contain any of the prompts
+    num:int=3, # Number of prompts
     template='auto', # As in `get_template`
-    max_new_tokens:int=48, # Longest reply, in tokens
+    max_new_tokens:int=48, # Maximum length of a reply, in tokens
 )->Callable[[],list[dict]]: # Each call: `row`, `prompt` (the last question), `reply`, `ended` for each
-    "What `SampleGuard` calls. Raises `DataError` if there is nothing to ask, or a prompt that is trained on."
+    "Make the function that `SampleGuard` calls. Raises `DataError` for no prompt, or one that is trained on."
     chosen = [as_conversation(c) for c in list(conversations)[:num]]
     if not chosen: raise DataError('no held-out conversation to ask; set data.val_size above 0')
-    asked = lambda c: tuple((m.role, m.content) for m in (c.messages[:-1] if c.messages[-1].role == 'assistant' else c.messages))
-    known = {asked(as_conversation(c)): as_conversation(c).row for c in train}
+    known = {_question(c): c.row for c in map(as_conversation, train)}
     for c in chosen:
-        if asked(c) in known: raise DataError(f'{c.row or "a sample prompt"} is also trained on ({known[asked(c)] or "a training conversation"}); its reply would show memory')
+        if _question(c) not in known: continue
+        place = known[_question(c)] or 'a training conversation'
+        raise DataError(f'{c.row or "a sample prompt"} is also trained on ({place}); its reply would show memory')
+    def sample(c, reply):
+        row = str(c.row) if c.row else None
+        return dict(row=row, prompt=_question(c)[-1][1], reply=reply.text, ended=reply.ended)
     def samples():
-        replies = generate_replies(model, tokenizer, chosen, template, max_new_tokens, batch_size=len(chosen), what=None) # a training has its own bar
-        return [dict(row=str(c.row) if c.row else None, prompt=asked(c)[-1][1], reply=r.text, ended=r.ended) for c,r in zip(chosen, replies)]
+        settings = dict(batch_size=len(chosen), what=None) # no bar: a training has its own
+        replies = generate_replies(model, tokenizer, chosen, template, max_new_tokens, **settings)
+        return [sample(c, r) for c,r in zip(chosen, replies)]
     return samples
 
 # %% ../nbs/23_generate.ipynb #99928eb5
-def samples_timeline(
-    run, # A `Run`, or the folder of one
-)->View: # A row per step and prompt
-    "The replies of a run's samples, prompt by prompt, as training went on; what can not be read is left out."
-    folder, found = Path(getattr(run, 'folder', run))/'samples', {}
-    for path in sorted(folder.glob('step-*.jsonl'), key=lambda p: int(p.stem.split('-')[1]) if p.stem.split('-')[1].isdigit() else -1):
+def _sample_step(path):
+    "Step number in a file name such as `step-20.jsonl`; -1 if there is none."
+    step = path.stem.split('-')[1]
+    return int(step) if step.isdigit() else -1
+
+def _read_samples(folder):
+    "Samples by prompt, in the order of steps: `(index, prompt)` → `(step, sample)`."
+    found = {}
+    for path in sorted(folder.glob('step-*.jsonl'), key=_sample_step):
         for i,line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines()):
             try: s = json.loads(line)
             except ValueError: continue # the run is being written, or was cut off
-            if isinstance(s, dict) and 'reply' in s: found.setdefault((i, s.get('prompt')), []).append((path.stem.removeprefix('step-'), s))
-    rows = [{'asked': prompt if n == 0 else '', 'step': step, 'reply': s['reply'] + ('' if s.get('ended', True) else ' …'), 'changed': '' if n == 0 or seen[n-1][1]['reply'] == s['reply'] else 'yes'}
-            for (_,prompt),seen in sorted(found.items(), key=lambda x: x[0][0]) for n,(step,s) in enumerate(seen)]
+            if not isinstance(s, dict) or 'reply' not in s: continue
+            found.setdefault((i, s.get('prompt')), []).append((path.stem.removeprefix('step-'), s))
+    return found
+
+def _timeline_rows(prompt, seen):
+    "One prompt's replies; each says whether it changed."
+    before = seen[0][1]['reply']
+    for n,(step,s) in enumerate(seen):
+        cut = '' if s.get('ended', True) else ' …'
+        yield {'asked': prompt if n == 0 else '', 'step': step, 'reply': s['reply'] + cut,
+               'changed': 'yes' if s['reply'] != before else ''}
+        before = s['reply']
+
+# %% ../nbs/23_generate.ipynb #30350ef5
+def samples_timeline(
+    run, # A `Run`, or its folder
+)->View: # A row per step and prompt
+    "The samples of a run as a table: how each reply changed during training; lines that cannot be read are skipped."
+    found = _read_samples(Path(getattr(run, 'folder', run))/'samples')
+    rows = []
+    for (_,prompt),seen in sorted(found.items(), key=lambda x: x[0][0]): rows += _timeline_rows(prompt, seen)
     return table(rows, ['asked', 'step', 'reply', 'changed'], f'{len(found)} prompts; … marks a reply cut at its limit')

@@ -32,8 +32,8 @@ from .views import PALETTE, View, escape, plain_text, progress
 @contextmanager
 def measuring(
     model:nn.Module, # A causal LM, or a PEFT model around one
-)->Iterator[nn.Module]: # The same model: eval mode, packed attention, gradients still possible afterwards
-    "For a while, measure with a model; its modes and its attention come back as they were."
+)->Iterator[nn.Module]: # The same model: eval mode, packed attention, and it can still be trained afterwards
+    "Context manager: eval mode and packed attention; modes and attention are restored at the end."
     modes = [(m, m.training) for m in model.modules()]
     inner = _causal_lm(model)
     attention = inner.config._attn_implementation
@@ -46,22 +46,24 @@ def measuring(
         for module,mode in modes: module.training = mode
 
 # %% ../nbs/26_losses.ipynb #4b7929fe
-# starts that change the base weights: ours, and those that only other people's adapters have (peft's own LoftQ replaces the base too)
+# initialisations that change the base weights: ours, and those of adapters made elsewhere (peft's LoftQ does it too)
 _MOVED_BASE = (*(name for name,method in INIT_METHODS.items() if method.changes_base), 'corda', 'loftq', 'lora_ga')
 
 def _has_adapter(model): return hasattr(model, 'disable_adapter') and bool(getattr(model, 'peft_config', None))
 
 def _no_base(model):
-    "Why the base can not be had by switching an adapter off; empty if it can."
+    "Why switching an adapter off does not give the base; empty if it does."
     if not _has_adapter(model): return 'the model has no adapter to switch off; give the base model separately'
     start = str(getattr(model.peft_config[model.active_adapter], 'init_lora_weights', '')).lower()
-    return f'init_lora_weights={start!r} changed the base weights: with the adapter off this is not the base' if start.startswith(_MOVED_BASE) else ''
+    if not start.startswith(_MOVED_BASE): return ''
+    return f'init_lora_weights={start!r} changed the base weights: with the adapter off this is not the base'
 
+# %% ../nbs/26_losses.ipynb #ffcb5c58
 @contextmanager
 def adapter_off(
     model:nn.Module, # A PEFT model
 )->Iterator[nn.Module]: # The same model, computing what its base computes
-    "For a while, be the base model. Raises `ValueError` without an adapter, or if switching it off would not give the base."
+    "Context manager: disable the adapter. Raises `ValueError` without one, or if that does not give the base."
     if why := _no_base(model): raise ValueError(why)
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -70,30 +72,33 @@ def adapter_off(
         for p,flag in trained: p.requires_grad_(flag)
 
 # %% ../nbs/26_losses.ipynb #8d3179ab
-def _score_pieces(model, batch, where, chunk):
-    "Scores `(n, V)` at the taught positions, a few positions at a time."
+def _logit_pieces(model, batch, where, chunk):
+    "Logits `(n, V)` at the taught positions, a few positions at a time."
     inner, inputs = _causal_lm(model), {k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}
-    if type(inner).__name__ == 'LlamaForCausalLM': # its scores are the head's, nothing is done to them behind it
-        yield from map(inner.get_output_embeddings(), inner.get_decoder()(**inputs, use_cache=False).last_hidden_state[0, where].split(chunk))
+    if type(inner).__name__ == 'LlamaForCausalLM': # its logits are those of the head, without a later operation
+        hidden = inner.get_decoder()(**inputs, use_cache=False).last_hidden_state[0, where]
+        yield from map(inner.get_output_embeddings(), hidden.split(chunk))
     else: yield from model(**inputs, logits_to_keep=where, use_cache=False).logits[0].split(chunk)
 
 @torch.no_grad()
 def token_scores(
     model:nn.Module, # A causal LM under `measuring`
     batch:dict, # A flat batch from `PackedCollator`, on the model's device
-    chunk:int=256, # Positions scored at a time: bounds the memory
-)->tuple[Tensor,Tensor]: # `(T,)` float32 nats of each taught token, and `(T,)` whether it was the likeliest; 0 and false elsewhere
-    "What each taught token costs, without keeping a score. Raises `ValueError` if nothing is taught."
-    where = taught_positions(batch['labels'])
+    chunk:int=256, # Positions at a time: bounds the memory
+)->tuple[Tensor,Tensor]: # `(T,)` float32 nats of taught tokens, else 0; `(T,)` whether each was the most likely
+    "Loss of each taught token, without keeping logits. Raises `ValueError` if nothing is taught."
+    where, length = taught_positions(batch['labels']), batch['labels'].shape[1]
     targets = batch['labels'][0, where + 1]
-    nll, hit = torch.zeros(batch['labels'].shape[1], device=where.device), torch.zeros(batch['labels'].shape[1], dtype=torch.bool, device=where.device)
-    for at,target,scores in zip((where + 1).split(chunk), targets.split(chunk), _score_pieces(model, batch, where, chunk)):
-        nll[at], hit[at] = F.cross_entropy(scores.float(), target, reduction='none'), scores.argmax(-1) == target
+    nll, hit = torch.zeros(length, device=where.device), torch.zeros(length, dtype=torch.bool, device=where.device)
+    pieces = zip((where + 1).split(chunk), targets.split(chunk), _logit_pieces(model, batch, where, chunk))
+    for at,target,logits in pieces:
+        nll[at] = F.cross_entropy(logits.float(), target, reduction='none')
+        hit[at] = logits.argmax(-1) == target
     return nll, hit
 
 # %% ../nbs/26_losses.ipynb #89a80b71
 class ConversationLoss(NamedTuple):
-    "Sums over the taught tokens of one conversation: all that any of our perplexities needs."
+    "Sums over the taught tokens of one conversation."
     row:object # Its `Source`, or `None`
     nll:float # Nats, over all taught tokens
     num_tokens:int # Taught tokens
@@ -101,10 +106,11 @@ class ConversationLoss(NamedTuple):
     num_tokens_without_eot:int # Taught tokens, end-of-turn tokens left out
     num_bytes:int # UTF-8 bytes of the taught text, end-of-turn tokens left out
     num_words:int # Words of the taught text, answer by answer, as in `count_words`
-    num_correct:int # Taught tokens that were the likeliest
+    num_correct:int # Taught tokens that were the most likely
 
+# %% ../nbs/26_losses.ipynb #6e36d817
 def _answers(example, stops):
-    "Places of the taught tokens of each answer, end-of-turn tokens left out."
+    "Positions of the taught tokens of each answer, end-of-turn tokens left out."
     runs, last = [], -2
     for i,label in enumerate(example.labels):
         if label == IGNORE_INDEX or label in stops: continue
@@ -114,15 +120,19 @@ def _answers(example, stops):
     return runs
 
 def _conversation_loss(example, nll, hit, stops, tokenizer):
-    "Sums over one conversation; `nll` is float32 per token, added up in float64."
-    taught, answers = [i for i,l in enumerate(example.labels) if l != IGNORE_INDEX], _answers(example, stops)
-    words, nll = [i for run in answers for i in run], nll.double()
-    texts = [tokenizer.decode([example.labels[i] for i in run], clean_up_tokenization_spaces=False) for run in answers]
-    return ConversationLoss(example.row, nll[taught].sum().item(), len(taught), nll[words].sum().item(), len(words), sum(len(t.encode()) for t in texts),
-                            sum(count_words(t.strip()) for t in texts), int(hit[taught].sum()))
+    "Sums over one conversation; `nll` is float32 per token and summed in float64."
+    labels, answers, nll = example.labels, _answers(example, stops), nll.double()
+    taught = [i for i,l in enumerate(labels) if l != IGNORE_INDEX]
+    words = [i for run in answers for i in run]
+    answer_ids = [[labels[i] for i in run] for run in answers]
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answer_ids]
+    return ConversationLoss(
+        example.row, nll[taught].sum().item(), len(taught), nll[words].sum().item(), len(words),
+        sum(len(t.encode()) for t in texts), sum(count_words(t.strip()) for t in texts), int(hit[taught].sum()))
 
+# %% ../nbs/26_losses.ipynb #dcb30e2b
 def _batches(examples, batch_size, max_tokens):
-    "Neighbours in groups of at most `batch_size` examples and about `max_tokens` tokens."
+    "Consecutive examples in batches of at most `batch_size` examples and about `max_tokens` tokens."
     group = []
     for e in examples:
         if group and (len(group) == batch_size or sum(map(len, group)) + len(e) > max_tokens):
@@ -131,21 +141,30 @@ def _batches(examples, batch_size, max_tokens):
         group.append(e)
     if group: yield group
 
+def _to_device(batch, device): return {k: v.to(device) if isinstance(v, Tensor) else v for k,v in batch.items()}
+
+def _check_finite(example, nll):
+    "Raise `NonFiniteError` if a loss is NaN or infinite."
+    if nll.isfinite().all(): return
+    place = example.row or 'a conversation'
+    raise NonFiniteError(f'{place}: the loss of a taught token is not finite; look for non-finite weights in the model')
+
 # %% ../nbs/26_losses.ipynb #b99403cb
 class PerplexityEvaluator:
-    "Token-weighted perplexity of the answers in conversations; no batch size changes its definition, only (below float32) the rounding."
+    "Token-weighted perplexity of the answers in conversations; batch size changes only rounding (below float32)."
     def __init__(self,
         model:nn.Module, # A causal LM, or a PEFT model around one; quantised or not
         tokenizer, # Its tokenizer
         template='auto', # As in `encode`
-        max_length:int|None=None, # Longest conversation in tokens; `None`: what the model has positions for
+        max_length:int|None=None, # Maximum conversation length in tokens; `None`: the model's maximum
         train_on:str='assistant', # Which tokens count, as in `encode`
         on_overflow:str='raise', # Longer conversations: as in `encode`; dropped ones are not counted
-        batch_size:int=8, # Conversations at a time; in float32 no number depends on it
-        max_tokens:int=8192, # About how many tokens at a time: bounds the memory
-        what:str|None='scoring', # Name of the progress bar, which counts conversations; `None` draws none
+        batch_size:int=8, # Conversations per batch
+        max_tokens:int=8192, # About how many tokens per batch: bounds the memory
+        what:str|None='scoring', # Name of the progress bar, which counts conversations; `None`: no bar
     ):
-        self.model, self.tokenizer, self.template, self.train_on, self.on_overflow = model, tokenizer, template, train_on, on_overflow
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.train_on, self.on_overflow = train_on, on_overflow
         self.max_length = max_length or getattr(_causal_lm(model).config, 'max_position_embeddings', None)
         self.batch_size, self.max_tokens, self.what = batch_size, max_tokens, what
 
@@ -156,40 +175,52 @@ class PerplexityEvaluator:
         return encode(conversation, self.tokenizer, self.template, self.train_on, self.max_length, self.on_overflow)
 
     def _scored(self, conversations):
-        "Each conversation that fits: its example, nats and hits by token; and itself."
+        "Each conversation that fits: its example, nats and hits per token; and the conversations themselves."
         found = [(c, e) for c in conversations if (e := self.encode(c)) is not None]
-        if not found: raise DataError('no conversation to measure: none was given, or all were dropped for their length')
-        collate, out, device = PackedCollator(pad_id=0), [], next(self.model.parameters()).device
-        with measuring(self.model), progress(total=len(found), what=self.what or '', unit='conversation', show=self.what is not None) as bar:
+        if not found:
+            raise DataError('no conversation to measure: none was given, or all were dropped for their length')
+        collate, scored, device = PackedCollator(pad_id=0), [], next(self.model.parameters()).device
+        bar = progress(total=len(found), what=self.what or '', unit='conversation', show=self.what is not None)
+        with measuring(self.model), bar as bar:
             for group in _batches([e for _,e in found], self.batch_size, self.max_tokens):
-                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k,v in collate(group).items()}
-                out += zip(group, *(x.cpu().split([len(e) for e in group]) for x in token_scores(self.model, batch)))
+                lengths = [len(e) for e in group]
+                nll, hit = token_scores(self.model, _to_device(collate(group), device))
+                scored += zip(group, nll.cpu().split(lengths), hit.cpu().split(lengths))
                 bar.update(len(group))
-        for e,nll,_ in out:
-            if not nll.isfinite().all(): raise NonFiniteError(f"{e.row or 'a conversation'}: the loss of a taught token is not finite; look for non-finite weights in the model")
-        return out, [c for c,_ in found]
+        for e,nll,_ in scored: _check_finite(e, nll)
+        return scored, [c for c,_ in found]
 
     def per_token(self,
         conversations:Sequence, # Conversations
     )->list[tuple[Example,Tensor]]: # Each with nats per token, float32 `(T,)`, 0 where nothing is taught
-        "Loss of every taught token. Raises `DataError` for nothing to measure, `NonFiniteError` naming the row of a NaN."
+        "Loss of every taught token. Raises `DataError` for no conversation, `NonFiniteError` naming the row of a NaN."
         return [(e, nll) for e,nll,_ in self._scored(conversations)[0]]
 
     def per_conversation(self,
         conversations:Sequence, # Conversations
     )->list[ConversationLoss]: # In the order given
         "Summed losses by conversation; raises as `per_token` does."
-        stops = set(get_template(self.tokenizer, self.template).stop_ids)
-        return [_conversation_loss(e, nll, hit, stops, self.tokenizer) for e,nll,hit in self._scored(conversations)[0]]
+        stops, (scored, _) = set(get_template(self.tokenizer, self.template).stop_ids), self._scored(conversations)
+        return [_conversation_loss(e, nll, hit, stops, self.tokenizer) for e,nll,hit in scored]
 
     def evaluate(self,
         conversations:Sequence, # Conversations
-    )->dict: # `perplexity`, `nll` [nats per token], `num_tokens`, `num_conversations`, `perplexity_without_eot`, `word_perplexity`, `bits_per_byte`, `token_accuracy`
+    )->dict: # Perplexities, `nll` [nats per token], `bits_per_byte`, `token_accuracy`, counts
         "Perplexity over all taught tokens; raises as `per_token` does."
-        losses = self.per_conversation(conversations)
-        x = np.array([l[1:] for l in losses], dtype=float).sum(0)
-        return dict(perplexity=float(perplexity(x[:2])), nll=float(ratio(x[:2])), num_tokens=int(x[1]), num_conversations=len(losses),
-                    perplexity_without_eot=float(perplexity(x[2:4])), word_perplexity=float(perplexity(x[[2, 5]])), bits_per_byte=float(ratio(x[[2, 4]])/math.log(2)), token_accuracy=float(ratio(x[[6, 1]])))
+        return _summary(self.per_conversation(conversations))
+
+# %% ../nbs/26_losses.ipynb #a7155279
+def _summary(losses):
+    "Perplexities and rates over all conversations."
+    total = {name: float(sum(getattr(l, name) for l in losses)) for name in ConversationLoss._fields[1:]}
+    def pair(above, below): return np.array([total[above], total[below]])
+    return dict(
+        perplexity=float(perplexity(pair('nll', 'num_tokens'))), nll=float(ratio(pair('nll', 'num_tokens'))),
+        num_tokens=int(total['num_tokens']), num_conversations=len(losses),
+        perplexity_without_eot=float(perplexity(pair('nll_without_eot', 'num_tokens_without_eot'))),
+        word_perplexity=float(perplexity(pair('nll_without_eot', 'num_words'))),
+        bits_per_byte=float(ratio(pair('nll_without_eot', 'num_bytes'))/math.log(2)),
+        token_accuracy=float(ratio(pair('num_correct', 'num_tokens'))))
 
 # %% ../nbs/26_losses.ipynb #5ad54fc7
 TAGS = ('empty', 'cut', 'loops', 'too long', 'wrong language')
@@ -205,53 +236,68 @@ def _languages(texts):
     try: return languages([Conversation((Message('user', t),)) for t in texts])
     except ImportError: return [None]*len(texts)
 
+def _other_language(text, like, num_words):
+    "Whether two texts differ in script, or in language if the first is long enough to tell."
+    if not like: return False
+    scripts = _script(text), _script(like)
+    if None not in scripts and scripts[0] != scripts[1]: return True
+    codes = _languages([text, like]) if num_words > 7 else [None, None] # guesses on short texts are unreliable
+    return None not in codes and codes[0] != codes[1]
+
+# %% ../nbs/26_losses.ipynb #fa957231
 def tag_text(
     text:str, # A reply, or an answer in the data
-    like:str|None=None, # Text whose language is expected, e.g. the question; `None` does not look
+    like:str|None=None, # Text in the expected language, e.g. the question; `None`: do not check the language
     ended:bool=True, # False: it was cut at a limit
-    usual_words:float|None=None, # Words of a text of usual length, e.g. of the reference; `None` does not look
+    usual_words:float|None=None, # Usual length in words, e.g. of the reference; `None`: do not check the length
 )->tuple[str,...]: # Names out of `TAGS`
-    "What is probably wrong with a text."
+    "Tags for the likely faults of a text."
     words, (again, grams) = UnicodeTokenizer().tokenize(text), repetition_stats(text)
-    stuck = len(text) >= 40 and len(set(text)) <= 3 # one sign over and over
-    scripts = (_script(text), _script(like)) if like else (None, None)
-    codes = _languages([text, like]) if like and len(words) > 7 else [None, None] # short texts are guessed wrong
-    other = (None not in scripts and scripts[0] != scripts[1]) or (None not in codes and codes[0] != codes[1])
-    found = dict(zip(TAGS, (not words, not ended, stuck or (grams >= 8 and again/grams > 0.3), usual_words is not None and len(words) > 20 + 3*usual_words, other)))
+    few_characters = len(text) >= 40 and len(set(text)) <= 3
+    found = {'empty': not words, 'cut': not ended, 'loops': few_characters or (grams >= 8 and again/grams > 0.3),
+             'too long': usual_words is not None and len(words) > 20 + 3*usual_words,
+             'wrong language': _other_language(text, like, len(words))}
     return tuple(name for name in TAGS if found[name])
 
 # %% ../nbs/26_losses.ipynb #1c51ca15
 @dataclass(frozen=True, repr=False)
 class TokenLosses:
-    "One conversation with the cost of each taught token; shows itself as coloured text."
+    "One conversation with the loss of each taught token; shows itself as coloured text."
     conversation:Conversation # As it was given
     example:Example # Its ids and labels
     nll:Tensor # `(T,)` nats, 0 where nothing is taught
-    base_nll:Tensor|None=None # The same of the base; `None` without one
-    tags:tuple=() # What is probably wrong with its answers, or with a reply
+    base_nll:Tensor|None=None # The same under the base; `None` without one
+    tags:tuple=() # Likely faults of its answers, or of a reply
     tokenizer:object=None # Decodes the ids
 
     @property
-    def num_tokens(self)->int: return sum(l != IGNORE_INDEX for l in self.example.labels)
+    def num_tokens(self)->int: # Taught tokens
+        "How many tokens are taught."
+        return sum(l != IGNORE_INDEX for l in self.example.labels)
 
     @property
     def loss(self)->float: # Nats per taught token
-        "Its mean."
+        "Mean loss of the taught tokens."
         return self.nll.double().sum().item()/self.num_tokens
 
     @property
     def change(self)->float|None: # Nats per taught token; `None` without a base
-        "What the tuning added; negative is better."
-        return None if self.base_nll is None else (self.nll.double() - self.base_nll.double()).sum().item()/self.num_tokens
+        "Loss of the tuned model minus that of the base; negative is better."
+        if self.base_nll is None: return None
+        return (self.nll.double() - self.base_nll.double()).sum().item()/self.num_tokens
 
     def tokens(self)->list[dict]: # One per taught token: `position`, `text`, `nll`, and `base_nll` with a base
         "The taught tokens in order."
-        at = [i for i,l in enumerate(self.example.labels) if l != IGNORE_INDEX]
-        more = lambda i: {} if self.base_nll is None else {'base_nll': self.base_nll[i].item()}
-        return [dict(position=i, text=self.tokenizer.decode([self.example.input_ids[i]]), nll=self.nll[i].item(), **more(i)) for i in at]
+        ids, found = self.example.input_ids, []
+        for i,label in enumerate(self.example.labels):
+            if label == IGNORE_INDEX: continue
+            token = dict(position=i, text=self.tokenizer.decode([ids[i]]), nll=self.nll[i].item())
+            if self.base_nll is not None: token['base_nll'] = self.base_nll[i].item()
+            found.append(token)
+        return found
 
     def view(self)->View: # Coloured text
-        "The conversation with its costs."
+        "The conversation, with its taught tokens coloured by loss."
         return _heat(self)
 
     def __repr__(self): return repr(self.view())
@@ -259,63 +305,77 @@ class TokenLosses:
 
 # %% ../nbs/26_losses.ipynb #495cfd2c
 def _rgba(color, share):
-    "A palette colour, as opaque as `share` says."
+    "A palette colour with this opacity."
     code = PALETTE[color]
     return f'rgba({int(code[1:3], 16)},{int(code[3:5], 16)},{int(code[5:7], 16)},{share:.2f})'
 
-def _token_box(text, nll, base):
-    "One taught token: its colour, its line, its numbers on hovering."
-    change = None if base is None else nll - base
-    line = '' if change is None or abs(change) < 0.5 else f";border-bottom:2px solid {PALETTE['green' if change < 0 else 'orange']}"
-    hover = f'{nll:.2f} nats' + ('' if base is None else f', base {base:.2f}')
-    return f'<span title="{hover}" style="background:{_rgba("red", min(1, nll/6)*.75)}{line}">{escape(text)}</span>'
+def _token_box(text, nll, base=None):
+    "One taught token: its colour, its line, and its numbers on hovering."
+    style, hover = f'background:{_rgba("red", min(1, nll/6)*.75)}', f'{nll:.2f} nats'
+    if base is not None:
+        hover += f', base {base:.2f}'
+        if abs(nll - base) >= 0.5: style += f";border-bottom:2px solid {PALETTE['green' if nll < base else 'orange']}"
+    return f'<span title="{hover}" style="{style}">{escape(text)}</span>'
 
+def _spans(losses):
+    "The parts of a conversation as `(html, text)`: each taught token, and the text between them."
+    ids, taught, start = losses.example.input_ids, losses.tokens(), 0
+    def context(text): return f'<span style="opacity:.6">{escape(text)}</span>', text
+    for t in taught:
+        if start < t['position']: yield context(losses.tokenizer.decode(ids[start:t['position']]))
+        nats = f"[{t['nll']:.1f}]" if t['nll'] >= 3 else ''
+        yield _token_box(t['text'], t['nll'], t.get('base_nll')), t['text'] + nats
+        start = t['position'] + 1
+    if start < len(ids): yield context(losses.tokenizer.decode(ids[start:]))
+
+# %% ../nbs/26_losses.ipynb #7292ad40
 def _heat(losses):
-    "A conversation's tokens by cost."
-    e, html, text = losses.example, [], []
-    costs, at = {t['position']: t for t in losses.tokens()}, 0
-    while at < len(e):
-        if at in costs:
-            t = costs[at]
-            html.append(_token_box(t['text'], t['nll'], t.get('base_nll')))
-            text.append(t['text'] + (f"[{t['nll']:.1f}]" if t['nll'] >= 3 else ''))
-            at += 1
-        else:
-            end = next((i for i in range(at, len(e)) if i in costs), len(e))
-            html.append(f'<span style="opacity:.6">{escape(losses.tokenizer.decode(e.input_ids[at:end]))}</span>')
-            text.append(losses.tokenizer.decode(e.input_ids[at:end]))
-            at = end
+    "A conversation with its taught tokens coloured by loss."
+    html, text = map(''.join, zip(*_spans(losses)))
     change = '' if losses.change is None else f', {losses.change:+.3f} against the base'
-    head = f"{e.row or 'conversation'}: {losses.loss:.3f} nats per token{change}" + (f"; {', '.join(losses.tags)}" if losses.tags else '')
-    box = f"font-family:monospace;font-size:.88em;line-height:1.7;white-space:pre-wrap;overflow-wrap:break-word;border:1px solid {_rgba('grey', .45)};border-radius:4px;padding:.6em;margin:.4em 0"
-    return View(f'<div style="{box}"><b>{escape(head)}</b>\n{"".join(html)}</div>', plain_text(head) + '\n' + ''.join(text))
+    tags = f"; {', '.join(losses.tags)}" if losses.tags else ''
+    head = f"{losses.example.row or 'conversation'}: {losses.loss:.3f} nats per token{change}{tags}"
+    box = ('font-family:monospace;font-size:.88em;line-height:1.7;white-space:pre-wrap;overflow-wrap:break-word;'
+           f"border:1px solid {_rgba('grey', .45)};border-radius:4px;padding:.6em;margin:.4em 0")
+    return View(f'<div style="{box}"><b>{escape(head)}</b>\n{html}</div>', plain_text(head) + '\n' + text)
 
 # %% ../nbs/26_losses.ipynb #610400f9
+_LEGEND = ('Redder tokens cost more (full at 6 nats); a green line: cheaper than for the base by half a nat or more, '
+           'an orange line: more expensive.')
+
+def _dataset_row(r):
+    "One conversation with its loss, as a row of a data set."
+    messages = [dict(role=m.role, content=m.content) for m in r.conversation.messages]
+    row = str(r.example.row) if r.example.row else None
+    return dict(messages=messages, row=row, loss=r.loss, change=r.change, tags=list(r.tags), num_tokens=r.num_tokens)
+
 @dataclass(frozen=True, repr=False)
 class TopLosses:
-    "The conversations that stand out, worst first; shows them as coloured text, and gives them away as a data set."
+    "The conversations that stand out, worst first: as coloured text, or as a data set with `.dataset()`."
     rows:tuple[TokenLosses,...] # Worst first
     loss:float # Nats per taught token, over all conversations that were measured
     num_tokens:int # Taught tokens of all of them
-    num_conversations:int # How many there were
+    num_conversations:int # How many were measured
 
     def dataset(self): # A `datasets.Dataset` with `messages`, `row`, `loss`, `change`, `tags`, `num_tokens`
-        "The rows as a data set, to look through, to mend and to train on."
+        "The rows as a data set that you can look through, fix, and train on."
         from datasets import Dataset
-        return Dataset.from_list([dict(messages=[dict(role=m.role, content=m.content) for m in r.conversation.messages], row=str(r.example.row) if r.example.row else None,
-                                       loss=r.loss, change=r.change, tags=list(r.tags), num_tokens=r.num_tokens) for r in self.rows])
+        return Dataset.from_list([_dataset_row(r) for r in self.rows])
 
     def tagged(self,
-        *tags:str, # Names out of `TAGS`; none: any tag
+        *tags:str, # Names out of `TAGS`; without any, every tag counts
     )->'TopLosses': # Only the rows that carry one of them
-        "Those with something to mend."
-        return replace(self, rows=tuple(r for r in self.rows if set(r.tags) & (set(tags) or set(TAGS))))
+        "Only the conversations with one of these tags."
+        wanted = set(tags or TAGS)
+        return replace(self, rows=tuple(r for r in self.rows if set(r.tags) & wanted))
 
     def view(self)->View: # One box per conversation
         "Coloured text, worst first."
-        head = f'{len(self.rows)} of {self.num_conversations} conversations; all together {self.loss:.4f} nats per token over {self.num_tokens:,} taught tokens'
-        views, legend = [r.view() for r in self.rows], 'The redder, the dearer (full at 6 nats); a green line: cheaper than for the base by half a nat or more, an orange one: dearer.'
-        return View(f'<div>{escape(head)}</div><div style="font-size:.85em">{legend}</div>' + ''.join(v.html for v in views), '\n\n'.join([head, *(v.text for v in views)]))
+        counts = f'{len(self.rows)} of {self.num_conversations} conversations'
+        head = f'{counts}; all together {self.loss:.4f} nats per token over {self.num_tokens:,} taught tokens'
+        views = [r.view() for r in self.rows]
+        html = f'<div>{escape(head)}</div><div style="font-size:.85em">{_LEGEND}</div>'
+        return View(html + ''.join(v.html for v in views), '\n\n'.join([head, *(v.text for v in views)]))
 
     def __len__(self): return len(self.rows)
     def __iter__(self): return iter(self.rows)
@@ -324,47 +384,65 @@ class TopLosses:
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
 
 # %% ../nbs/26_losses.ipynb #25afa6d6
-BY = dict(loss=lambda r: r.loss, total=lambda r: r.loss*r.num_tokens, worse=lambda r: r.change, better=lambda r: -r.change)
+BY = dict(loss=lambda r: r.loss, total=lambda r: r.loss*r.num_tokens, # orders of `top_losses`, largest first
+          worse=lambda r: r.change, better=lambda r: -r.change)
 
 def _tags(conversation, usual, reply=None):
-    "Tags of a reply, or else of the answers that stand in the data."
+    "Tags of a reply, or without one of the answers in the data."
     asked = ' '.join(m.content for m in conversation.messages if m.role == 'user')
     answers = [m.content for m in conversation.messages if m.role == 'assistant']
-    if reply is not None: return tag_text(reply.text, asked, reply.ended, len(UnicodeTokenizer().tokenize(answers[-1])) if answers else None)
+    if reply is not None:
+        words = len(UnicodeTokenizer().tokenize(answers[-1])) if answers else None
+        return tag_text(reply.text, asked, reply.ended, words)
     found = {t for a in answers for t in tag_text(a, asked, usual_words=usual)}
     return tuple(t for t in TAGS if t in found)
 
+def _usual_words(conversations):
+    "Median number of words of an answer."
+    counts = [len(m.content.split()) for c in conversations for m in c.messages if m.role == 'assistant']
+    return float(np.median(counts or [0]))
+
+def _base_losses(measure, conversations):
+    "Nats per token under the base; `None` for each conversation if there is no base."
+    if _no_base(measure.model): return [None]*len(conversations)
+    measure.what = measure.what and f'{measure.what}, base'
+    with adapter_off(measure.model): return [nll for _,nll,_ in measure._scored(conversations)[0]]
+
+# %% ../nbs/26_losses.ipynb #60f0fe9a
 def top_losses(
     model:nn.Module, # A causal LM; with an adapter, its base is measured too
     tokenizer, # Its tokenizer
     conversations:Sequence, # Conversations, e.g. the held-out ones
     k:int=10, # How many to keep
     by:str='loss', # `'loss'` per token, `'total'`, or what the tuning made `'worse'` or `'better'`
-    replies:Sequence|None=None, # A `Reply` of the model to each; tags are then about these, otherwise about the answers in the data
-    **evaluator, # As in `PerplexityEvaluator`: `template`, `max_length`, `train_on`, `on_overflow`, `batch_size`, `max_tokens`, `what`
+    replies:Sequence|None=None, # A `Reply` to each, which tags then describe instead of the answers in the data
+    **evaluator, # As in `PerplexityEvaluator`, e.g. `template`, `max_length`, `batch_size`, `what`
 )->TopLosses: # Worst first
-    "The conversations a model predicts worst. Raises `DataError` for nothing to measure, `ValueError` for an order that needs a base where there is none."
-    if by not in BY: raise ValueError(f"by must be one of {', '.join(BY)}, got {by!r}")
-    if by in ('worse', 'better') and _no_base(model): raise ValueError(f'by={by!r} compares with the base, but {_no_base(model)}')
-    conversations = [as_conversation(c) for c in conversations]
-    if replies is not None and len(replies) != len(conversations): raise ValueError(f'{len(replies)} replies to {len(conversations)} conversations')
-    measure, said = PerplexityEvaluator(model, tokenizer, **evaluator), dict(zip(map(id, conversations), replies or ()))
-    scored, kept = measure._scored(conversations)
-    base = [None]*len(scored)
-    if not _no_base(model):
-        measure.what = measure.what and f'{measure.what}, base'
-        with adapter_off(model): base = [nll for _,nll,_ in measure._scored(kept)[0]]
-    rows = [TokenLosses(c, e, nll, b, (), tokenizer) for c,(e,nll,_),b in zip(kept, scored, base)]
-    n, usual = sum(r.num_tokens for r in rows), float(np.median([len(m.content.split()) for c in kept for m in c.messages if m.role == 'assistant'] or [0]))
-    best = sorted(rows, key=BY[by], reverse=True)[:k]
-    best = tuple(replace(r, tags=_tags(r.conversation, usual, said.get(id(r.conversation)))) for r in best)
-    return TopLosses(best, sum(r.nll.double().sum().item() for r in rows)/n, n, len(rows))
+    """The conversations that a model predicts worst.
 
+    Raises `DataError` if there is nothing to measure, `ValueError` if the order needs a base and there is none."""
+    if by not in BY: raise ValueError(f"by must be one of {', '.join(BY)}, got {by!r}")
+    if by in ('worse', 'better') and _no_base(model):
+        raise ValueError(f'by={by!r} compares with the base, but {_no_base(model)}')
+    conversations = [as_conversation(c) for c in conversations]
+    if replies is not None and len(replies) != len(conversations):
+        raise ValueError(f'{len(replies)} replies to {len(conversations)} conversations')
+    reply_to = dict(zip(map(id, conversations), replies or ()))
+    measure = PerplexityEvaluator(model, tokenizer, **evaluator)
+    scored, kept = measure._scored(conversations)
+    base, usual = _base_losses(measure, kept), _usual_words(kept)
+    rows = [TokenLosses(c, e, nll, b, (), tokenizer) for c,(e,nll,_),b in zip(kept, scored, base)]
+    num_tokens, nats = sum(r.num_tokens for r in rows), sum(r.nll.double().sum().item() for r in rows)
+    worst = sorted(rows, key=BY[by], reverse=True)[:k]
+    worst = tuple(replace(r, tags=_tags(r.conversation, usual, reply_to.get(id(r.conversation)))) for r in worst)
+    return TopLosses(worst, nats/num_tokens, num_tokens, len(rows))
+
+# %% ../nbs/26_losses.ipynb #c2dde26b
 def explain(
     model:nn.Module, # A causal LM; with an adapter, its base is measured too
     tokenizer, # Its tokenizer
     conversation, # A `Conversation` or a list of messages
     **evaluator, # As in `PerplexityEvaluator`
 )->TokenLosses: # Shows itself as coloured text
-    "What each taught token of one conversation costs, and what the tuning did to it; raises as `top_losses`."
+    "The loss of each taught token of one conversation, and what the tuning changed; raises as `top_losses`."
     return top_losses(model, tokenizer, [conversation], 1, **evaluator)[0]

@@ -37,19 +37,23 @@ class Interval:
 
     def __str__(self): return f'{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]'
 
+# %% ../nbs/25_report.ipynb #b218a769
 def _table(stats):
     "Per-conversation sums as a float matrix `(n, k)`."
     stats = np.asarray(stats, dtype=float)
     if stats.ndim == 1: stats = np.stack([stats, np.ones_like(stats)], axis=1) # plain values: their mean
-    if stats.ndim != 2 or not len(stats): raise ValueError(f'expected sums of shape (n, k) with n >= 1, got {stats.shape}')
+    if stats.ndim != 2 or not len(stats):
+        raise ValueError(f'expected sums of shape (n, k) with n >= 1, got {stats.shape}')
     return stats
 
+# %% ../nbs/25_report.ipynb #506a36b0
 def _weights(kind, n, num_rows, seed):
-    "Rows of resampling weights, in blocks small enough for memory: multinomial counts, or coin flips."
+    "Rows of resampling weights in blocks: multinomial counts for `'draw'`, coin flips for `'flip'`."
     rng, block = np.random.default_rng(seed), max(1, 2_000_000//n)
     for start in range(0, num_rows, block):
         size = min(block, num_rows - start)
-        yield (rng.multinomial(n, np.full(n, 1/n), size) if kind == 'draw' else rng.integers(0, 2, (size, n))).astype(float)
+        weights = rng.multinomial(n, np.full(n, 1/n), size) if kind == 'draw' else rng.integers(0, 2, (size, n))
+        yield weights.astype(float)
 
 def _limits(samples, n, confidence):
     "Percentile ends of resampled scores."
@@ -61,13 +65,17 @@ def bootstrap_interval(
     stats:np.ndarray, # `(n, k)`: sums per conversation, or `(n,)`: one value each
     statistic:Statistic=ratio, # Column sums → score, e.g. `ratio`, `perplexity`, `bleu_from_stats`
     confidence:float=0.95, # Share of resamples inside the interval
-    num_bootstrap:int=1000, # Resamples
-    seed:int=42, # Same seed, same interval
+    num_bootstrap:int=1000, # Number of resamples
+    seed:int=42, # Seed of the resampling; the same seed gives the same interval
 )->Interval: # The score and its percentile interval
-    "Bootstrap interval of a function of sums, resampled by conversation. Raises `ValueError` on an empty table. Source: Efron 1979."
+    """Bootstrap interval of a function of sums, resampled by conversation.
+
+    Raises `ValueError` on an empty table. Source: Efron 1979."""
     stats = _table(stats)
-    samples = np.concatenate([np.atleast_1d(statistic(w @ stats)) for w in _weights('draw', len(stats), num_bootstrap, seed)])
-    return Interval(float(statistic(stats.sum(0))), *_limits(samples, len(stats), confidence), confidence, len(stats), samples)
+    n, value = len(stats), float(statistic(stats.sum(0)))
+    samples = [np.atleast_1d(statistic(w @ stats)) for w in _weights('draw', n, num_bootstrap, seed)]
+    samples = np.concatenate(samples)
+    return Interval(value, *_limits(samples, n, confidence), confidence, n, samples)
 
 # %% ../nbs/25_report.ipynb #dacf6cfe
 FEW = 20 # conversations below which no difference is called measurable
@@ -80,44 +88,54 @@ class Difference(Interval):
     @property
     def measurable(self)->bool: # Whether interval and test agree that it is not 0
         "The interval excludes 0, and `p_value` is at most `1 - confidence`; never for fewer than `FEW` conversations."
-        return bool(self.n >= FEW and (self.low > 0 or self.high < 0) and self.p_value <= 1 - self.confidence + 1e-9)
+        excludes_0 = self.low > 0 or self.high < 0
+        return bool(self.n >= FEW and excludes_0 and self.p_value <= 1 - self.confidence + 1e-9)
 
     @property
     def note(self)->str: # Empty for a measurable difference
-        "What keeps the difference from being measurable."
+        "Why the difference is not measurable."
         return '' if self.measurable else 'too few to tell' if self.n < FEW else 'no measurable change'
 
     def __str__(self):
-        return f'{self.value:+.4g} [{self.low:+.4g}, {self.high:+.4g}], p = {self.p_value:.3g}' + (self.note and f': {self.note}')
+        text = f'{self.value:+.4g} [{self.low:+.4g}, {self.high:+.4g}], p = {self.p_value:.3g}'
+        return f'{text}: {self.note}' if self.note else text
 
+# %% ../nbs/25_report.ipynb #963221b3
 def paired_difference(
     first:np.ndarray, # `(n, k)` sums per conversation, e.g. of the tuned model; or `(n,)` values
     second:np.ndarray, # The same conversations in the same order, e.g. of the base model
     statistic:Statistic=ratio, # Column sums → score
     confidence:float=0.95, # Share of resamples inside the interval
-    num_bootstrap:int=1000, # Resamples, and permutations
-    seed:int=42, # Same seed, same result
-)->Difference: # `statistic(first) - statistic(second)` and how sure it is
-    "Paired bootstrap and paired permutation test by conversation. Raises `ValueError` if shapes differ. Source: Koehn 2004; Riezler and Maxwell 2005."
+    num_bootstrap:int=1000, # Number of resamples, and of permutations
+    seed:int=42, # Seed of the resampling; the same seed gives the same result
+)->Difference: # `statistic(first) - statistic(second)` with interval and p-value
+    """Paired bootstrap and paired permutation test by conversation.
+
+    Raises `ValueError` if shapes differ. Source: Koehn 2004; Riezler and Maxwell 2005."""
     first, second = _table(first), _table(second)
-    if first.shape != second.shape: raise ValueError(f'paired tables must have one shape, got {first.shape} and {second.shape}')
+    if first.shape != second.shape:
+        raise ValueError(f'paired tables must have one shape, got {first.shape} and {second.shape}')
+    def gap(a, b): return np.atleast_1d(statistic(a) - statistic(b))
     n, value = len(first), float(statistic(first.sum(0)) - statistic(second.sum(0)))
-    gap = lambda a, b: np.atleast_1d(statistic(a) - statistic(b))
-    samples = np.concatenate([gap(w @ first, w @ second) for w in _weights('draw', n, num_bootstrap, seed)])
-    swapped = np.concatenate([gap(w @ first + (1 - w) @ second, w @ second + (1 - w) @ first) for w in _weights('flip', n, num_bootstrap, seed + 1)])
-    slack = 1e-9*max(abs(value), abs(float(statistic(second.sum(0)))), 1e-300) # equal up to rounding counts as equal, and so does what is no number
-    p_value = (1 + int((~(np.abs(swapped) < abs(value) - slack)).sum()))/(num_bootstrap + 1)
+    samples = [gap(w @ first, w @ second) for w in _weights('draw', n, num_bootstrap, seed)]
+    swapped = [gap(w @ first + (1 - w) @ second, w @ second + (1 - w) @ first)
+               for w in _weights('flip', n, num_bootstrap, seed + 1)]
+    samples, swapped = np.concatenate(samples), np.concatenate(swapped)
+    slack = 1e-9*max(abs(value), abs(float(statistic(second.sum(0)))), 1e-300)
+    smaller = np.abs(swapped) < abs(value) - slack # False for nan: it counts as equal
+    p_value = (1 + int((~smaller).sum()))/(num_bootstrap + 1)
     return Difference(value, *_limits(samples, n, confidence), confidence, n, samples, p_value)
 
 # %% ../nbs/25_report.ipynb #45561e8e
 def sign_test(
-    wins:int, # Votes for the one
-    losses:int, # Votes for the other; ties are left out
+    wins:int, # Votes for the first
+    losses:int, # Votes for the second; ties are left out
 )->float: # Two-sided p-value
     "How often a fair coin would be at least as one-sided. Source: Dixon and Mood 1946."
     n, k = wins + losses, min(wins, losses)
     return min(1., 2*sum(math.comb(n, i) for i in range(k + 1))/2**n)
 
+# %% ../nbs/25_report.ipynb #65a6be1b
 def share_interval(
     k:int, # Successes
     n:int, # Trials
@@ -130,126 +148,170 @@ def share_interval(
     return Interval(k/n, max(0., center - half), min(1., center + half), confidence, n)
 
 # %% ../nbs/25_report.ipynb #e380c303
-STATISTICS = dict(perplexity=perplexity, perplexity_without_eot=perplexity, word_perplexity=perplexity, bleu=bleu_from_stats, chrf=chrf_from_stats) # how a metric follows from its sums; all others are ratios
+STATISTICS = dict(perplexity=perplexity, perplexity_without_eot=perplexity, word_perplexity=perplexity,
+                  bleu=bleu_from_stats, chrf=chrf_from_stats) # metric → its function of sums; all others are ratios
 LOWER_IS_BETTER = ('perplexity', 'perplexity_without_eot', 'word_perplexity', 'bits_per_byte', 'repetition')
-LABELS = dict(base_16bit='16-bit base', base_4bit='4-bit base', base='base', tuned='tuned', model='model') # in the order of columns
-TITLES = dict(perplexity='perplexity', perplexity_without_eot='perplexity without end-of-turn', word_perplexity='perplexity per word', bits_per_byte='bits per byte',
-              token_accuracy='token accuracy', bleu='BLEU', chrf='chrF', rouge1='ROUGE-1', rouge2='ROUGE-2', rougeL='ROUGE-L', rougeLsum='ROUGE-Lsum', ended='ended by itself',
-              length_ratio='length ratio (words)', mean_length='mean length (tokens)', repetition='repeated 4-grams', distinct1='distinct-1', distinct2='distinct-2')
+LABELS = dict( # in column order
+    base_16bit='16-bit base', base_4bit='4-bit base', base='base', tuned='tuned', model='model')
+TITLES = dict( # in row order
+    perplexity='perplexity', perplexity_without_eot='perplexity without end-of-turn',
+    word_perplexity='perplexity per word', bits_per_byte='bits per byte', token_accuracy='token accuracy',
+    bleu='BLEU', chrf='chrF', rouge1='ROUGE-1', rouge2='ROUGE-2', rougeL='ROUGE-L', rougeLsum='ROUGE-Lsum',
+    ended='ended by itself', length_ratio='length ratio (words)', mean_length='mean length (tokens)',
+    repetition='repeated 4-grams', distinct1='distinct-1', distinct2='distinct-2')
 
+# %% ../nbs/25_report.ipynb #cf56c033
+def _score_intervals(tables, **settings):
+    "Every metric of one model with its interval."
+    return {name: bootstrap_interval(sums, STATISTICS.get(name, ratio), **settings) for name,sums in tables.items()}
+
+def _paired_differences(tuned, base, **settings):
+    "Every metric that two models have in common, tuned minus base."
+    return {name: paired_difference(sums, base[name], STATISTICS.get(name, ratio), **settings)
+            for name,sums in tuned.items() if name in base}
+
+def _distinct_scores(texts, confidence):
+    "Distinct-1 and distinct-2 of a model's replies: values without an interval."
+    return {f'distinct{n}': Interval(distinct(texts, n), math.nan, math.nan, confidence, len(texts)) for n in (1, 2)}
+
+# %% ../nbs/25_report.ipynb #7a35723d
 @dataclass(repr=False)
 class EvaluationReport:
     "Scores of one or more models on the same conversations, with intervals and paired differences."
     tables:dict[str,dict[str,np.ndarray]] # model → metric → `(n, k)` sums per conversation
-    samples:list[dict]=field(default_factory=list) # One per conversation: row, prompt, reference, replies, nats per token
+    samples:list[dict]=field(default_factory=list) # Per conversation: row, prompt, reference, replies, nats per token
     settings:dict=field(default_factory=dict) # Everything the numbers depend on
     skipped:dict[str,str]=field(default_factory=dict) # model → why it was not measured
-    groups:dict[str,list[int]]=field(default_factory=dict) # slice → places of its conversations
-    about:dict[str,str]=field(default_factory=dict) # What was evaluated and when: `run`, `model`, `date`; no number depends on it
+    groups:dict[str,list[int]]=field(default_factory=dict) # slice → indices of its conversations
+    about:dict[str,str]=field(default_factory=dict) # `run`, `model`, `date`: for titles, no number depends on it
 
     @property
-    def n(self)->int: return self.settings.get('n') or max((len(sums) for metrics in self.tables.values() for sums in metrics.values()), default=0)
+    def n(self)->int: # Number of conversations
+        "How many conversations were measured."
+        if self.settings.get('n'): return self.settings['n']
+        return max((len(sums) for metrics in self.tables.values() for sums in metrics.values()), default=0)
 
     @property
     def verdict(self)->'Verdict': # `.word`, `.text`, and `.changes` by metric
         "Whether tuning made the model better, in one sentence."
         return verdict(self)
 
-    def _statistics(self): return {k: self.settings[k] for k in ('confidence', 'num_bootstrap', 'seed') if k in self.settings}
+    def _statistics(self):
+        return {k: self.settings[k] for k in ('confidence', 'num_bootstrap', 'seed') if k in self.settings}
 
     def replies(self,
         system:str, # Which model, e.g. `'tuned'`
     )->list[str]: # Its replies in the order of `samples`; empty if it gave none
-        "What a model said."
+        "The replies of one model."
         found = [(s.get('replies') or {}).get(system) for s in self.samples]
         return [] if None in found else [r['text'] for r in found]
 
     @cached_property
     def scores(self)->dict[str,dict[str,Interval]]: # model → metric → score with interval
         "Every metric of every model."
-        found = {system: {name: bootstrap_interval(sums, STATISTICS.get(name, ratio), **self._statistics()) for name,sums in tables.items()}
-                 for system,tables in self.tables.items()}
+        found = {system: _score_intervals(tables, **self._statistics()) for system,tables in self.tables.items()}
         for system in found:
-            if texts := self.replies(system):
-                found[system] |= {f'distinct{n}': Interval(distinct(texts, n), math.nan, math.nan, self.settings.get('confidence', 0.95), len(texts)) for n in (1, 2)}
+            texts = self.replies(system)
+            if texts: found[system] |= _distinct_scores(texts, self.settings.get('confidence', 0.95))
         return found
 
     @cached_property
     def differences(self)->dict[str,dict[str,Difference]]: # `'tuned - base_4bit'` → metric → paired difference
         "The tuned model minus each base, conversation by conversation."
-        found = {}
-        for base in self.tables if 'tuned' in self.tables else ():
-            if base == 'tuned': continue
-            found[f'tuned - {base}'] = {name: paired_difference(sums, self.tables[base][name], STATISTICS.get(name, ratio), **self._statistics())
-                                        for name,sums in self.tables['tuned'].items() if name in self.tables[base]}
-        return found
+        if 'tuned' not in self.tables: return {}
+        return {f'tuned - {base}': _paired_differences(self.tables['tuned'], self.tables[base], **self._statistics())
+                for base in self.tables if base != 'tuned'}
+
+    def _slice(self, rows):
+        "A report on some of the conversations."
+        samples = [self.samples[i] for i in rows] if self.samples else []
+        def only(metrics): return {name: sums[rows] for name,sums in metrics.items()}
+        tables = {system: only(metrics) for system,metrics in self.tables.items()}
+        return EvaluationReport(tables, samples, {**self.settings, 'n': len(rows)})
 
     @cached_property
-    def slices(self)->dict: # slice → the `EvaluationReport` of its conversations alone
-        "The same measurement, slice by slice: nothing is measured again."
-        def only(rows):
-            tables = {k: {name: sums[rows] for name,sums in metrics.items()} for k,metrics in self.tables.items()}
-            return EvaluationReport(tables, [self.samples[i] for i in rows] if self.samples else [], {**self.settings, 'n': len(rows)})
-        return {name: only(rows) for name,rows in self.groups.items()}
+    def slices(self)->dict: # slice → an `EvaluationReport` on its conversations only
+        "One report per slice, from the sums of this report; nothing is measured again."
+        return {name: self._slice(rows) for name,rows in self.groups.items()}
 
     def misses(self,
-        thresholds:dict[str,float], # metric → worst score that is still good enough
+        thresholds:dict[str,float], # metric → worst score that still passes
         system:str|None=None, # Which model; `None`: the tuned one, or the only one
-    )->list[str]: # One line for each metric that is worse, or not there as a number; empty: all are met
-        "Which thresholds are not met: too low, or for perplexity and its kin too high. Raises `ConfigError` for a metric that was not measured."
-        found, out = self.scores[system or ('tuned' if 'tuned' in self.scores else next(iter(self.scores)))], []
-        for name,limit in thresholds.items():
-            if name not in found: raise ConfigError(f"threshold for {name!r}: not measured; measured: {', '.join(found)}{did_you_mean(name, found)}")
-            value, lower = found[name].value, name in LOWER_IS_BETTER
-            if not (value <= limit if lower else value >= limit): out.append(f"{TITLES.get(name, name)} is {value:.4g}, asked for at {'most' if lower else 'least'} {limit:g}")
-        return out
+    )->list[str]: # One line for each metric that is worse, or not a number; empty if all pass
+        """Thresholds that are not met. A score must be at least its threshold, or at most for `LOWER_IS_BETTER`.
+
+        Raises `ConfigError` for a metric that was not measured."""
+        system = system or ('tuned' if 'tuned' in self.scores else next(iter(self.scores)))
+        return _failed_thresholds(self.scores[system], thresholds)
 
     def to_dict(self)->dict: # Plain data, the same for the same seed
         "Verdict, scores, differences, what was skipped, and every setting."
         return _report_dict(self)
 
     def view(self)->View: # Verdict, at most six numbers with a plot, slices; all other numbers folded
-        "What to look at first."
+        "The summary that a notebook shows."
         return _report_view(self)
 
     def table(self)->View: # A row per metric; a column per model and per difference
-        "All numbers."
+        "All scores and differences."
         return _full_table(self)
 
     def plot(self,
         everything:bool=False, # False: at most six metrics
     )->View: # One panel per metric: each model's score with its interval
-        "Draw the scores."
+        "Plot the scores."
         return _plot_scores(self, _measured(self) if everything else _main(self))
 
     def save(self,
-        folder, # Folder to make, e.g. `<run>/eval/validation`
-        data_text:bool=True, # False: scores, rows and replies only, no text of the data; for data whose licence forbids to pass it on
+        folder, # Folder to create, e.g. `<run>/eval/validation`
+        data_text:bool=True, # False: save scores, rows and replies, but no text of the data (its licence)
     )->Path: # The folder
         "Write `metrics.json`, `samples.jsonl` and `report.html`."
-        bare = copy.copy(self) # with the scores it has, also those of a report that was read back
+        bare = copy.copy(self) # keeps the computed scores, also those that `load_report` has read
         if not data_text: bare.samples = [{**s, 'prompt': [], 'reference': None} for s in self.samples]
         return _save_report(bare, folder)
 
     def __repr__(self): return plain_text(_report_text(self))
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
 
+# %% ../nbs/25_report.ipynb #bffa2231
+def _failed_thresholds(scores, thresholds):
+    "One line for each threshold that a model's scores do not meet."
+    lines = []
+    for name,limit in thresholds.items():
+        if name not in scores:
+            known = ', '.join(scores)
+            raise ConfigError(f"threshold for {name!r}: not measured; measured: {known}{did_you_mean(name, scores)}")
+        value, lower = scores[name].value, name in LOWER_IS_BETTER
+        passes = value <= limit if lower else value >= limit
+        if passes: continue
+        lines.append(f"{TITLES.get(name, name)} is {value:.4g}, asked for at {'most' if lower else 'least'} {limit:g}")
+    return lines
+
 # %% ../nbs/25_report.ipynb #23d40e8b
 def _clean(x):
-    "What JSON can hold, the same on every run: 10 digits, `None` for what is no number."
+    "Data as JSON can store it: floats of 10 digits, `None` for nan and infinity."
     if isinstance(x, dict): return {str(k): _clean(v) for k,v in x.items()}
     if isinstance(x, (list, tuple)): return [_clean(v) for v in x]
     if isinstance(x, np.generic): x = x.item()
-    return (float(f'{x:.10g}') if math.isfinite(x) else None) if isinstance(x, float) else x
+    if not isinstance(x, float): return x
+    return float(f'{x:.10g}') if math.isfinite(x) else None
 
 def _plain(interval):
     "An `Interval` or `Difference` as a dictionary."
-    keys = ('value', 'low', 'high', 'p_value', 'measurable') if isinstance(interval, Difference) else ('value', 'low', 'high')
+    keys = ('value', 'low', 'high')
+    if isinstance(interval, Difference): keys += ('p_value', 'measurable')
     return {k: getattr(interval, k) for k in keys}
 
+def _plain_groups(groups):
+    "Model or comparison → metric → plain dictionary."
+    def plain(metrics): return {name: _clean(_plain(i)) for name,i in metrics.items()}
+    return {group: plain(metrics) for group,metrics in groups.items()}
+
+# %% ../nbs/25_report.ipynb #a575e711
 def _groups_dict(report):
     "Scores and differences as plain data; each change also as a share of the base's value."
-    scores, changes = [{group: {name: _clean(_plain(i)) for name,i in metrics.items()} for group,metrics in found.items()} for found in (report.scores, report.differences)]
+    scores, changes = _plain_groups(report.scores), _plain_groups(report.differences)
     for group,metrics in changes.items():
         for name,d in metrics.items():
             base = scores[group.removeprefix('tuned - ')][name]['value']
@@ -260,8 +322,9 @@ def _slice_dict(part): return {'n': part.n, 'too_small': part.n < FEW, **_groups
 
 def _report_dict(report):
     "A report as plain data."
-    judged = dict(verdict=report.verdict.text, outcome=report.verdict.word) | ({'about': report.about} if report.about else {})
-    plain = judged | _groups_dict(report) | _clean(dict(skipped=report.skipped, settings={'n': report.n, **report.settings}))
+    plain = dict(verdict=report.verdict.text, outcome=report.verdict.word)
+    if report.about: plain['about'] = report.about
+    plain |= _groups_dict(report) | _clean(dict(skipped=report.skipped, settings={'n': report.n, **report.settings}))
     if report.slices: plain['slices'] = {name: _slice_dict(part) for name,part in report.slices.items()}
     return plain
 
@@ -278,21 +341,24 @@ class Verdict(NamedTuple):
 
     def __str__(self): return self.text
 
+# %% ../nbs/25_report.ipynb #15ec3538
 def _direction(name, difference):
-    "Which way a measurable difference goes; `'changed'` where neither way is better."
+    "Whether a measurable difference is better or worse; `'changed'` for a metric without a better direction."
     if name not in LOWER_IS_BETTER + HIGHER_IS_BETTER: return 'changed'
     return 'better' if (difference.value < 0) == (name in LOWER_IS_BETTER) else 'worse'
 
 def _judge(found):
-    "What each judged difference shows: the first one by itself, the others with a stricter p-value."
+    "The change of each judged metric: the first one by its own test, the others with a stricter p-value."
     (lead, first), *others = found.items()
-    alpha, changes = 1 - first.confidence, {lead: _direction(lead, first) if first.measurable else first.note}
-    limit = alpha/max(1, len(others))/(1 if first.measurable else 10)
-    for name,d in others: changes[name] = d.note if not d.measurable else _direction(name, d) if d.p_value <= limit + 1e-9 else 'unclear'
+    changes = {lead: _direction(lead, first) if first.measurable else first.note}
+    limit = (1 - first.confidence)/max(1, len(others))/(1 if first.measurable else 10)
+    for name,d in others:
+        if not d.measurable: changes[name] = d.note
+        else: changes[name] = _direction(name, d) if d.p_value <= limit + 1e-9 else 'unclear'
     return changes
 
 def _word(changes):
-    "One word for all changes, the leading one first."
+    "One word for all changes; the leading one comes first."
     lead, moved = next(iter(changes.values())), {'better', 'worse'} & set(changes.values())
     return 'mixed' if len(moved) == 2 or (moved and lead not in moved) else lead
 
@@ -300,38 +366,51 @@ def _word(changes):
 def _percent(x): return f'{x:+.0%}' if abs(x) >= 0.1 else f'{x:+.1%}'
 
 def _listed(changes):
-    "Metrics by what became of them, in words."
+    "Metrics grouped by their change, in words."
     groups = {}
     for name,change in changes.items(): groups.setdefault(change, []).append(TITLES[name])
     return ', '.join(f"{' and '.join(names)} {change}" for change,names in groups.items())
 
+def _lead_sentence(report, base, lead, d, changes):
+    "The leading number of both models; its change and interval too, unless there are too few conversations."
+    old, new = (report.scores[system][lead].value for system in (base, 'tuned'))
+    text = f'tuned {TITLES[lead]} {_number(new)} against {_number(old)} of the {LABELS[base]}'
+    if not changes: return text
+    relative = d.value/old if old else math.nan
+    share = f'{_percent(relative)}, ' if math.isfinite(relative) else ''
+    interval = f'{d.confidence:.0%} interval of the difference [{d.low:+.3g}, {d.high:+.3g}]'
+    return f'{text} ({share}{interval}, p = {d.p_value:.2g}), over {d.n} conversations'
+
+# %% ../nbs/25_report.ipynb #741c3435
 def verdict(
     report:EvaluationReport, # With a tuned model and a base
-    base:str|None=None, # Which base, e.g. `'base_16bit'`; `None`: the 4-bit one, or the first of `BASES` that was measured
+    base:str|None=None, # Which base, e.g. `'base_16bit'`; `None`: the first of `BASES` that was measured
 )->Verdict: # Shows itself as a sentence
     "Whether the tuned model is better than a base. Raises `ConfigError` for a base that was not measured."
-    if base is not None and f'tuned - {base}' not in report.differences: raise ConfigError(f"base: {base!r} was not measured{did_you_mean(base, BASES)}")
+    if base is not None and f'tuned - {base}' not in report.differences:
+        raise ConfigError(f"base: {base!r} was not measured{did_you_mean(base, BASES)}")
     base = base or next((b for b in BASES if f'tuned - {b}' in report.differences), None)
     differences = report.differences.get(f'tuned - {base}', {})
     found = {name: differences[name] for name in JUDGED if name in differences}
-    if not found: return Verdict('no comparison', f"No comparison: {'there is no base to compare with' if base is None else 'no number that tells better from worse was measured'}.", {})
+    if not found:
+        why = 'no number that tells better from worse was measured'
+        if base is None: why = 'there is no base to compare with'
+        return Verdict('no comparison', f'No comparison: {why}.', {})
     lead, d = next(iter(found.items()))
-    old, new = (report.scores[system][lead].value for system in (base, 'tuned'))
-    told = f'tuned {TITLES[lead]} {_number(new)} against {_number(old)} of the {LABELS[base]}'
-    if d.n < FEW: return Verdict('too few to tell', f'Too few to tell ({d.n} conversation{"s"*(d.n != 1)}; at least {FEW} needed): {told}.', {})
-    changes = _judge(found)
-    word, relative = _word(changes), d.value/old if old else math.nan
-    share = f'{_percent(relative)}, ' if math.isfinite(relative) else ''
-    told += f' ({share}{d.confidence:.0%} interval of the difference [{d.low:+.3g}, {d.high:+.3g}], p = {d.p_value:.2g}), over {d.n} conversations'
-    others = {name: change for name,change in changes.items() if name != lead}
-    if word == 'mixed': return Verdict(word, f'Mixed: {_listed(changes)}; {told}.', changes)
-    return Verdict(word, f"{word.capitalize()}: {told}{'; ' + _listed(others) if others else ''}.", changes)
+    changes = _judge(found) if d.n >= FEW else {}
+    sentence = _lead_sentence(report, base, lead, d, changes)
+    if d.n < FEW:
+        count = f'{d.n} conversation{"s"*(d.n != 1)}; at least {FEW} needed'
+        return Verdict('too few to tell', f'Too few to tell ({count}): {sentence}.', {})
+    word, others = _word(changes), {name: change for name,change in changes.items() if name != lead}
+    if word == 'mixed': return Verdict(word, f'Mixed: {_listed(changes)}; {sentence}.', changes)
+    return Verdict(word, f"{word.capitalize()}: {sentence}{'; ' + _listed(others) if others else ''}.", changes)
 
 # %% ../nbs/25_report.ipynb #c76af29c
 def _number(x): return f'{x:#.3g}'.rstrip('.')
 
 def _with_interval(i):
-    "A score for a table cell; where there is no interval, the score alone."
+    "A score for a table cell, with its interval if it has one."
     return _number(i.value) if math.isnan(i.low) else f'{_number(i.value)} [{_number(i.low)}, {_number(i.high)}]'
 
 def _change(d):
@@ -341,7 +420,8 @@ def _change(d):
     return f'{d.value:+.3g}{interval}, p = {d.p_value:.2g}' + (d.note and f': {d.note}')
 
 # %% ../nbs/25_report.ipynb #8df63d3a
-MAIN = ('perplexity', 'bleu', 'rougeL', 'chrf', 'token_accuracy', 'ended', 'mean_length') # the first six that were measured stand on top
+# the summary shows the first six that were measured
+MAIN = ('perplexity', 'bleu', 'rougeL', 'chrf', 'token_accuracy', 'ended', 'mean_length')
 
 def _in_order(names, order): return sorted(names, key=lambda name: [*order, name].index(name))
 
@@ -350,51 +430,76 @@ def _title(group): return ' − '.join(LABELS.get(part, part) for part in group.
 def _measured(report): return _in_order({name: None for metrics in report.scores.values() for name in metrics}, TITLES)
 
 def _main(report):
-    "The numbers that stand on top."
-    return _in_order([name for name in MAIN if name in _measured(report)][:6] or _measured(report)[:6], TITLES)
+    "The metrics of the summary."
+    measured = _measured(report)
+    return _in_order([name for name in MAIN if name in measured][:6] or measured[:6], TITLES)
 
-def _score_cells(report, name): return {LABELS.get(k, k): _with_interval(report.scores[k][name]) for k in _in_order(report.scores, LABELS) if name in report.scores[k]}
+# %% ../nbs/25_report.ipynb #4aa3d341
+def _score_cells(report, name):
+    "One metric of every model that has it."
+    systems = _in_order(report.scores, LABELS)
+    return {LABELS.get(k, k): _with_interval(report.scores[k][name]) for k in systems if name in report.scores[k]}
 
 def _judged_group(report):
     "The difference that the verdict is about; `None` without one."
-    return next((f'tuned - {b}' for b in BASES if f'tuned - {b}' in report.differences), next(iter(report.differences), None))
+    groups = [f'tuned - {b}' for b in BASES if f'tuned - {b}' in report.differences]
+    return next(iter(groups or report.differences), None)
 
 def _change_cell(report, name):
+    "How tuning changed one metric; empty if that was not measured."
     group = _judged_group(report)
-    return {_title(group): _change(report.differences[group][name])} if group and name in report.differences[group] else {}
+    if group is None or name not in report.differences[group]: return {}
+    return {_title(group): _change(report.differences[group][name])}
 
+# %% ../nbs/25_report.ipynb #a9e3e9a9
 def _slice_table(report):
     "Slice by slice: its size, the main scores of each model, and their change against the base."
     shown, rows = [name for name in ('perplexity', 'bleu', 'rougeL', 'ended') if name in _measured(report)], []
     for name,part in report.slices.items():
         for i,metric in enumerate(shown):
-            rows.append({'slice': '' if i else name, 'conversations': '' if i else part.n, 'metric': TITLES[metric], **_score_cells(part, metric), **_change_cell(part, metric)})
+            first = {'slice': '' if i else name, 'conversations': '' if i else part.n, 'metric': TITLES[metric]}
+            rows.append({**first, **_score_cells(part, metric), **_change_cell(part, metric)})
     return table(rows, caption=f"By {report.settings.get('by', 'slice')}")
 
+# %% ../nbs/25_report.ipynb #358d44a1
 def _dropped(report):
     "Which conversations were too long to be measured, in words."
     data = report.settings.get('data') or {}
     rows, asked = data.get('dropped') or [], data.get('asked')
     if not rows: return ''
     named = ', '.join(rows[:5]) + (f' and {len(rows) - 5} more' if len(rows) > 5 else '')
-    return f'{report.n} of {asked} asked for: {len(rows)} too long ({named})' if asked and report.n < asked else f'{len(rows)} too long, others were measured in their place ({named})'
+    if asked and report.n < asked: return f'{report.n} of {asked} asked for: {len(rows)} too long ({named})'
+    return f'{len(rows)} too long, others were measured in their place ({named})'
 
-def _notes(report): return [*filter(None, [_dropped(report)]), *(f'{LABELS.get(k, k)}: not measured: {why}' for k,why in report.skipped.items())]
+def _notes(report):
+    "What was not measured, one line each."
+    skipped = [f'{LABELS.get(k, k)}: not measured: {why}' for k,why in report.skipped.items()]
+    return [*filter(None, [_dropped(report)]), *skipped]
 
-def _top(report): return f"{report.n} conversations, with {report.settings.get('confidence', 0.95):.0%} intervals resampled by conversation"
+def _top(report):
+    "Caption of the score tables."
+    confidence = report.settings.get('confidence', 0.95)
+    return f'{report.n} conversations, with {confidence:.0%} intervals resampled by conversation'
+
+# %% ../nbs/25_report.ipynb #a6ab6ca8
+def _change_rows(report):
+    "Every paired difference: a row per metric, a column per base."
+    for name in _measured(report):
+        groups = {group: found[name] for group,found in report.differences.items() if name in found}
+        if groups: yield {'metric': TITLES.get(name, name), **{_title(group): _change(d) for group,d in groups.items()}}
 
 def _full_table(report):
     "Scores by model, then every paired difference: a row per metric."
     scores = [{'metric': TITLES.get(name, name), **_score_cells(report, name)} for name in _measured(report)]
     parts = [table(scores, ['metric', *map(_title, _in_order(report.scores, LABELS))], _top(report))]
-    changes = [{'metric': TITLES.get(name, name), **{_title(group): _change(found[name]) for group,found in report.differences.items() if name in found}} for name in _measured(report)]
-    changes = [row for row in changes if len(row) > 1]
-    if changes: parts.append(table(changes, ['metric', *map(_title, report.differences)], 'Paired differences, with permutation p-values'))
+    changes = list(_change_rows(report))
+    columns = ['metric', *map(_title, report.differences)]
+    if changes: parts.append(table(changes, columns, 'Paired differences, with permutation p-values'))
     return View(''.join(_scrolled(p.html) for p in parts), '\n\n'.join(p.text for p in parts))
 
 # %% ../nbs/25_report.ipynb #cb97941a
 def _panels(count, across=3, height=1.4, width=9):
-    "A figure with `count` panels, and no pyplot: no global state."
+    "A figure with `count` panels, without pyplot and so without global state."
     from matplotlib.figure import Figure
     lines = max(1, math.ceil(count/across))
     fig = Figure(figsize=(width, 0.3 + lines*height), layout='constrained')
@@ -406,144 +511,199 @@ def _colors(report): return dict(zip(_in_order(report.scores, LABELS), PALETTE.v
 
 def _drawn(fig, alt, text): return View(picture(follow_theme_(fig), alt), text, fig)
 
-def _plot_changes(report):
-    "Draw how far tuning moved the main numbers; `None` if there is nothing to compare."
-    group, colors = _judged_group(report), dict(better='green', worse='red', changed='blue')
+def _draw_interval(axes, row, ends, value, color, full=True):
+    "One row of a plot: a line for the interval and a dot for the value."
+    axes.plot(ends, [row, row], color=color, lw=2)
+    axes.plot(value, row, 'o', color=color, fillstyle='full' if full else 'none')
+
+# %% ../nbs/25_report.ipynb #7abac961
+def _relative_changes(report, group):
+    "Metric, difference and base value of the main numbers, where a relative change is defined."
     found, base = report.differences.get(group, {}), report.scores.get((group or '').removeprefix('tuned - '), {})
-    rows = [(name, found[name], base[name].value) for name in _main(report) if name in found and name in TITLES and math.isfinite(found[name].value) and base[name].value]
+    rows = [(name, found[name], base[name].value) for name in _main(report) if name in found and name in TITLES]
+    return [(name, d, old) for name,d,old in rows if math.isfinite(d.value) and old]
+
+def _plot_changes(report):
+    "Plot how far tuning moved the main numbers; `None` if there is nothing to compare."
+    group, colors = _judged_group(report), dict(better='green', worse='red', changed='blue')
+    rows = _relative_changes(report, group)
     if not rows: return None
     fig, [axes] = _panels(1, across=1, height=0.6 + 0.28*len(rows), width=6)
     for i,(name,d,old) in enumerate(rows):
         color = PALETTE[colors[_direction(name, d)] if d.measurable else 'grey']
-        axes.plot([100*d.low/old, 100*d.high/old], [i, i], color=color, lw=2)
-        axes.plot(100*d.value/old, i, 'o', color=color, fillstyle='full' if d.measurable else 'none')
+        _draw_interval(axes, i, [100*d.low/old, 100*d.high/old], 100*d.value/old, color, d.measurable)
     axes.axvline(0, color=PALETTE['grey'], lw=1, ls=':')
-    axes.set(yticks=range(len(rows)), yticklabels=[TITLES[name] for name,*_ in rows], ylim=(len(rows) - .5, -.5), xlabel=f"change in % of the {LABELS.get(group.removeprefix('tuned - '), 'base')}'s value")
-    if max(abs(100*d.value/old) for _,d,old in rows) > 300: axes.set_xscale('symlog', linthresh=100) # one number from near 0 must not hide the others
+    base = LABELS.get(group.removeprefix('tuned - '), 'base')
+    axes.set(yticks=range(len(rows)), yticklabels=[TITLES[name] for name,*_ in rows], ylim=(len(rows) - .5, -.5),
+             xlabel=f"change in % of the {base}'s value")
+    largest = max(abs(100*d.value/old) for _,d,old in rows)
+    if largest > 300: axes.set_xscale('symlog', linthresh=100) # a base value near 0 must not hide the other rows
     axes.xaxis.set_major_formatter(lambda x, at: f'{x:+g}' if x else '0')
     return _drawn(fig, 'change of the main numbers with intervals', _headline(report).text)
 
+# %% ../nbs/25_report.ipynb #45a55487
 def _plot_scores(report, names):
-    "Draw each model's scores with their intervals, one panel per metric."
+    "Plot each model's scores with their intervals, one panel per metric."
     names = [name for name in names if name in TITLES]
     fig, panels = _panels(len(names), height=0.5 + 0.28*len(report.scores))
     for panel,name in zip(panels, names):
-        rows = [(LABELS.get(k, k), report.scores[k][name], color) for k,color in _colors(report).items() if name in report.scores[k]]
-        for i,(_,s,color) in enumerate(rows):
-            panel.plot([s.low, s.high], [i, i], color=color, lw=2)
-            panel.plot(s.value, i, 'o', color=color)
-        panel.set(yticks=range(len(rows)), yticklabels=[label for label,*_ in rows], ylim=(len(rows) - .5, -.5))
+        systems = [k for k in _colors(report) if name in report.scores[k]]
+        for i,k in enumerate(systems):
+            s = report.scores[k][name]
+            _draw_interval(panel, i, [s.low, s.high], s.value, _colors(report)[k])
+        labels = [LABELS.get(k, k) for k in systems]
+        panel.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - .5, -.5))
         panel.set_title(TITLES[name], fontsize=9)
         panel.locator_params(axis='x', nbins=5)
     return _drawn(fig, 'scores with intervals', _full_table(report).text)
 
+# %% ../nbs/25_report.ipynb #d564920f
+def _sample_loss(sample, system): return (sample.get('loss') or {}).get(system)
+
+def _reply_tokens(sample, system): return ((sample.get('replies') or {}).get(system) or {}).get('num_tokens')
+
 def _distributions(report):
-    "What the conversations give one by one: title → model → values."
-    kinds = {'nats per token of a conversation': lambda s, k: (s.get('loss') or {}).get(k), 'tokens of a reply': lambda s, k: ((s.get('replies') or {}).get(k) or {}).get('num_tokens')}
-    found = {title: {k: [v for s in report.samples if (v := value(s, k)) is not None] for k in _colors(report)} for title,value in kinds.items()}
-    return {title: {k: v for k,v in systems.items() if v} for title,systems in found.items() if any(systems.values())}
+    "One value per conversation: title → model → values."
+    kinds, found = {'nats per token of a conversation': _sample_loss, 'tokens of a reply': _reply_tokens}, {}
+    for title,value in kinds.items():
+        for system in _colors(report):
+            values = [v for s in report.samples if (v := value(s, system)) is not None]
+            if values: found.setdefault(title, {})[system] = values
+    return found
 
 def _plot_distributions(report):
-    "Draw how conversations spread, one panel per kind of value; `None` if there is nothing to draw."
+    "Plot the distributions over conversations, one panel per kind of value; `None` if there is nothing to plot."
     found = _distributions(report)
     if not found: return None
     fig, panels = _panels(len(found), across=2, height=2.2)
     for panel,(title,systems) in zip(panels, found.items()):
         edges = np.histogram_bin_edges(np.concatenate([*map(np.asarray, systems.values())]), bins=20)
-        for k,values in systems.items(): panel.hist(values, edges, histtype='step', lw=1.5, color=_colors(report)[k], label=LABELS.get(k, k))
+        for k,values in systems.items():
+            panel.hist(values, edges, histtype='step', lw=1.5, color=_colors(report)[k], label=LABELS.get(k, k))
         panel.set(xlabel=title, ylabel='conversations')
         panel.legend(fontsize=8)
     return _drawn(fig, 'distributions over conversations', '; '.join(found))
 
 # %% ../nbs/25_report.ipynb #8acf0193
-def _scrolled(html): return f'<div style="overflow-x:auto">{html}</div>' # a wide table moves in its own box
+def _scrolled(html): return f'<div style="overflow-x:auto">{html}</div>' # a wide table scrolls in its own box
 
-def _folded(title, *html): return f'<details style="margin:.6em 0"><summary style="cursor:pointer;font-weight:600">{escape(title)}</summary>{"".join(html)}</details>'
+def _folded(title, *html):
+    "A part of a page that is closed at first."
+    summary = f'<summary style="cursor:pointer;font-weight:600">{escape(title)}</summary>'
+    return f'<details style="margin:.6em 0">{summary}{"".join(html)}</details>'
 
 def _headline(report):
     "The main numbers of each model, and how tuning changed them."
-    rows = [{'metric': TITLES.get(name, name), **_score_cells(report, name), **_change_cell(report, name)} for name in _main(report)]
+    rows = [{'metric': TITLES.get(name, name), **_score_cells(report, name), **_change_cell(report, name)}
+            for name in _main(report)]
     group = _judged_group(report)
     columns = ['metric', *map(_title, _in_order(report.scores, LABELS)), *([_title(group)] if group else [])]
     return table(rows, columns, _top(report))
 
+# %% ../nbs/25_report.ipynb #515a5ed4
 def _first_look(report):
-    "What stands on top of every view, as HTML: verdict, main numbers, plot, slices, notes."
-    drawn, slices = _plot_changes(report), _scrolled(_slice_table(report).html) if report.slices else ''
-    return ''.join([f'<p style="font-weight:600">{escape(report.verdict)}</p>', _scrolled(_headline(report).html), drawn.html if drawn else '', slices, *(f'<p>{escape(note)}</p>' for note in _notes(report))])
+    "The top of every view as HTML: verdict, main numbers, plot, slices, notes."
+    parts = [f'<p style="font-weight:600">{escape(report.verdict)}</p>', _scrolled(_headline(report).html)]
+    drawn = _plot_changes(report)
+    if drawn: parts.append(drawn.html)
+    if report.slices: parts.append(_scrolled(_slice_table(report).html))
+    return ''.join([*parts, *(f'<p>{escape(note)}</p>' for note in _notes(report))])
 
 def _more(report): return f'all {len(_measured(report))} numbers and differences'
 
 def _report_text(report):
-    "The first look as text, which needs no plot."
+    "The summary as text, without the plot."
     tables = [_headline(report).text, *([_slice_table(report).text] if report.slices else [])]
-    return '\n\n'.join([report.verdict.text, *tables, '\n'.join([*_notes(report), f'{_more(report)}: report.table(), or --all on the command line'])])
+    notes = [*_notes(report), f'{_more(report)}: report.table(), or --all on the command line']
+    return '\n\n'.join([report.verdict.text, *tables, '\n'.join(notes)])
 
 def _report_view(report):
-    "First look, and all numbers folded below it."
-    return View(_first_look(report) + _folded(_more(report).capitalize(), _full_table(report).html), _report_text(report))
+    "The summary, with all numbers folded below it."
+    everything = _folded(_more(report).capitalize(), _full_table(report).html)
+    return View(_first_look(report) + everything, _report_text(report))
 
 # %% ../nbs/25_report.ipynb #8c1de3bb
 def _badness(report, system):
-    "How bad each sample is for a model: its nats per token, or else its lack of ROUGE-L; `None` without either."
-    loss = [(s.get('loss') or {}).get(system) for s in report.samples]
+    "How bad each sample is for a model: its nats per token, else 1 − ROUGE-L, else `None`."
+    loss = [_sample_loss(s, system) for s in report.samples]
     if None not in loss: return loss
     return list(1 - report.tables[system]['rougeL'][:, 0]) if 'rougeL' in report.tables[system] else None
 
 def _chosen(report, k=20):
-    "Places of the samples that the page shows, worst first, each with the reasons for showing it."
+    "Indices of the samples that the page shows, worst first, each with the reasons for showing it."
     n, reasons = len(report.samples), {}
+    if not n: return reasons
     def show(places, reason):
         for i in places: reasons.setdefault(int(i), []).append(reason)
-    bad = {s: found for s in report.scores if (found := _badness(report, s)) is not None} if n else {}
-    few = min(k, max(1, n//3)) # of a handful, not all are the worst
-    systems = list(bad)
-    if systems: show(sorted(range(n), key=lambda i: -bad[systems[0]][i])[:few], f'among the {few} worst for {LABELS.get(systems[0], systems[0])}')
-    if len(systems) > 1: show(sorted(range(n), key=lambda i: -abs(bad[systems[0]][i] - bad[systems[1]][i]))[:few], f'among the {few} most changed')
+    bad = {s: found for s in report.scores if (found := _badness(report, s)) is not None}
+    few = min(k, max(1, n//3)) # of a small sample, not all are the worst
+    if bad:
+        system, worst = next(iter(bad.items()))
+        show(sorted(range(n), key=lambda i: -worst[i])[:few], f'among the {few} worst for {LABELS.get(system, system)}')
+    if len(bad) > 1:
+        first, second, *_ = bad.values()
+        show(sorted(range(n), key=lambda i: -abs(first[i] - second[i]))[:few], f'among the {few} most changed')
     show(sorted(np.random.default_rng(report.settings.get('seed', 42)).permutation(n)[:k]), 'drawn at random')
     return reasons
 
-def _tag(text): return f'<span style="border:1px solid {PALETTE["grey"]};border-radius:1em;padding:0 .6em;font-size:.8em">{escape(text)}</span>'
+# %% ../nbs/25_report.ipynb #180c2926
+def _tag(text):
+    "A small label with a border."
+    style = f'border:1px solid {PALETTE["grey"]};border-radius:1em;padding:0 .6em;font-size:.8em'
+    return f'<span style="{style}">{escape(text)}</span>'
 
-def _card(report, i, reasons, max_chars=800):
-    "One conversation: what was asked, the answer that was given, each model's reply and loss."
-    cut = lambda text: text if len(text) <= max_chars else text[:max_chars] + '…'
+def _card_column(title, text, ended=True, max_chars=800):
+    "One column of a card: its text, cut if it is long."
+    text = text if len(text) <= max_chars else text[:max_chars] + '…'
+    return title, escape(text) + ('' if ended else ' <i>[cut at max_new_tokens]</i>')
+
+def _card(report, i, reasons):
+    "One conversation: prompt, reference, and each model's reply and loss."
     s = report.samples[i]
     replies, nats = s.get('replies') or {}, s.get('loss') or {}
     asked = '\n'.join(f"{m['role']}: {m['content']}" for m in s['prompt'][-3:])
+    given = [('asked', asked), ('reference', s['reference'] or '')]
+    columns = [_card_column(title, text) for title,text in given if text]
+    for k in _in_order(replies, LABELS):
+        columns.append(_card_column(LABELS.get(k, k), replies[k]['text'], replies[k]['ended']))
+    head = f'<div><b>{escape(s["row"] or i)}</b> {" ".join(map(_tag, reasons))}</div>'
     loss = ', '.join(f'{LABELS.get(k, k)} {nats[k]:.3f}' for k in _in_order(nats, LABELS))
-    texts = [('asked', asked), ('reference', s['reference'] or ''), *((LABELS.get(k, k), replies[k]['text']) for k in _in_order(replies, LABELS))]
-    ended = {LABELS.get(k, k): r['ended'] for k,r in replies.items()}
-    columns = [(title, escape(cut(text)) + ('' if ended.get(title, True) else ' <i>[cut at max_new_tokens]</i>')) for title,text in texts if text or title in ended]
-    head = f'<div><b>{escape(s["row"] or i)}</b> {" ".join(map(_tag, reasons))}</div>' + (f'<div style="font-size:.85em;opacity:.8">nats per token: {escape(loss)}</div>' if loss else '')
+    if loss: head += f'<div style="font-size:.85em;opacity:.8">nats per token: {escape(loss)}</div>'
     return f'<div style="border-top:1px solid {PALETTE["grey"]};padding-top:.5em">{head}{side_by_side(columns)}</div>'
 
+# %% ../nbs/25_report.ipynb #d1dbdaf1
 def _setting_rows(settings, prefix=''):
     "Nested settings as flat name-value rows."
     for k,v in settings.items():
         if isinstance(v, dict): yield from _setting_rows(v, f'{prefix}{k}.')
         else: yield [f'{prefix}{k}', ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)]
 
-# %% ../nbs/25_report.ipynb #d1dbdaf1
 def _facts(report):
     "Run, model and date, as far as they are known."
     models = report.settings.get('models') or {}
-    model = report.about.get('model') or next((m['name'] for m in models.values() if isinstance(m, dict) and m.get('name')), '')
+    names = [m['name'] for m in models.values() if isinstance(m, dict) and m.get('name')]
+    model = report.about.get('model') or next(iter(names), '')
     return [str(x) for x in (report.about.get('run'), model, report.about.get('date')) if x]
 
 def _page_title(report): return ' · '.join(['Evaluation', *_facts(report), report.verdict.word])
 
+# %% ../nbs/25_report.ipynb #5f097cc0
 def _report_page(report):
     "A report as one page: verdict, main numbers and plot, conversations; all numbers and the settings folded."
     facts, spread, chosen = _facts(report), _plot_distributions(report), _chosen(report)
-    parts = [f"<h1>{escape(' of '.join(['Evaluation', *facts[:1]]))}</h1>", f"<p>{escape(' · '.join([*facts[1:], f'{report.n} conversations']))}</p>", _first_look(report),
-             _folded(_more(report).capitalize(), _full_table(report).html, _plot_scores(report, _measured(report)).html, spread.html if spread else '')]
-    if chosen: parts += [f'<h2>{len(chosen)} of {report.n} conversations</h2>', *(_card(report, i, reasons) for i,reasons in chosen.items())]
-    parts += [_folded('Settings', _scrolled(table(list(_setting_rows(_clean(report.settings))), columns=['setting', 'value']).html))]
-    return View('\n'.join(parts), _report_text(report))
+    heading = ' of '.join(['Evaluation', *facts[:1]])
+    subtitle = ' · '.join([*facts[1:], f'{report.n} conversations'])
+    scores = _plot_scores(report, _measured(report)).html
+    everything = _folded(_more(report).capitalize(), _full_table(report).html, scores, spread.html if spread else '')
+    parts = [f'<h1>{escape(heading)}</h1>', f'<p>{escape(subtitle)}</p>', _first_look(report), everything]
+    if chosen: parts.append(f'<h2>{len(chosen)} of {report.n} conversations</h2>')
+    parts += [_card(report, i, reasons) for i,reasons in chosen.items()]
+    settings = table(list(_setting_rows(_clean(report.settings))), columns=['setting', 'value'])
+    return View('\n'.join([*parts, _folded('Settings', _scrolled(settings.html))]), _report_text(report))
 
+# %% ../nbs/25_report.ipynb #90c9d94c
 def _write(path, text):
-    "Write a file all at once."
+    "Write a file in one step."
     stage = path.with_name(f'.{path.name}.tmp')
     stage.write_bytes(text.encode('utf-8', 'replace'))
     os.replace(stage, path)
@@ -552,29 +712,51 @@ def _save_report(report, folder):
     "Write `metrics.json`, `samples.jsonl` and `report.html`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    samples = [json.dumps(_clean(s), ensure_ascii=False, allow_nan=False) + '\n' for s in report.samples]
     _write(folder/'metrics.json', json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + '\n')
-    _write(folder/'samples.jsonl', ''.join(json.dumps(_clean(s), ensure_ascii=False, allow_nan=False) + '\n' for s in report.samples))
+    _write(folder/'samples.jsonl', ''.join(samples))
     _report_page(report).save(folder/'report.html', _page_title(report))
     return folder
 
 # %% ../nbs/25_report.ipynb #88a48b0c
+def _load_groups(kind, saved, settings):
+    "Model or comparison → metric → `Interval` or `Difference`, from plain data."
+    confidence, n = settings.get('confidence', 0.95), settings.get('n', 0)
+    def interval(found):
+        ends = [math.nan if found[k] is None else found[k] for k in ('value', 'low', 'high')]
+        return kind(*ends, confidence, n, None, **({'p_value': found['p_value']} if kind is Difference else {}))
+    def metrics(found): return {name: interval(i) for name,i in found.items()}
+    return {group: metrics(found) for group,found in saved.items()}
+
+def _load_dict(saved, samples):
+    "A report from what its `metrics.json` holds."
+    settings = saved['settings']
+    tables = {system: {} for system in saved['scores']}
+    report = EvaluationReport(tables, samples, settings, saved['skipped'], about=saved.get('about') or {})
+    report.scores = _load_groups(Interval, saved['scores'], settings)
+    report.differences = _load_groups(Difference, saved['differences'], settings)
+    def load_slice(part): return _load_dict({**part, 'skipped': {}, 'settings': {**settings, 'n': part['n']}}, [])
+    report.slices = {name: load_slice(part) for name,part in saved.get('slices', {}).items()}
+    return report
+
+# %% ../nbs/25_report.ipynb #7a0128de
+def _load_samples(path):
+    "The samples of a saved report; empty if it has none."
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.is_file() else []
+
 def load_report(
-    saved, # Folder of a saved report, e.g. `<run>/eval/validation`, or what its `metrics.json` holds
+    saved, # Folder of a saved report, e.g. `<run>/eval/validation`, or the contents of its `metrics.json`
 )->EvaluationReport: # Scores, differences, settings, and the samples if there are any
-    "A saved report, to look at. Raises `DataError` where none was saved, or what is there is none."
+    "Load a saved report. Raises `DataError` if there is none, or if the file is not a report."
     samples, place = [], 'metrics.json'
     try:
         if not isinstance(saved, dict):
             folder, place = Path(saved), Path(saved)/'metrics.json'
             saved = json.loads(place.read_text(encoding='utf-8'))
-            if (folder/'samples.jsonl').is_file(): samples = [json.loads(line) for line in (folder/'samples.jsonl').read_text(encoding='utf-8').splitlines()]
-        settings = saved['settings']
-        rest = settings.get('confidence', 0.95), settings.get('n', 0)
-        number = lambda found: [math.nan if found[k] is None else found[k] for k in ('value', 'low', 'high')]
-        report = EvaluationReport({k: {} for k in saved['scores']}, samples, settings, saved['skipped'], about=saved.get('about') or {})
-        report.scores = {k: {name: Interval(*number(i), *rest) for name,i in metrics.items()} for k,metrics in saved['scores'].items()}
-        report.differences = {k: {name: Difference(*number(d), *rest, None, d['p_value']) for name,d in metrics.items()} for k,metrics in saved['differences'].items()}
-        report.slices = {name: load_report({**part, 'skipped': {}, 'settings': {**settings, 'n': part['n']}}) for name,part in saved.get('slices', {}).items()}
-    except FileNotFoundError: raise DataError(f'{place}: no report was saved there; run llama-nb evaluate RUN, or report.save(folder)') from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e: raise DataError(f'{place}: not a saved report ({type(e).__name__}: {shorten(e)})') from None
-    return report
+            samples = _load_samples(folder/'samples.jsonl')
+        return _load_dict(saved, samples)
+    except FileNotFoundError:
+        remedy = 'run llama-nb evaluate RUN, or report.save(folder)'
+        raise DataError(f'{place}: no report was saved there; {remedy}') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(f'{place}: not a saved report ({type(e).__name__}: {shorten(e)})') from None

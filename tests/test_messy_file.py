@@ -183,7 +183,7 @@ def test_a_row_of_both_parts_is_named(tmp_path):
     lines = [json.dumps(chat(i)) for i in range(12)]
     (tmp_path/'set'/'train.jsonl').write_text('\n'.join(lines[:10])), (tmp_path/'set'/'validation.jsonl').write_text('\n'.join(lines[9:]))
     done = shell('llama-nb data set --show 0', tmp_path)
-    assert done.returncode == 4 and re.search(r'train\.jsonl:10 .*also stands in validation: validation\.jsonl:1', done.stdout)
+    assert done.returncode == 4 and re.search(r'train\.jsonl:10 .*is also in validation: validation\.jsonl:1', done.stdout)
     cleaned = shell(proposal(done), tmp_path)
     assert cleaned.returncode == 0 and proposal(shell('llama-nb data clean --show 0', tmp_path)) == 'llama-nb train --preset demo data.dataset_name=clean'
 

@@ -27,7 +27,7 @@ import shutil
 
 from .config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
 from .errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean, exit_code, logger, one_line, redact, shorten
-from .views import can_show_color, can_show_progress, Line, plain_text, progress, table, tell, text_lines
+from .views import can_show_color, can_show_progress, Line, plain_text, progress, stage, table, tell, text_lines
 
 # %% ../nbs/34_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -226,8 +226,7 @@ def _trainer(cfg):
     check_name(cfg.training.run_name)
     _check_model(cfg.model)
     data = read_data(cfg.data)
-    tell('starting PyTorch')
-    from llama_nb.train import LLAMATrainer
+    with stage('starting PyTorch'): from llama_nb.train import LLAMATrainer
     return LLAMATrainer.from_config(cfg, data=data)
 
 def _dry_run(cfg):
@@ -300,8 +299,7 @@ def _evaluate(
     from llama_nb.runs import Run, write_card
     held_out = load_data(cfg.data).validation
     if not len(held_out): raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
-    tell(_loading(cfg.model))
-    model, tokenizer = load_tuned(run)
+    with stage(_loading(cfg.model)): model, tokenizer = load_tuned(run)
     base_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False)) if cfg.model.use_4bit else None
     rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow, about={'run': Path(run).resolve().name, 'date': date.today().isoformat()})
     report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out, by)
@@ -329,10 +327,11 @@ def _judged(report, thresholds=None, everything=False):
 # %% ../nbs/34_cli.ipynb #2ffbc28b
 def _load_chat(model, cfg):
     "Model and tokenizer of a run folder, or of a base model by name."
-    tell(_loading(cfg.model) + (f' with the adapter of {redact(model)}' if str(model) != cfg.model.model_name else '')) # before the imports, which take seconds
-    from llama_nb.model import load_model, load_tokenizer, load_tuned
-    if _is_run(model): return load_tuned(model)
-    return load_model(cfg.model), load_tokenizer(cfg.model.model_name)
+    adapter = f' with the adapter of {redact(model)}' if str(model) != cfg.model.model_name else ''
+    with stage(_loading(cfg.model) + adapter): # before the imports, which take seconds
+        from llama_nb.model import load_model, load_tokenizer, load_tuned
+        if _is_run(model): return load_tuned(model)
+        return load_model(cfg.model), load_tokenizer(cfg.model.model_name)
 
 def _is_run(model): return (Path(model)/'config.yaml').is_file()
 

@@ -26,7 +26,7 @@ from .losses import ConversationLoss, PerplexityEvaluator, _has_adapter, _no_bas
 from .metrics import (bleu_signature, bleu_stats, chrf_signature, chrf_stats, distinct, ratio, repetition_stats,
                               rouge_scores, rouge_signature)
 from .report import LABELS, STATISTICS, TITLES, EvaluationReport, share_interval, sign_test
-from .views import PALETTE, View, escape, plain_text, side_by_side, tell
+from .views import PALETTE, View, escape, plain_text, side_by_side, stage, tell
 
 # defined in earlier chapters; part of this module's API too
 _all_ = ['EvaluationReport', 'PerplexityEvaluator', 'ConversationLoss', 'adapter_off', 'measuring', 'LABELS', 'TITLES']
@@ -227,14 +227,14 @@ class EvaluationFramework:
     )->Measured: # Sums per conversation, and replies
         "All metrics of one model."
         metrics, tables, losses, replies = set(self.config.metrics), {}, [], []
-        def stage(doing):
+        def begin(doing):
             tell(f'{name}: {doing} {len(conversations)} conversations')
             return f'{name}: {doing}'
         if 'perplexity' in metrics:
-            losses = self._perplexity(model, stage('scoring')).per_conversation(conversations)
+            losses = self._perplexity(model, begin('scoring')).per_conversation(conversations)
             tables |= _loss_tables(losses)
         if wanted := _REPLY_METRICS & metrics:
-            replies, references = self._replies(model, stage('answering')).replies(conversations)
+            replies, references = self._replies(model, begin('answering')).replies(conversations)
             texts = _text_tables([r.text for r in replies], references)
             tables |= {k: v for k,v in texts.items() if k.startswith(('length', *wanted))} | _reply_tables(replies)
         return Measured(tables, losses, replies, _model_facts(model))
@@ -272,8 +272,9 @@ class EvaluationFramework:
         if why := self._no_16bit(): return None, why
         given = isinstance(self.base_16bit, nn.Module)
         try:
-            if not given: tell('16-bit base: loading')
-            model = self.base_16bit if given else self.base_16bit()
+            if given: model = self.base_16bit
+            else:
+                with stage('16-bit base: loading'): model = self.base_16bit()
             return self.measure(model, chosen, LABELS['base_16bit']), ''
         except Exception as e:
             if exit_code(e) != 3: raise # 3: a resource is missing or too small; every other error is a fault
@@ -315,7 +316,8 @@ def _sample(i, conversation, found):
     "One conversation of the report: prompt, reference, and each model's reply and loss."
     replied = {k: m.replies[i] for k,m in found.items() if m.replies}
     scored = {k: m.losses[i] for k,m in found.items() if m.losses}
-    cut, reference = _with_reference(conversation) if replied else (conversation, None)
+    answered = any(m.role == 'assistant' for m in conversation.messages[1:])
+    cut, reference = _with_reference(conversation) if answered else (conversation, None)
     row = str(conversation.row) if conversation.row else None
     return dict(row=row, prompt=cut.to_dicts()[:-1], reference=reference,
                 replies={k: _reply_dict(r) for k,r in replied.items()},

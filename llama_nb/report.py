@@ -531,7 +531,8 @@ def _plot_changes(report):
     fig, [axes] = _panels(1, across=1, height=0.6 + 0.28*len(rows), width=6)
     for i,(name,d,old) in enumerate(rows):
         color = PALETTE[colors[_direction(name, d)] if d.measurable else 'grey']
-        _draw_interval(axes, i, [100*d.low/old, 100*d.high/old], 100*d.value/old, color, d.measurable)
+        ends = [max(-100, 100*end/old) for end in (d.low, d.high)] # no score falls below 0
+        _draw_interval(axes, i, ends, 100*d.value/old, color, d.measurable)
     axes.axvline(0, color=PALETTE['grey'], lw=1, ls=':')
     base = LABELS.get(group.removeprefix('tuned - '), 'base')
     axes.set(yticks=range(len(rows)), yticklabels=[TITLES[name] for name,*_ in rows], ylim=(len(rows) - .5, -.5),

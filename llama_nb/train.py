@@ -39,7 +39,7 @@ from .model import load_model, load_tokenizer, model_shape, pick_device
 from .quantization import check_fp8, compute_dtype
 from .resume import _hash, check_settings, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, settled, sweep, weights_fingerprint
 from .runs import Run, check_name, environment, write_card, write_json
-from .views import live_text, tell
+from .views import live_text, stage, tell
 
 # %% ../nbs/30_train.ipynb #8436694f
 _all_ = ['EpochOrder', 'PackedTrainer', 'to_rows', 'room_bytes', 'auto_batch_size', 'num_steps', 'training_arguments', 'set_checkpointing_', 'batch_collator'] # at home in `loop`
@@ -121,8 +121,8 @@ class LLAMATrainer:
     def model(self):
         "Base and adapter, a `PeftModel`."
         if self._model is None:
-            tell(f'loading {shorten(redact(self.config.model.model_name))} {_held(self.config.model)}')
-            with _explained(self, 'loading of the model'), torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
+            loading = stage(f'loading {shorten(redact(self.config.model.model_name))} {_held(self.config.model)}')
+            with loading, _explained(self, 'loading of the model'), torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
                 torch.manual_seed(self.config.training.seed)
                 self._model = load_model(self.config.model, self.config.lora, self.device)
             if self.config.training.fast_path: apply_fast_path_(self._model, attention=self._uses_fast_attention)

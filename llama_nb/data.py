@@ -218,6 +218,7 @@ def _chain(sources):
 
 def _each(splits): return {split: partial(_chain, [rows]) for split,rows in splits.items()}
 
+# %% ../nbs/12_data.ipynb #9020d194
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
     hub_id = sample = None

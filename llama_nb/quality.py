@@ -274,6 +274,7 @@ def _bad_title(bad, num_rows):
     are = 'is' if len(bad) == 1 else 'are'
     return f'{len(bad):,} of {num_rows:,} row{"s"[:num_rows != 1]} {are} bad and left out'
 
+# %% ../nbs/11_quality.ipynb #2af909e3
 def bad_row_lines(
     bad, # `BadRow`s
     num_rows:int, # Rows read

@@ -49,7 +49,7 @@ ROWS = {  # a bad row between two good ones: number -> (the line, what the messa
     34: (with_content(7), 'content is not a text: int'),
     35: (with_content([dict(type='text', text=USER)]), 'text only'),
     36: (with_content(' \n\t'), 'user content is empty'),
-    37: (with_content('', 'assistant'), 'teach to stop at once'),
+    37: (with_content('', 'assistant'), 'the model would learn empty replies'),
     38: (talk('user', 'usr'), "unknown role: 'usr' (use system, user, assistant, tool"),
     39: (talk('Human', 'gpt'), "'human' is 'user'"),
     40: (talk('assistant', 'user', 'assistant'), 'assistant speaks first'),

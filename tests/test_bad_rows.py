@@ -34,7 +34,7 @@ ROWS = {  # a bad row between two good ones: number -> (the line, what the messa
     14: (b"{'messages': []}", 'use double quotes'),
     15: (GOOD[:-1] + b',}', 'trailing comma'),
     18: (b'"' + USER.encode() + b'"', 'not an object: str (expected an object'),
-    19: (b'{"messages": [], "messages": []}', 'key stands twice'),
+    19: (b'{"messages": [], "messages": []}', 'key appears twice'),
     20: (GOOD[:-1] + b', "score": NaN}', 'not a JSON number: NaN'),
     21: (GOOD[:-1] + b', "n": ' + b'9'*5000 + b'}', 'integer too long: 5000 digits'),
     22: (GOOD[:-1] + b', "n": ' + b'['*5000 + b']'*5000 + b'}', 'nested too deeply'),
@@ -73,7 +73,7 @@ WHOLE = {  # the whole file: number -> (name, bytes, what the message must say)
     9: ('rows.jsonl', GOOD.decode().encode('utf-16'), 'looks like UTF-16 (save it as UTF-8)'),
     17: ('rows.jsonl', json.dumps(talk('user', 'assistant'), indent=2).encode(), 'rename it to .json'),
     23: ('rows.jsonl.gz', gzip.compress(os.urandom(64).hex().encode()*50 + GOOD*50)[:-40], 'incomplete or damaged'),
-    24: ('rows.jsonl.gz', gzip.compress((b' '*999_999 + b'\n')*100), 'unfolds to over'),
+    24: ('rows.jsonl.gz', gzip.compress((b' '*999_999 + b'\n')*100), 'expands to over'),
 }
 GOOD_FILES = {  # accepted: number -> (name, bytes, lines of the conversations, notes)
     6: ('rows.jsonl', b'\n\n' + GOOD + b'\n\n' + GOOD + b'\n\n', [3, 5], {}),
@@ -270,7 +270,7 @@ def test_55_paths_that_are_no_files(tmp_path):
     refused(lambda: read_conversations(put(tmp_path, 'rows.txt', GOOD)), 'unknown kind of file')
     locked = put(tmp_path, 'locked.jsonl', GOOD)
     locked.chmod(0)
-    if not os.access(locked, os.R_OK): refused(lambda: read_conversations(locked), 'can not be read')  # who may read everything sees no fault
+    if not os.access(locked, os.R_OK): refused(lambda: read_conversations(locked), 'cannot be read')  # who may read everything sees no fault
     SEEN.add(55)
 
 

@@ -175,7 +175,7 @@ def encoded(tokenizer, rows, max_length=150, **settings):
 
 def test_45_longer_than_max_length():
     tokenizer, rows = toy_tokenizer(), [talk('user', 'assistant', 'user', 'assistant', text='Hello there. '*10), talk('user', 'assistant', text='Hello.'), talk('user', 'assistant', text='ж'*500)]
-    refused(lambda: encoded(tokenizer, rows), '2 conversations can not be taught', 'list:1', 'list:3', 'max_length 150')
+    refused(lambda: encoded(tokenizer, rows), '2 conversations cannot be taught', 'list:1', 'list:3', 'max_length 150')
     done, touched = encoded(tokenizer, rows, on_overflow='drop')
     assert [str(e.row) for e in done] == ['list:2'] and touched['dropped'] == ['list:1', 'list:3']
     done, touched = encoded(tokenizer, rows, max_length=100, on_overflow='drop_turns')

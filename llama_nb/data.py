@@ -23,8 +23,8 @@ from .dialogue import Conversation, Source, encode, get_template
 from .errors import ConfigError, DataError, did_you_mean, redact, shorten
 from .files import is_dataframe
 from .formats import BadRow, Conversations, check_rows, data_files, save_bad_rows, source_rows
-from .quality import (_measure, _says_something, _strangers, _token_facts, CHECKS, DataReport,
-                              conversation_key, count_of, data_report, Finding, fingerprint, languages, near_repeats, scan_text)
+from .quality import (_has_text, _measure, _off_language, _token_facts, CHECKS, DataReport, Finding,
+                              conversation_key, count_of, data_report, fingerprint, languages, near_repeats, scan_text)
 from .views import progress, tell
 
 # %% ../nbs/12_data.ipynb #86e4d3ce
@@ -218,6 +218,7 @@ def _chain(sources):
 
 def _each(splits): return {split: partial(_chain, [rows]) for split,rows in splits.items()}
 
+# %% ../nbs/12_data.ipynb #9020d194
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
     hub_id = sample = None
@@ -544,7 +545,7 @@ def _contents(parts):
     for part,items in parts.items():
         for i,c in enumerate(progress(items, 'reading the texts', unit='conversation')):
             hits = [hit for m in c.messages for hit in scan_text(m.content)]
-            if any(m.role != 'tool' and not _says_something(m.content) for m in c.messages):
+            if any(m.role != 'tool' and not _has_text(m.content) for m in c.messages):
                 hits.append(('empty', 'no letter, digit or symbol'))
             for kind,detail in dict.fromkeys(hits): yield Finding(kind, part, i, c.row, detail)
 
@@ -553,8 +554,8 @@ def _by_language(parts):
     "Findings, the language of every conversation, and how it was found."
     items = [(part, i, c) for part,cs in parts.items() for i,c in enumerate(cs)]
     try: codes = languages([c for *_,c in items])
-    except ImportError as e: return [], {}, f'not looked for; {e}'
-    found = [Finding('other language', *items[k][:2], items[k][2].row, codes[k]) for k in _strangers(codes)]
+    except ImportError as e: return [], {}, f'not checked; {e}'
+    found = [Finding('other language', *items[k][:2], items[k][2].row, codes[k]) for k in _off_language(codes)]
     return found, codes, 'py3langid on the first 500 characters'
 
 def _by_length(parts, encoded, max_length):

@@ -34,7 +34,7 @@ ROWS = {  # a bad row between two good ones: number -> (the line, what the messa
     14: (b"{'messages': []}", 'use double quotes'),
     15: (GOOD[:-1] + b',}', 'trailing comma'),
     18: (b'"' + USER.encode() + b'"', 'not an object: str (expected an object'),
-    19: (b'{"messages": [], "messages": []}', 'key stands twice'),
+    19: (b'{"messages": [], "messages": []}', 'key appears twice'),
     20: (GOOD[:-1] + b', "score": NaN}', 'not a JSON number: NaN'),
     21: (GOOD[:-1] + b', "n": ' + b'9'*5000 + b'}', 'integer too long: 5000 digits'),
     22: (GOOD[:-1] + b', "n": ' + b'['*5000 + b']'*5000 + b'}', 'nested too deeply'),
@@ -49,7 +49,7 @@ ROWS = {  # a bad row between two good ones: number -> (the line, what the messa
     34: (with_content(7), 'content is not a text: int'),
     35: (with_content([dict(type='text', text=USER)]), 'text only'),
     36: (with_content(' \n\t'), 'user content is empty'),
-    37: (with_content('', 'assistant'), 'teach to stop at once'),
+    37: (with_content('', 'assistant'), 'the model would learn empty replies'),
     38: (talk('user', 'usr'), "unknown role: 'usr' (use system, user, assistant, tool"),
     39: (talk('Human', 'gpt'), "'human' is 'user'"),
     40: (talk('assistant', 'user', 'assistant'), 'assistant speaks first'),
@@ -73,7 +73,7 @@ WHOLE = {  # the whole file: number -> (name, bytes, what the message must say)
     9: ('rows.jsonl', GOOD.decode().encode('utf-16'), 'looks like UTF-16 (save it as UTF-8)'),
     17: ('rows.jsonl', json.dumps(talk('user', 'assistant'), indent=2).encode(), 'rename it to .json'),
     23: ('rows.jsonl.gz', gzip.compress(os.urandom(64).hex().encode()*50 + GOOD*50)[:-40], 'incomplete or damaged'),
-    24: ('rows.jsonl.gz', gzip.compress((b' '*999_999 + b'\n')*100), 'unfolds to over'),
+    24: ('rows.jsonl.gz', gzip.compress((b' '*999_999 + b'\n')*100), 'expands to over'),
 }
 GOOD_FILES = {  # accepted: number -> (name, bytes, lines of the conversations, notes)
     6: ('rows.jsonl', b'\n\n' + GOOD + b'\n\n' + GOOD + b'\n\n', [3, 5], {}),
@@ -175,7 +175,7 @@ def encoded(tokenizer, rows, max_length=150, **settings):
 
 def test_45_longer_than_max_length():
     tokenizer, rows = toy_tokenizer(), [talk('user', 'assistant', 'user', 'assistant', text='Hello there. '*10), talk('user', 'assistant', text='Hello.'), talk('user', 'assistant', text='ж'*500)]
-    refused(lambda: encoded(tokenizer, rows), '2 conversations can not be taught', 'list:1', 'list:3', 'max_length 150')
+    refused(lambda: encoded(tokenizer, rows), '2 conversations cannot be taught', 'list:1', 'list:3', 'max_length 150')
     done, touched = encoded(tokenizer, rows, on_overflow='drop')
     assert [str(e.row) for e in done] == ['list:2'] and touched['dropped'] == ['list:1', 'list:3']
     done, touched = encoded(tokenizer, rows, max_length=100, on_overflow='drop_turns')
@@ -270,7 +270,7 @@ def test_55_paths_that_are_no_files(tmp_path):
     refused(lambda: read_conversations(put(tmp_path, 'rows.txt', GOOD)), 'unknown kind of file')
     locked = put(tmp_path, 'locked.jsonl', GOOD)
     locked.chmod(0)
-    if not os.access(locked, os.R_OK): refused(lambda: read_conversations(locked), 'can not be read')  # who may read everything sees no fault
+    if not os.access(locked, os.R_OK): refused(lambda: read_conversations(locked), 'cannot be read')  # who may read everything sees no fault
     SEEN.add(55)
 
 

@@ -112,7 +112,7 @@ def test_findings_are_in_order_of_weight_and_name_their_rows(walk):
     for number, (_, kind) in FOUND.items(): assert f'my chats.jsonl:{number}' in kinds[kind], kinds[kind]
     order = [kind for kind in kinds if kind in CHECKS]
     assert order == [kind for kind in CHECKS if kind in order] and order.index('secret') < order.index('odd character') < order.index('repeat')
-    assert '1 conversation may hold' in kinds['secret'] and '2 conversations may hold' in kinds['personal data'] and '1 conversation holds' in kinds['empty'] and '1 conversations' not in out
+    assert '1 conversation may contain' in kinds['secret'] and '2 conversations may contain' in kinds['personal data'] and '1 conversation contains' in kinds['empty'] and '1 conversations' not in out
     assert not any(private in out for private in (SECRET, ADDRESS, CARD)) and '\x1b' not in out and '\u202e' not in out
     assert out.index('8 of 150') < out.index('Findings') < out.index('Numbers') < out.index('masks exact: 142 of 142') < out.index('next: ')
 

@@ -25,15 +25,10 @@ from typing import Annotated, NamedTuple, Optional
 
 import typer
 
-from llama_nb.config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
-<<<<<<< ours
-from llama_nb.errors import ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean, exit_code, logger, one_line, redact, shorten
-from llama_nb.views import can_show_color, can_show_progress, Line, plain_text, progress, stage, table, tell, text_lines
-=======
-from llama_nb.errors import (ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean,
+from .config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
+from .errors import (ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean,
                              exit_code, logger, one_line, redact, shorten)
-from llama_nb.views import can_show_color, can_show_progress, Line, plain_text, progress, table, tell, text_lines
->>>>>>> theirs
+from .views import can_show_color, can_show_progress, Line, plain_text, progress, stage, table, tell, text_lines
 
 # %% ../nbs/34_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -242,54 +237,6 @@ def _masks(conversations, cfg, show=1):
         except DataError: continue # the report names it
         views.append(show_mask(example, tokenizer, template=cfg.data.template).text)
     return {'exact': proof.exact, 'total': proof.total}, views
-<<<<<<< ours
-
-def _check_model(model_config):
-    "Refuse a model that is not there, in the words of `find_model` but without torch; what only the Hub knows is left to it."
-    from huggingface_hub import constants
-    name, path = model_config.model_name, Path(model_config.model_name).expanduser()
-    if name == 'demo' or (path.is_dir() and (path/'config.json').is_file()): return
-    if path.is_dir(): raise ResourceError(f'model {redact(path)}: the folder holds no config.json' + ('; it holds an adapter: name its base model' if (path/'adapter_config.json').is_file() else ''))
-    if name.endswith('.gguf'):
-        if not path.is_file(): raise ResourceError(f'model {redact(path)}: no such file')
-        return
-    known = [PRESETS[p]['model']['model_name'] for p in PRESETS]
-    near = did_you_mean(name, known) if name not in known else ''
-    if name.count('/') != 1 or name.startswith(('.', '/', '~')):
-        raise ResourceError(f"model {shorten(redact(name))}: no such folder, and not a Hub id (owner/name){near}; use a folder, a .gguf file, 'demo', or a Hub id")
-    in_cache = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").glob('snapshots/*/config.json')
-    if constants.HF_HUB_OFFLINE and not any(in_cache):
-        raise ResourceError(f"model {shorten(redact(name))} is not in the cache, and HF_HUB_OFFLINE is set, so it cannot be downloaded{near}; unset it, or use a local folder, a .gguf file, or 'demo'")
-
-def _trainer(cfg):
-    "A trainer whose model is there and whose data is read: what can be refused before torch is imported is refused."
-    from llama_nb.data import read_data
-    from llama_nb.runs import check_name
-    check_name(cfg.training.run_name)
-    _check_model(cfg.model)
-    data = read_data(cfg.data)
-    with stage('starting PyTorch'): from llama_nb.train import LLAMATrainer
-    return LLAMATrainer.from_config(cfg, data=data)
-
-def _dry_run(cfg):
-    "Everything that can be known before training."
-    trainer = _trainer(cfg)
-    from llama_nb.memory import plan
-    from llama_nb.train import auto_batch_size, num_steps, touched_line
-    planned = plan(cfg.model, cfg.training, cfg.lora, **({} if trainer.device.type == 'cuda' else {'context_bytes': 0})) # there is no CUDA on a CPU
-    rows, _, facts = trainer.rows() # raises as training would, for faulty rows and for too long ones
-    data, size = trainer.data, cfg.training.per_device_train_batch_size
-    steps = num_steps(len(rows), auto_batch_size(len(rows), cfg.model, cfg.training, cfg.lora, trainer.device) if size == 'auto' else size, cfg.training)
-    masks, views = _masks([*data.train, *data.validation], cfg)
-    sizes = {part: {k: facts[part][k] for k in ('conversations', 'rows', 'tokens', 'taught_tokens')} for part in ('train', 'validation')}
-    told = [f'{part}: ' + ', '.join(f"{v:,} {k.replace('_', ' ')}" for k,v in sizes[part].items()) for part in sizes]
-    proof = f"masks exact: {masks['exact']} of {masks['total']}"
-    touched = {part: {action: facts[part][action] for action in ('shortened', 'dropped', 'bad')} for part in sizes}
-    left_out = [line] if (line := touched_line(trainer)) else []
-    text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join([*told, *left_out, f'optimizer steps: {steps:,}', proof]), *views, repr(planned), 'dry run: nothing was trained']
-    return _Answer({'config': to_dict(cfg), 'data': data.report.to_dict(), 'sizes': sizes, 'touched': touched, 'steps': steps, 'masks': masks, 'memory': planned.to_dict()}, '\n\n'.join(text))
-=======
->>>>>>> theirs
 
 # %% ../nbs/34_cli.ipynb #a5a83833
 def _check_folder(path):
@@ -328,8 +275,7 @@ def _trainer(cfg):
     from llama_nb.data import read_data
     _check_model(cfg.model)
     data = read_data(cfg.data)
-    tell('starting PyTorch')
-    from llama_nb.train import LLAMATrainer
+    with stage('starting PyTorch'): from llama_nb.train import LLAMATrainer
     return LLAMATrainer.from_config(cfg, data=data)
 
 # %% ../nbs/34_cli.ipynb #ee926594
@@ -398,39 +344,6 @@ def _train(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Preset=No
     return _Answer(data, '\n'.join([*text, f'next: llama-nb chat {redact(run.folder)}']))
 
 # %% ../nbs/34_cli.ipynb #16e0d4af
-<<<<<<< ours
-@app.command('evaluate')
-@_command
-def _evaluate(
-    run:Annotated[Path, typer.Argument(metavar='RUN', help='Folder of a run.')], overrides:_Overrides=None,
-    max_perplexity:Annotated[Optional[float], typer.Option('--max-perplexity', help='Exit with 5 if the tuned perplexity is higher.', show_default=False)]=None,
-    fail_under:Annotated[Optional[list[str]], typer.Option('--fail-under', metavar='METRIC=VALUE', help='Exit with 5 if a score is worse, e.g. rougeL=0.2; may stand several times.', show_default=False)]=None,
-    data_text:Annotated[bool, typer.Option(' /--no-data-text', help='Write scores, rows and replies only, no text of the data.')]=True,
-    by:Annotated[Optional[str], typer.Option('--by', metavar='COLUMN', help='Split every number by this key of the conversations, e.g. dataset.', show_default=False)]=None,
-    everything:Annotated[bool, typer.Option('--all', help='Show all numbers and differences, not only the main ones.')]=False,
-    as_json:_Json=False,
-):
-    "Compare base and tuned on the held-out conversations of a run."
-    thresholds = _thresholds(fail_under, max_perplexity) # before the long part
-    cfg = _run_config(run, overrides)
-    tell(f'evaluating {redact(run)}: reading its held-out conversations') # before the imports, which take seconds
-    from datetime import date
-    from llama_nb.data import load_data
-    from llama_nb.evaluation import EvaluationFramework
-    from llama_nb.model import load_model, load_tuned
-    from llama_nb.runs import Run, write_card
-    held_out = load_data(cfg.data).validation
-    if not len(held_out): raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
-    with stage(_loading(cfg.model)): model, tokenizer = load_tuned(run)
-    base_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False)) if cfg.model.use_4bit else None
-    rendering = dict(template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow, about={'run': Path(run).resolve().name, 'date': date.today().isoformat()})
-    report = EvaluationFramework(model, tokenizer, cfg.evaluation, base_16bit=base_16bit, **rendering).evaluate(held_out, by)
-    report.save(Path(run)/'eval'/'validation', data_text)
-    write_card(Run(run)) # the card shows the newest scores
-    return _judged(report, thresholds, everything)
-
-=======
->>>>>>> theirs
 def _loading(model_config): return f"loading {model_config.model_name}{' in 4 bits' if model_config.use_4bit else ''}"
 
 def _thresholds(fail_under=None, max_perplexity=None):
@@ -479,8 +392,7 @@ def _evaluate(run:_Run, overrides:_Overrides=None, max_perplexity:_MaxPerplexity
     held_out = load_data(cfg.data).validation
     if not len(held_out):
         raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
-    tell(_loading(cfg.model))
-    model, tokenizer = load_tuned(run)
+    with stage(_loading(cfg.model)): model, tokenizer = load_tuned(run)
     in_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False))
     framework = EvaluationFramework(
         model, tokenizer, cfg.evaluation, base_16bit=in_16bit if cfg.model.use_4bit else None,
@@ -497,17 +409,10 @@ def _is_run(model): return (Path(model)/'config.yaml').is_file()
 def _load_chat(model, cfg):
     "Model and tokenizer of a run folder, or of a base model by name."
     adapter = f' with the adapter of {redact(model)}' if str(model) != cfg.model.model_name else ''
-<<<<<<< ours
     with stage(_loading(cfg.model) + adapter): # before the imports, which take seconds
         from llama_nb.model import load_model, load_tokenizer, load_tuned
         if _is_run(model): return load_tuned(model)
         return load_model(cfg.model), load_tokenizer(cfg.model.model_name)
-=======
-    tell(_loading(cfg.model) + adapter) # before the imports, which take seconds
-    from llama_nb.model import load_model, load_tokenizer, load_tuned
-    if _is_run(model): return load_tuned(model)
-    return load_model(cfg.model), load_tokenizer(cfg.model.model_name)
->>>>>>> theirs
 
 def _trained_system(run):
     "The system message that the training data of a run share; `None` if its folder records none."

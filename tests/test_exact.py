@@ -129,7 +129,7 @@ def test_a_changed_setting_is_refused(tiny, half, change):
     assert Run(half.folder.parent/'changed').status == 'interrupted'
     if allow is None:
         trainer.config = replace(trainer.config, training=replace(trainer.config.training, allow_changes=('lora.r',)))
-        with pytest.raises(ConfigError, match='can not be allowed'): trainer.train(resume=True, progress=False)
+        with pytest.raises(ConfigError, match='cannot be allowed'): trainer.train(resume=True, progress=False)
     else:
         assert wait(fork(train(trainer, 'changed', resume=True, allow_changes=tuple(allow)), tiny[0]/'log')) == 0, (tiny[0]/'log').read_text()[-500:]
     record('changed setting', change=change, refused=True, allowed=allow is not None)
@@ -276,7 +276,7 @@ def test_memory_that_is_not_there(tiny, tmp_path):
             lambda m, args, out: (resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, now + 2**28)), torch.empty(2**28), out)[2] if trainer.hf_trainer.state.global_step == 3 else out)
     code = wait(fork(train(tiny[1], 'too-big', before=limit), tmp_path/'log'))
     said = (tmp_path/'log').read_text().splitlines()[-1]
-    assert code == 3 and said.startswith('OutOfMemoryError: out of memory in the forward and backward: the largest part of it is '), said
+    assert code == 3 and said.startswith('OutOfMemoryError: out of memory during forward and backward; largest part: '), said
     assert 'set training.' in said
     assert Run(tiny[0]/'runs'/'too-big').latest_valid().name == 'checkpoint-3'
     record('memory that is not there', exit_code=code, newest_checkpoint=3, failed_in_step=4)

@@ -581,10 +581,10 @@ def fixes(
     known = (BAD_ROWS, *CHECKS)
     if names in ('all', ['all'], ('all',)): return known
     out = tuple(re.sub('[_-]', ' ', name) for name in ([names] if isinstance(names, str) else names))
-    for kind in out:
-        if kind in known: continue
-        choices = ', '.join(k.replace(' ', '_') for k in known)
-        raise ConfigError(f'fix: {kind!r} is not one of {choices}{did_you_mean(kind, known)}')
+    choices = [kind.replace(' ', '_') for kind in known]
+    wrong = [kind.replace(' ', '_') for kind in out if kind not in known]
+    hints = [f'{name!r} is unknown{did_you_mean(name, choices)}' for name in wrong]
+    if wrong: raise ConfigError(f"fix: {', '.join(hints)}; the kinds are {', '.join(choices)}")
     return out
 
 # %% ../nbs/12_data.ipynb #94150557

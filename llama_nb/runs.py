@@ -122,7 +122,7 @@ class Run:
     ):
         if folder is None: raise ConfigError('there is no run yet: train() makes one')
         self.folder = Path(getattr(folder, 'folder', folder))
-        if not self.folder.is_dir(): raise ResourceError(f'{redact(self.folder)} is not there; make a run with create_run')
+        if not self.folder.is_dir(): raise ResourceError(f'{redact(self.folder)} is not there; name the folder of a run, such as runs/run-1')
         self._beaten, self._id, self._events, self._read = 0.0, None, [], 0
         self.drawn_in = None # Number of the notebook cell in which a live view shows this run already
 
@@ -532,7 +532,7 @@ def list_runs(
 )->RunList: # Its runs, oldest first
     "All runs of a folder. Raises `ResourceError` if the folder is not there."
     output_dir = output_dir.folder.parent if isinstance(output_dir, Run) else Path(output_dir)
-    if not output_dir.is_dir(): raise ResourceError(f'{output_dir} is not there; runs are made by train()')
+    if not output_dir.is_dir(): raise ResourceError(f'{redact(output_dir)} is not there; name the folder that holds the runs of earlier trainings')
     folders = [p for p in output_dir.iterdir() if (p/'events.jsonl').is_file()]
     return RunList(sorted(map(Run, folders), key=lambda run: (_started(run), run.name)))
 

@@ -218,7 +218,7 @@ OBJECTS = [  # what makes it, what to call it, the attributes we read or set, wh
     (lambda: trainer().state, 'transformers.TrainerState', 'global_step max_steps epoch log_history', 'guards, train'),
     (lambda: trainer().control, 'transformers.TrainerControl', 'should_save should_evaluate should_log should_training_stop', 'guards'),
     (lambda: trainer().callback_handler, "the trainer's callback handler", 'callbacks on_evaluate', 'guards, loop, train'),
-    (lambda: trainer().accelerator, 'accelerate.Accelerator', 'num_processes unwrap_model', 'loop, guards'),
+    (lambda: trainer().accelerator, 'accelerate.Accelerator', 'num_processes unwrap_model gradient_accumulation_steps', 'loop, guards'),
     (lambda: llama().config, 'transformers.LlamaConfig', '_attn_implementation _name_or_path use_cache max_position_embeddings num_key_value_heads tie_word_embeddings hidden_act', 'attention, evaluation, model'),
     (llama, 'transformers.LlamaForCausalLM', 'model lm_head generation_config', 'fastpath, generate'),
     (lambda: llama().model, 'LlamaModel', 'layers norm rotary_emb', 'memory, layers'),

@@ -35,6 +35,12 @@ tokenizer = toy_tokenizer('byte', 'chatml')
 tokenizer.save_pretrained(sys.argv[1])
 tiny_llama(vocab_size=len(tokenizer), hidden_size=128, max_position_embeddings=2048).save_pretrained(sys.argv[1])
 '''
+GAP = '''
+import sys
+from safetensors.torch import load_file
+a, b = map(load_file, sys.argv[1:])
+print(max(float((a[name] - b[name]).abs().max()) for name in a))
+'''
 # Several turns with a tuned model: the second prompt begins with what was read already. And what the libraries say is going away.
 TALK = '''
 import json, logging, sys, warnings
@@ -167,6 +173,14 @@ evaluation: {{num_samples: 3, max_new_tokens: 8}}
         if kinds.count('eval') < 2: raise Failed(f'{kinds.count("eval")} validations instead of two: {kinds}')
         for step in (2, 4):
             if not (runs/'whole'/f'checkpoint-{step}'/'MANIFEST.json').is_file(): raise Failed(f'no checkpoint-{step}')
+    def accumulate():
+        "Two micro-batches give the same adapter as one batch of both, in float32."
+        same = ('lora.lora_dropout=0', 'training.compute=fp32', 'training.packing=false', 'training.eval_steps=4')
+        for rows, micro_batches in ((2, 1), (1, 2)):
+            cli('train', '--config', config, *same, f'training.run_name=rows-{rows}', f'training.per_device_train_batch_size={rows}',
+                f'training.gradient_accumulation_steps={micro_batches}')
+        gap = float(run(python, '-c', GAP, *(runs/f'rows-{rows}'/'adapter_model.safetensors' for rows in (2, 1)), **there))
+        if gap > 1e-4: raise Failed(f'the adapters differ by {gap}')
     def resume():
         "From the middle to the end once more: the same weights, to the bit."
         adapter, old = runs/'whole'/'adapter_model.safetensors', runs/'whole'/'checkpoint-4'
@@ -184,7 +198,7 @@ evaluation: {{num_samples: 3, max_new_tokens: 8}}
         ours = [t for t in told['deprecated'] if not t.startswith(('`torch.jit.', '_check_is_size'))]  # what libraries call among themselves
         if not told['reused'] or not told['same'] or (ours and kind == 'newest'): raise Failed(json.dumps(told, indent=1))
     return {'pip check': pip_check, 'contract': contract, 'doctor': doctor, 'selfcheck': selfcheck, 'train with validation and checkpoints': train,
-            'resume from the middle': resume, 'evaluate': evaluate, 'chat --prompt': chat, 'several turns, and nothing deprecated': turns}
+            'two micro-batches = one batch': accumulate, 'resume from the middle': resume, 'evaluate': evaluate, 'chat --prompt': chat, 'several turns, and nothing deprecated': turns}
 
 
 def versions_of(bin):

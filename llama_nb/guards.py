@@ -406,8 +406,9 @@ class InterruptGuard(Guard):
         state, # `TrainerState` that was loaded from a checkpoint; changed in place
     )->bool: # Whether the evaluation of its step must still be done
         "Check whether the step of a checkpoint was evaluated. If so, its result is added to the history, which was saved before."
-        due = args.eval_strategy == 'steps' and state.global_step > 0 and state.global_step % state.eval_steps == 0
-        if not due or not self.run: return False
+        step = state.global_step
+        due = step > 0 and (step % (state.eval_steps or step) == 0 or step >= state.max_steps) # the last step is evaluated too
+        if args.eval_strategy != 'steps' or not due or not self.run: return False
         def is_result(event): return event['kind'] == 'eval' and event.get('step') == state.global_step
         result = next((e for e in self.run.events()[::-1] if is_result(e)), None)
         if result is None or state.global_step not in dict(self.run.metrics('eval_loss')): return True

@@ -147,7 +147,7 @@ def _train(trainer, run, tell):
     "Train, or resume an interrupted run."
     c, rows = trainer.config, trainer.rows()[0]
     tell(f'{len(trainer.data.train)} conversations packed into {len(rows)} rows of at most {c.model.max_length} '
-         f'tokens; rank {c.lora.r}, learning rate {c.training.learning_rate:g}; a minute or two on two cores')
+         f'tokens; rank {c.lora.r}, learning rate {c.training.learning_rate:g}')
     run = trainer.train(resume=run.folder if run else False)
     loss, validation = run.metrics('loss'), run.metrics('eval_loss')
     n = max(1, len(loss)//10)

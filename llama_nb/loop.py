@@ -58,7 +58,7 @@ class PackedTrainer(SafeTrainer, Trainer):
     ):
         self.fast_path, self.dtype, self.eval_collator, self.flops_per_token = fast_path, dtype, eval_collator, None
         super().__init__(*args, **kwargs)
-        self.accelerator.gradient_accumulation_steps = 1 # before 5.2x the stock trainer lets accelerate divide the loss once more
+        self.accelerator.gradient_accumulation_steps = 1 # in transformers 5.3 accelerate would divide the loss once more
         self.mixed = dtype != torch.float32 and (not fast_path or uses_autocast(self.model))
 
     def autocast(self):

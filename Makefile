@@ -25,7 +25,7 @@ $(VENV)/.ready: settings.ini constraints.txt setup.py
 	@touch $@
 
 setup: $(VENV)/.ready ## the environment: .venv with pinned versions
-	@$(BIN)/python -c "from llama_nb.model import demo_model; demo_model()"
+	@$(BIN)/python -c "from llama_nb.sources import demo_model; demo_model()"
 
 demo: setup ## fine-tune a real chat model on the shipped conversations: plan, masks, training, before and after
 	@$(BIN)/llama-nb demo

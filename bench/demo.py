@@ -40,7 +40,7 @@ def main():
     import torch
 
     from llama_nb.demo import run_demo
-    from llama_nb.model import demo_model
+    from llama_nb.sources import demo_model
     assert WHEEL in demo_model.__doc__
     model = demo_model()  # downloads are not part of the time
     load, began = round(os.getloadavg()[0], 2), time.perf_counter()

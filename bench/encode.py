@@ -19,7 +19,8 @@ def timed(work):
 def tokenizers():
     "The demo model's, and the real ones of Llama 2 and 3."
     from transformers import AutoTokenizer
-    from llama_nb.model import demo_model, load_tokenizer
+    from llama_nb.model import load_tokenizer
+    from llama_nb.sources import demo_model
     folder = Path(os.environ['LLAMA_NB_TEST_DATA'])/'tokenizers'
     return {'demo': load_tokenizer(demo_model()), **{n: AutoTokenizer.from_pretrained(folder/n) for n in ('llama2', 'llama3')}}
 
@@ -42,7 +43,7 @@ def encode_rows(conversations, repeats):
 
 def pack_rows(lengths, repeats):
     "Seconds to place a million conversations whose lengths are drawn from these, and then to lay every row."
-    from llama_nb.dialogue import Example
+    from llama_nb.conversation import Example
     from llama_nb.packing import pack
     rng = random.Random(0)
     kinds = {n: Example([1]*n, [1]*n) for n in set(lengths)}

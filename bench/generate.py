@@ -29,7 +29,7 @@ def ours(model, tokenizer, conversations, ids, batch_size):
 
 def stock(model, tokenizer, conversations, ids, batch_size, by_length=False):
     "transformers' own `generate` on left-padded batches, in the order given or sorted by length; what stands behind a stop id is not a reply."
-    from llama_nb.dialogue import stop_ids
+    from llama_nb.segments import stop_ids
     stops, out = sorted(stop_ids(tokenizer)), {}
     order = sorted(range(len(ids)), key=lambda i: len(ids[i])) if by_length else list(range(len(ids)))
     for start in range(0, len(order), batch_size):
@@ -73,7 +73,8 @@ def passes(model, run):
 def measure(kind, budget_s=None, at_least=2, at_most=3):
     "All ways on one model in turn: ours and stock in order `at_least` times, the slow ways once; more where the budget [s] has room."
     from llama_nb.config import ModelConfig
-    from llama_nb.model import demo_model, load_model, load_tokenizer
+    from llama_nb.model import load_model, load_tokenizer
+    from llama_nb.sources import demo_model
     budget_s = BUDGET_S[kind] if budget_s is None else budget_s
     folder = demo_model()
     tokenizer, model = load_tokenizer(folder), load_model(ModelConfig(model_name=folder, use_4bit=kind == '4-bit'), device='cpu')

@@ -41,7 +41,7 @@ def shape_of(name, **more):
 
 def examples(vocab, tokens, seed=0):
     "Conversations of at least so many tokens together: lognormal lengths, at most a row, 45 % taught, in one to three turns."
-    from llama_nb.dialogue import Example
+    from llama_nb.conversation import Example
     rng, made, total = random.Random(seed), [], 0
     while total < tokens:
         n, turns = min(Here.seq, max(24, round(rng.lognormvariate(math.log(Here.median), 0.7)))), rng.choice((1, 2, 3))
@@ -61,8 +61,8 @@ def build(shape, dtype=None, seed=0):
     from transformers import AutoModelForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from llama_nb.quantization import _bitsandbytes
-    bnb, dtype = _bitsandbytes(), dtype or torch.bfloat16
+    from llama_nb.quantization import import_bitsandbytes
+    bnb, dtype = import_bitsandbytes(), dtype or torch.bfloat16
     g = torch.Generator(Here.device).manual_seed(seed)
     def normal(*size): return (0.02*torch.randn(*size, generator=g, device=Here.device, dtype=torch.float32)).to(torch.bfloat16).to(dtype)
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype)  # it keeps its settings in there
@@ -144,8 +144,9 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
 
     from llama_nb.attention import attention_kernel
     from llama_nb.config import LoRAConfig, ModelConfig, TrainingConfig
-    from llama_nb.fastpath import compile_layers_, fp8_copies_, unpack_copies_
-    from llama_nb.guards import guards
+    from llama_nb.fastpath import fp8_copies_
+    from llama_nb.linears import compile_layers_, unpack_copies_
+    from llama_nb.trackers import guards
     from llama_nb.memory import decide, measured_layer_bytes
     from llama_nb.packing import pack
     from llama_nb.quantization import check_fp8
@@ -279,7 +280,8 @@ def gate(size='7B'):
     "Before any number: loss and LoRA gradients of two layers, ours packed in bf16 and fp8 and peft's path one conversation at a time in bf16, against peft's in float32."
     import torch
 
-    from llama_nb.fastpath import batch_loss, fp8_copies_
+    from llama_nb.fastpath import fp8_copies_
+    from llama_nb.loss import batch_loss
     from llama_nb.packing import PackedCollator, pack
     shape = shape_of(size, num_hidden_layers=2)
     made = examples(shape.vocab_size, min(Here.tokens//8, 2048))
@@ -335,8 +337,8 @@ def machine():
     import torch
 
     from llama_nb.attention import attention_kernel, packed_attention
-    from llama_nb.fastpath import packed_parts, unpack
-    from llama_nb.quantization import _bitsandbytes, check_fp8, fp8_matmul, rows_to_fp8
+    from llama_nb.linears import packed_parts, unpack
+    from llama_nb.quantization import import_bitsandbytes, check_fp8, fp8_matmul, rows_to_fp8
     shape, found = shape_of('7B'), {}
     d, f, T = shape.hidden_size, shape.intermediate_size, Here.tokens
     def new(*size): return torch.randn(*size, device=Here.device, dtype=torch.bfloat16)
@@ -355,7 +357,7 @@ def machine():
     there = torch.empty_like(big)
     found['copy, GB/s'] = round(2*big.numel()/timed(lambda: there.copy_(big))/1e9, 1)
     del big, there
-    packed = packed_parts(_bitsandbytes().nn.Params4bit(new(f, d), requires_grad=False, quant_type='nf4', compress_statistics=True).to(Here.device))
+    packed = packed_parts(import_bitsandbytes().nn.Params4bit(new(f, d), requires_grad=False, quant_type='nf4', compress_statistics=True).to(Here.device))
     seconds = timed(lambda: unpack(*packed, torch.bfloat16))
     found['unpacking NF4, GB/s'] = round(2.5*f*d/seconds/1e9, 2)
     found['unpacking a 7B model once, ms'] = round(1000*seconds*6.476e9/(f*d), 1)
@@ -377,7 +379,7 @@ def planner(size='7B'):
     import torch
 
     from llama_nb.config import LoRAConfig, ModelConfig, TrainingConfig
-    from llama_nb.fastpath import batch_loss
+    from llama_nb.loss import batch_loss
     from llama_nb.memory import measured_layer_bytes, plan
     from llama_nb.loop import set_checkpointing_
     shape = shape_of(size)

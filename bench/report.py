@@ -10,7 +10,7 @@ ROWS, LIMIT_S = 50_000, 60  # what a user was promised
 def conversations(seed=0):
     "Conversations of 4 to 8 messages of 5 to 24 words, from the vocabulary of the shipped samples."
     from llama_nb.data import sample_path
-    from llama_nb.dialogue import Conversation, Message, Source
+    from llama_nb.conversation import Conversation, Message, Source
     from llama_nb.formats import read_conversations
     rng = random.Random(seed)
     words = sorted({w for name in ('dialogues', 'instructions') for c in read_conversations(sample_path(name)) for m in c.messages for w in m.content.split()})
@@ -20,8 +20,10 @@ def conversations(seed=0):
 
 def main(repeats=2):
     "Each row `repeats` times, in one process."
-    from llama_nb.data import check_data, load_data
-    from llama_nb.model import demo_model, load_tokenizer
+    from llama_nb.data import load_data
+    from llama_nb.quality import check_data
+    from llama_nb.model import load_tokenizer
+    from llama_nb.sources import demo_model
     data, tokenizer, rows = load_data(conversations()), load_tokenizer(demo_model()), {}
     for name, settings in {'without a tokenizer': {}, 'with the demo tokenizer': dict(tokenizer=tokenizer, max_length=512)}.items():
         times = []

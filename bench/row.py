@@ -69,7 +69,7 @@ def watch(trainer, clock):
 def four_bit(dtype):
     "The demo model in 4 bits, as transformers loads it."
     import torch
-    from llama_nb.model import demo_model
+    from llama_nb.sources import demo_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16))
@@ -172,7 +172,8 @@ def gate():
     from bench.chats import conversations
     from llama_nb.config import LoRAConfig, ModelConfig
     from llama_nb.dialogue import encode
-    from llama_nb.fastpath import apply_fast_path_, batch_loss, uses_autocast
+    from llama_nb.fastpath import apply_fast_path_, uses_autocast
+    from llama_nb.loss import batch_loss
     from llama_nb.model import load_model, load_tokenizer
     from llama_nb.packing import PackedCollator, pack
     tokenizer = load_tokenizer('demo')

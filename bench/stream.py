@@ -54,7 +54,8 @@ def encode_file(path, folder, tokenizer):
 def one(size_mb):
     "Make a file, encode it, and say what it took."
     from llama_nb.dialogue import encode
-    from llama_nb.model import demo_model, load_tokenizer
+    from llama_nb.model import load_tokenizer
+    from llama_nb.sources import demo_model
     tokenizer = load_tokenizer(demo_model())
     for name in ('datasets', 'pyarrow.compute'): importlib.import_module(name)  # the code of these libraries is not what is measured
     for text in ('Hello.', 'How are you?'): encode([{'role': 'user', 'content': text}, {'role': 'assistant', 'content': text}], tokenizer)

@@ -83,9 +83,9 @@ def keep(name, folder):
 
 def across(folders):
     "Every adapter on the same conversations, which none of them has been trained on: sums of nats and tokens, one pair each."
-    from llama_nb.evaluation import PerplexityEvaluator, adapter_off
+    from llama_nb.losses import PerplexityEvaluator, adapter_off
     from llama_nb.model import load_tokenizer, load_tuned
-    from llama_nb.quality import conversation_key
+    from llama_nb.data_report import conversation_key
     seen = {conversation_key(c) for folder in folders.values() for c in held_out(folder)[0]}
     unseen = [c for c in held_out(folders['both'])[1] if conversation_key(c) not in seen]
     tokenizer, measured = load_tokenizer('demo'), {}

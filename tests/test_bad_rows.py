@@ -11,10 +11,16 @@ import zipfile
 import pytest
 
 from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
-from llama_nb.data import ChatDatasetLoader, DailyDialogDatasetLoader, check_data, data_report, load_data
-from llama_nb.dialogue import IGNORE_INDEX, encode, stop_ids, toy_tokenizer
+from llama_nb.data import ChatDatasetLoader, DailyDialogDatasetLoader, load_data
+from llama_nb.quality import check_data
+from llama_nb.data_report import data_report
+from llama_nb.conversation import IGNORE_INDEX
+from llama_nb.dialogue import encode
+from llama_nb.segments import stop_ids
+from llama_nb.template import toy_tokenizer
 from llama_nb.errors import DataError, LlamaNbError, one_line
-from llama_nb.formats import read_conversations, save_bad_rows, source_rows
+from llama_nb.files import save_bad_rows, source_rows
+from llama_nb.formats import read_conversations
 
 USER = 'ж'*300
 FULL = object()  # a fault of the whole file: raised in both modes
@@ -169,7 +175,7 @@ def test_16_an_array_in_a_jsonl_file(tmp_path):
 
 
 def encoded(tokenizer, rows, max_length=150, **settings):
-    from llama_nb.train import encode_all
+    from llama_nb.examples import encode_all
     return encode_all(read_conversations(rows), tokenizer, DataConfig(**settings), max_length)
 
 
@@ -307,7 +313,7 @@ def test_58_a_type_that_changes_late(tmp_path):
 
 def trainer_of(tmp_path, vocab_size, samples=8, **training):
     "A trainer on a random model with this vocabulary and the tokenizer of a few hundred tokens."
-    from llama_nb.model import tiny_llama
+    from llama_nb.shapes import tiny_llama
     from llama_nb.train import LLAMATrainer
     tiny_llama(vocab_size=vocab_size, max_position_embeddings=2048).save_pretrained(tmp_path/'model')
     toy_tokenizer().save_pretrained(tmp_path/'model')

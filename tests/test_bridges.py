@@ -42,7 +42,9 @@ def tuned():
 
     from llama_nb.config import LoRAConfig
     from llama_nb.lora import add_lora
-    from llama_nb.model import demo_model, load_tokenizer, tiny_llama
+    from llama_nb.model import load_tokenizer
+    from llama_nb.shapes import tiny_llama
+    from llama_nb.sources import demo_model
     tokenizer = load_tokenizer(demo_model())
     model = add_lora(tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512), LoRAConfig(r=4))
     for name, p in model.named_parameters():
@@ -54,13 +56,14 @@ def nll(model, tokenizer, text):
     "Nats of a text behind one beginning token, as transformers computes them."
     import torch
 
-    from llama_nb.fastpath import plain_attention
+    from llama_nb.attention import plain_attention
     ids = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
     with torch.no_grad(), plain_attention(model): return model(input_ids=ids, labels=ids).loss.item()*(ids.shape[1] - 1)
 
 
 def test_tuned_and_base_on_a_task_of_our_own(task, tuned, no_sockets):
-    from llama_nb.evaluation import adapter_off, run_lm_eval
+    from llama_nb.evaluation import run_lm_eval
+    from llama_nb.losses import adapter_off
     from llama_nb.metrics import Perplexity, count_words
     model, tokenizer = tuned
     modes, attention = [m.training for m in model.modules()], model.get_base_model().config._attn_implementation
@@ -89,5 +92,5 @@ def test_word_perplexity_is_theirs():
 
 def test_without_an_adapter_there_is_no_base(tuned):
     from llama_nb.evaluation import run_lm_eval
-    from llama_nb.model import tiny_llama
+    from llama_nb.shapes import tiny_llama
     with pytest.raises(ValueError, match='no adapter'): run_lm_eval(tiny_llama(), tuned[1], ['own_text'], with_base=True)

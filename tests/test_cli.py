@@ -43,7 +43,8 @@ def refused(done, code, *words):
 def place(tmp_path_factory):
     "A folder with a two-layer model that has the demo model's tokenizer, twelve conversations, and a config that trains one on the other."
     folder = tmp_path_factory.mktemp('cli')
-    from llama_nb.model import load_tokenizer, tiny_llama
+    from llama_nb.model import load_tokenizer
+    from llama_nb.shapes import tiny_llama
     tokenizer = load_tokenizer('demo')
     model = tiny_llama(vocab_size=None, like='demo', max_position_embeddings=512)
     model.save_pretrained(folder/'tiny')

@@ -178,11 +178,11 @@ def tuned(use_4bit=True):
     import torch
     from llama_nb.config import LoRAConfig
     from llama_nb.lora import add_lora
-    from llama_nb.model import tiny_llama
-    from llama_nb.quantization import _bitsandbytes
+    from llama_nb.shapes import tiny_llama
+    from llama_nb.quantization import import_bitsandbytes
     model = tiny_llama()
     if use_4bit:
-        bnb = _bitsandbytes()
+        bnb = import_bitsandbytes()
         for layer in model.model.layers:
             for part in (layer.self_attn, layer.mlp):
                 for name, linear in list(part.named_children()):
@@ -246,8 +246,8 @@ def test_object(make, what, names, where):
 def test_operations():
     "Operations of the dispatcher, with the arguments we give them."
     import torch
-    from llama_nb.quantization import _bitsandbytes
-    _bitsandbytes()
+    from llama_nb.quantization import import_bitsandbytes
+    import_bitsandbytes()
     expected = {'bitsandbytes::dequantize_4bit': ('A', 'absmax', 'blocksize', 'quant_type', 'shape', 'dtype'), 'bitsandbytes::dequantize_blockwise': ('A', 'absmax', 'code', 'blocksize', 'dtype'),
                 'aten::_softmax_backward_data': ('grad_output', 'output', 'dim', 'input_dtype'), 'aten::silu_backward': ('grad_output', 'self'),
                 'aten::_scaled_mm': ('self', 'mat2', 'scale_a', 'scale_b')}
@@ -295,7 +295,7 @@ def test_a_shorter_cache_is_cut_by_a_negative_number():
 
 def test_loading_says_what_is_missing(tmp_path):
     from transformers import AutoModelForCausalLM
-    from llama_nb.model import tiny_llama
+    from llama_nb.shapes import tiny_llama
     tiny_llama().save_pretrained(tmp_path)
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert 'missing_keys' in info and not info['missing_keys'], f'from_pretrained(output_loading_info=True) tells {sorted(info)} (used in model)'
@@ -372,7 +372,7 @@ def our_names(trees):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): names.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): names.add(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, 'id', '') == 'self': names.add(node.attr)
-            elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == '_copies_': names.add(node.args[1].value)
+            elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'keep_copies_': names.add(node.args[1].value)
     return names
 
 

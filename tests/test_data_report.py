@@ -6,8 +6,12 @@ from dataclasses import replace
 import pytest
 
 from llama_nb.config import DataConfig
-from llama_nb.data import CHECKS, DataSplits, check_data, data_report, load_data, near_repeats, sample_path
-from llama_nb.dialogue import Conversation, Message, Source, toy_tokenizer
+from llama_nb.data import DataSplits, load_data, sample_path
+from llama_nb.quality import check_data
+from llama_nb.data_report import CHECKS, data_report
+from llama_nb.quality import near_repeats
+from llama_nb.conversation import Conversation, Message, Source
+from llama_nb.template import toy_tokenizer
 from llama_nb.formats import Conversations, read_conversations
 
 for module in ('rensa', 'py3langid'): pytest.importorskip(module, reason=f"{module} is not installed (extra 'data')")

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_nb.data import data_report
-from llama_nb.dialogue import IGNORE_INDEX, Conversation, Message, Source, encode, show_batch, show_mask, toy_tokenizer
+from llama_nb.data_report import data_report
+from llama_nb.conversation import IGNORE_INDEX, Conversation, Message, Source
+from llama_nb.dialogue import encode
+from llama_nb.masks import show_batch, show_mask
+from llama_nb.template import toy_tokenizer
 from llama_nb.doctor import Check, DoctorReport
-from llama_nb.evaluation import Comparison, EvaluationReport
+from llama_nb.comparison import Comparison
+from llama_nb.report import EvaluationReport
 from llama_nb.report import _report_page
 from llama_nb.formats import read_conversations
 from llama_nb.generate import Reply

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from llama_nb.dialogue import IGNORE_INDEX, PINNED_DATE, _cached, encode, encode_prompt, stop_ids, toy_tokenizer
+from llama_nb.conversation import IGNORE_INDEX
+from llama_nb.dialogue import encode, encode_prompt
+from llama_nb.segments import tokenizer_copies, stop_ids
+from llama_nb.template import PINNED_DATE, toy_tokenizer
 from llama_nb.errors import DataError
-from llama_nb.model import demo_model, load_tokenizer
+from llama_nb.model import load_tokenizer
+from llama_nb.sources import demo_model
 
 DATA = Path(os.environ['LLAMA_NB_TEST_DATA']) if os.environ.get('LLAMA_NB_TEST_DATA') else None
 NAMES = ('llama2', 'llama3', 'demo')
@@ -66,14 +70,14 @@ def taught(messages, train_on):
 
 def decoded(name, ids):
     "The text of ids, with nothing skipped; Llama 2 decodes a space behind `<s>` that it does not encode."
-    found = _cached(tokenizer(name))[0].decode(ids)
+    found = tokenizer_copies(tokenizer(name))[0].decode(ids)
     return found.replace('<s> [INST]', '<s>[INST]') if name == 'llama2' else found
 
 
 @lru_cache(None)
 def template_control(name, roles):
     "The control ids of a harmless conversation of these roles."
-    control = _cached(tokenizer(name))[0].control
+    control = tokenizer_copies(tokenizer(name))[0].control
     return [i for i in encode([{'role': r, 'content': 'x'} for r in roles], tokenizer(name)).input_ids if i in control]
 
 
@@ -90,7 +94,7 @@ def stripped(name, messages):
 
 def check(name, messages, train_on, cut=None):
     "What is wrong with one conversation; empty if nothing is."
-    tok, control = tokenizer(name), _cached(tokenizer(name))[0].control
+    tok, control = tokenizer(name), tokenizer_copies(tokenizer(name))[0].control
     refused = name == 'llama2' and any(k in m['content'] for m in messages for k in MARKERS) or stripped(name, messages)
     try: e = encode(messages, tok, train_on=train_on)
     except DataError as error: return '' if refused and ('a tokenizer cannot distinguish them' in str(error) or 'strip its own text' in str(error)) else f'refused: {error}'

@@ -70,7 +70,7 @@ def half(tiny):
 
 def changed_base(place):
     "A folder with the same tokenizer and another model."
-    from llama_nb.model import tiny_llama
+    from llama_nb.shapes import tiny_llama
     folder = Path(shutil.copytree(place/'tiny', place/'other-base', dirs_exist_ok=True))
     config = json.loads((folder/'config.json').read_text())
     tiny_llama(vocab_size=config['vocab_size'], max_position_embeddings=config['max_position_embeddings'], seed=7).save_pretrained(folder)

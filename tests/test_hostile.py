@@ -130,7 +130,7 @@ def gguf_files():
 
 def test_hostile_gguf(tmp_path):
     "As a model: one line within seconds; the format's own reader is busy with the first of these until memory is full."
-    from llama_nb.model import model_shape
+    from llama_nb.sources import model_shape
     for what, content in gguf_files().items():
         (tmp_path/'model.gguf').write_bytes(content)
         code, said, took = within_limits(lambda: model_shape(str(tmp_path/'model.gguf')), tmp_path/'log')
@@ -187,18 +187,18 @@ def test_an_unknown_template_that_means_no_harm(tiny, tmp_path):
     "Followed as before; its trial costs a process of its own once, and a longer conversation another one."
     from llama_nb.dialogue import encode
     from llama_nb.model import load_tokenizer
-    from llama_nb.template import _trial
+    from llama_nb.template import try_template
     folder = Path(shutil.copytree(tiny[0]/'tiny', tmp_path/'model'))
     (folder/'chat_template.jinja').write_text('{# not seen before #}' + WRITES)
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     turn = [dict(role='user', content='{{ 7*7 }}'), dict(role='assistant', content='fine')]
-    before, spent = _trial.cache_info().misses, used()
+    before, spent = try_template.cache_info().misses, used()
     for chat in (turn, turn*2, turn*30): ids = encode(chat, load_tokenizer(folder), 'tokenizer').input_ids
     spent = used() - spent
     assert ids == encode(chat, tiny[1].tokenizer, 'chatml').input_ids
-    assert _trial.cache_info().misses == before + 1 and spent < 0.3, spent
+    assert try_template.cache_info().misses == before + 1 and spent < 0.3, spent
     encode(turn*40, load_tokenizer(folder), 'tokenizer')
-    assert _trial.cache_info().misses == before + 2
+    assert try_template.cache_info().misses == before + 2
     record('trial of a template', cpu_s=round(spent, 3), passed=True)
 
 

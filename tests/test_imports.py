@@ -18,7 +18,7 @@ for path in sorted((ROOT/'nbs').glob('[0-9][0-9]_*.ipynb')):
     found = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code'), re.M)
     if found: CHAPTERS[found[1]] = int(path.name[:2])
 MODULES = {name: ast.parse((PACKAGE/f'{name}.py').read_text(encoding='utf-8')) for name in CHAPTERS}
-NO_TORCH = ('config', 'errors', 'views', 'formats', 'checkpoints', 'runs', 'cli')
+NO_TORCH = ('config', 'errors', 'views', 'shapes', 'conversation', 'files', 'formats', 'checkpoints', 'runs', 'card', 'cli')
 HEAVY = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'accelerate', 'evaluate', 'matplotlib', 'ipywidgets', 'wandb', 'trl', 'numpy')
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from llama_nb.dialogue import Conversation, Message, Source, _cached, as_conversation, encode, encode_prompt, toy_tokenizer
+from llama_nb.conversation import Conversation, Message, Source, as_conversation
+from llama_nb.dialogue import encode, encode_prompt
+from llama_nb.segments import tokenizer_copies
+from llama_nb.template import toy_tokenizer
 from llama_nb.errors import DataError
-from llama_nb.model import demo_model, load_tokenizer
+from llama_nb.model import load_tokenizer
+from llama_nb.sources import demo_model
 from llama_nb.packing import PackedCollator, pack
 
 DATA = Path(os.environ['LLAMA_NB_TEST_DATA']) if os.environ.get('LLAMA_NB_TEST_DATA') else None
@@ -59,7 +63,7 @@ def cases(name, template):
 
 
 def control_ids(name, ids):
-    control = _cached(tokenizer(name))[0].control
+    control = tokenizer_copies(tokenizer(name))[0].control
     return [i for i in ids if i in control]
 
 

@@ -12,7 +12,7 @@ import pytest
 from fork_run import Count, finished, fork, record, same, train, until, wait
 
 from llama_nb.checkpoints import checkpoints, clean_leftovers, latest_valid, verify_checkpoint
-from llama_nb.guards import SafeTrainer
+from llama_nb.safe_trainer import SafeTrainer
 from llama_nb.runs import Run
 
 STEPS = 8  # of the tiny runs; a checkpoint after each

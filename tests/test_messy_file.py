@@ -106,7 +106,7 @@ def test_every_bad_row_is_on_the_screen(walk):
 
 
 def test_findings_are_in_order_of_weight_and_name_their_rows(walk):
-    from llama_nb.data import CHECKS
+    from llama_nb.data_report import CHECKS
     out = walk[1].stdout
     kinds = {re.split(r'\s{2,}', line.strip())[0]: line for line in out.splitlines()}
     for number, (_, kind) in FOUND.items(): assert f'my chats.jsonl:{number}' in kinds[kind], kinds[kind]

@@ -99,7 +99,7 @@ def test_on_200_real_replies():
     from llama_nb.config import DataConfig
     from llama_nb.data import load_data
     from llama_nb.metrics import ROUGE_TYPES, bleu_from_stats, bleu_stats, chrf_from_stats, chrf_stats, corpus_bleu, rouge_scores, split_sentences
-    from llama_nb.report import bootstrap_interval
+    from llama_nb.intervals import bootstrap_interval
     source = os.path.join(os.environ['LLAMA_NB_TEST_DATA'], 'data', 'dailydialog', 'validation.zip')
     talks = load_data(DataConfig(dataset_name='dailydialog', data_path=source, max_samples=300, val_size=0.1)).train[:200]
     predictions, references = [t.messages[1].content for t in talks], [t.messages[0].content for t in talks]

@@ -158,7 +158,7 @@ def test_shapes_of_the_gpu_path():
 
     import llama_nb.quantization as quantization
     from llama_nb.attention import attention_kernel
-    from llama_nb.linears import _lora_backward, _lora_forward
+    from llama_nb.linears import lora_backward, lora_forward
     assert attention_kernel('cuda') == 'varlen_attn'
     with FakeTensorMode(), torch.no_grad(), patch.object(quantization, '_rows_to_fp8', lambda: quantization.quantize_fp8):
         new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device='cuda')
@@ -167,9 +167,9 @@ def test_shapes_of_the_gpu_path():
             eights = [*quantization.quantize_fp8(W), *quantization.quantize_fp8(new(k, n))]
             for kind, parts in (('', [W]), ('fp8', eights)):
                 for bias in (None, new(n)):
-                    y, low = _lora_forward(x, None, A, B, bias, 2., [n, k], kind, *parts)
+                    y, low = lora_forward(x, None, A, B, bias, 2., [n, k], kind, *parts)
                     assert y.shape == grad.shape and y.dtype == torch.bfloat16 and y.device.type == 'cuda' and low.shape == (rows, 16)
-                dx, _, dA, dB = _lora_backward(grad, x, None, A, B, 2., [n, k], kind, parts, True, low)
+                dx, _, dA, dB = lora_backward(grad, x, None, A, B, 2., [n, k], kind, parts, True, low)
                 assert dx.shape == x.shape and dA.shape == A.shape and dB.shape == B.shape and dA.dtype == torch.float32
         with pytest.raises(Exception, match='col_major'): torch._scaled_mm(eights[0], eights[2], scale_a=eights[1], scale_b=eights[3].t(), out_dtype=torch.bfloat16)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fork_run import Count, fork, make_trainer, record, renamed, wait
 
-from llama_nb.guards import KEEP_LOGS
+from llama_nb.safe_trainer import KEEP_LOGS
 from llama_nb.runs import Run
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from llama_nb.dialogue import PINNED_DATE, TEMPLATES, ChatTemplate, _cached, _encoder, encode, encode_prompt, get_template, stop_ids, toy_tokenizer, verify_masks
+from llama_nb.dialogue import encode, encode_prompt, verify_masks
+from llama_nb.segments import tokenizer_copies, get_encoder, get_template, stop_ids
+from llama_nb.template import PINNED_DATE, TEMPLATES, ChatTemplate, toy_tokenizer
 from llama_nb.errors import ConfigError, DataError, one_line
-from llama_nb.model import demo_model, load_tokenizer
+from llama_nb.model import load_tokenizer
+from llama_nb.sources import demo_model
 
 DATA = Path(os.environ['LLAMA_NB_TEST_DATA']) if os.environ.get('LLAMA_NB_TEST_DATA') else None
 real_data = pytest.mark.skipif(DATA is None, reason='LLAMA_NB_TEST_DATA is not set')
@@ -97,7 +100,7 @@ def hostile(tokenizer, n, seed=0):
 @pytest.mark.parametrize('name,template', [('llama2', 'auto'), ('llama3', 'auto'), ('llama3', 'llama-3.2'), ('demo', 'auto')])
 def test_content_never_becomes_control(name, template, tokenizers):
     tokenizer = tokenizers[name]
-    cases, control = hostile(tokenizer, 2000), set(_cached(tokenizer)[0].control)
+    cases, control = hostile(tokenizer, 2000), set(tokenizer_copies(tokenizer)[0].control)
     proof = verify_masks(cases, tokenizer, template)  # every text decodes as written, no control id in content
     assert proof.exact == proof.total == 2000, str(proof)
     alone = [encode(c, tokenizer, template).input_ids for c in cases]
@@ -199,4 +202,4 @@ def test_a_tokenizer_that_changes_gets_a_new_encoder():
     assert encode(chat, tokenizer).input_ids == first  # still text, also as an added token
     tokenizer.chat_template = TEMPLATES['chatml'].text
     assert get_template(tokenizer).name == 'chatml' and encode(chat, tokenizer).input_ids != first
-    assert _encoder(tokenizer) is _encoder(tokenizer)
+    assert get_encoder(tokenizer) is get_encoder(tokenizer)

@@ -18,8 +18,8 @@ def make_tiny(folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from llama_nb.dialogue import TEMPLATES
-    from llama_nb.model import tiny_llama
+    from llama_nb.template import TEMPLATES
+    from llama_nb.shapes import tiny_llama
     raw = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token='<|im_start|>', eos_token='<|im_end|>', pad_token='<pad>')

@@ -31,7 +31,7 @@ import browser
 
 SEARCHES = {'stop training': 'trainer.stop()', 'out of memory': 'memory'}  # words, and what has to stand among the first hits
 COLUMNS = 80  # of code that fit a page; chapters, which explain code, may have more and wrap
-NUMBER = re.compile(r'^\d+[a-zA-Z0-9]*_')  # nbdev names the page of 06_model.ipynb model.html
+NUMBER = re.compile(r'^\d+[a-zA-Z0-9]*_')  # nbdev names the page of 14_model.ipynb model.html
 FOOTER = re.compile(r'^(    left: ).*$', re.M)  # the page footer's version
 IMPORT = re.compile(r"""@import\s+(?:url\(\s*["']?(?:https?:)?//[^)]*\)|["'](?:https?:)?//[^"']*["'])[^;]*;""")  # a stylesheet's web font
 MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)

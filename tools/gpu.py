@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ('transformers', 'peft', 'bitsandbytes', 'accelerate', 'pydantic', 'yaml')  # to train
 STEPS, TOGETHER = ('cells', 'tests', 'a', 'b', 'bench'), {'cells': 150, 'tests': 60, 'bench': None}  # seconds at most where they share a call; the benchmark takes the rest
-NEEDS_DEMO = ('nbs/06_model.ipynb',)  # left out where the demo model was not fetched before
+NEEDS_DEMO = ('nbs/14_model.ipynb',)  # left out where the demo model was not fetched before
 SECONDS = 570  # a call on a lent machine may take ten minutes
 
 
@@ -49,8 +49,8 @@ def flagged():
 
 def demo_is_there():
     "Whether the demo model lies in the cache; asking for it would fetch it."
-    from llama_nb.model import _DEMO, cache_folder
-    return (cache_folder()/_DEMO['folder']/'config.json').is_file()
+    from llama_nb.sources import DEMO_MODEL, cache_folder
+    return (cache_folder()/DEMO_MODEL['folder']/'config.json').is_file()
 
 
 def commands(step, out, left):

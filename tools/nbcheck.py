@@ -1,6 +1,6 @@
 """Run the notebooks as tests, each in a process of its own, and close with 'N passed, N failed'.
 
-    python tools/nbcheck.py [nbs/06_model.ipynb ...] [--module] [--flags "slow"] [--jobs 2] [--timeout 600]
+    python tools/nbcheck.py [nbs/14_model.ipynb ...] [--module] [--flags "slow"] [--jobs 2] [--timeout 600]
 
 As written, a notebook runs as `nbdev_test` would run it. With `--module`, cells that export are replaced by the exported
 module, so that the same tests exercise what a user installs; notebooks that export nothing have no such second run.

@@ -1,6 +1,6 @@
 """Run notebooks and keep their outputs: what a reader sees in the repository and on the docs site.
 
-    python tools/nbsave.py nbs/06_model.ipynb [...] [--flags "slow"]
+    python tools/nbsave.py nbs/14_model.ipynb [...] [--flags "slow"]
 
 Skips what `nbdev_test` skips: `#| eval: false`, cells behind a flag that was not asked for, and the closing export call.
 Skipped cells keep the outputs they have. Ends with exit code 1 if a cell raised."""

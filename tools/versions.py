@@ -29,7 +29,7 @@ SETS = ('oldest', 'locked', 'newest')
 
 MAKE_MODEL = '''
 import sys
-from llama_nb.model import tiny_llama
+from llama_nb.shapes import tiny_llama
 from llama_nb.template import toy_tokenizer
 tokenizer = toy_tokenizer('byte', 'chatml')
 tokenizer.save_pretrained(sys.argv[1])

@@ -186,7 +186,7 @@ def _existing(folder):
 def _disk(folder, need_gb=1, want_gb=20):
     "Free space where a folder is or will be."
     place = _existing(folder)
-    if not os.access(place, os.W_OK): return [('fail', f'{redact(place)}: can not be written', 'choose a folder of your own')]
+    if not os.access(place, os.W_OK): return [('fail', f'{redact(place)}: cannot be written', 'choose a folder of your own')]
     free = shutil.disk_usage(place).free/1e9
     remedy = 'free some space; a 7B model takes 14 GB of downloads, a run some hundred MB'
     state = 'fail' if free < need_gb else 'warn' if free < want_gb else 'ok'
@@ -217,7 +217,7 @@ def _hub():
     from huggingface_hub import constants, get_token
     if constants.HF_HUB_OFFLINE: return [('ok', 'offline by HF_HUB_OFFLINE: only local folders and what is cached')]
     if get_token(): return [('ok', 'a token is there')]
-    return [('warn', 'no token: gated models (Llama 2, Llama 3) can not be fetched', 'accept the licence on the model page, then run: hf auth login')]
+    return [('warn', 'no token: gated models (Llama 2, Llama 3) cannot be fetched', 'accept the licence on the model page, then run: hf auth login')]
 
 # %% ../nbs/91_doctor.ipynb #6107f94d
 def _examples(n=6, seed=0, vocab_size=512):

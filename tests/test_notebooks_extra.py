@@ -90,7 +90,7 @@ def installed(tmp_path_factory):
     python, wheel = folder/'venv'/'bin'/'python', f"fastcore=={PINS['fastcore']}"
     command(sys.executable, '-m', 'venv', folder/'venv')
     tried = subprocess.run([python, '-m', 'pip', 'download', '-q', '--no-deps', '--dest', folder/'wheels', wheel], capture_output=True, text=True)
-    if tried.returncode: pytest.skip(f'pip can not download {wheel} here')
+    if tried.returncode: pytest.skip(f'pip cannot download {wheel} here')
     tree = folder/'tree'
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns('.*', 'runs', 'build', 'dist', '*.egg-info', '__pycache__', '_docs', '_proc', 'tests'))
     shutil.copytree(tree/'nbs', folder/'elsewhere'/'nbs')

@@ -153,7 +153,7 @@ class ShowModule(exec_show_docs):
         imports = not cell.directives_ and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree)
         if not (imports or _show_docs(tree)): return
         self.k.cell(cell)
-        if self.k.exc: raise RuntimeError(f'{self.nb.path_}: this cell can not be shown:\n{cell.source}') from self.k.exc
+        if self.k.exc: raise RuntimeError(f'{self.nb.path_}: this cell cannot be shown:\n{cell.source}') from self.k.exc
 
 
 class Pages(FilterDefaults):

@@ -54,7 +54,7 @@ def demo_is_there():
 
 
 def commands(step, out, left):
-    "What a step runs, and what it can not run here."
+    "What a step runs, and what it cannot run here."
     if step == 'cells':
         if missing := [p for p in ('nbdev', 'execnb', 'fastcore') if not has(p)]: return [], f'{", ".join(missing)} not installed: cells marked gpu were not run'
         files = [f for f in flagged() if f not in NEEDS_DEMO or demo_is_there()]

@@ -143,7 +143,7 @@ def run_apart(path, module=False, flags='', timeout=600):
         report, log = Path(tmp)/'report.json', Path(tmp)/'log'
         measure = ['-m', 'coverage', 'run', '-p'] if os.environ.get('NB_COVERAGE') else []
         cmd = [sys.executable, *measure, __file__, str(path), '--flags', flags, '--report', str(report)] + ['--module'] * module
-        with log.open('wb') as out:  # a file, not a pipe: a grandchild that lives on can not hold us up
+        with log.open('wb') as out:  # a file, not a pipe: a grandchild that lives on cannot hold us up
             child = subprocess.Popen(cmd, cwd=ROOT, env=environment(), stdout=out, stderr=out, start_new_session=True)
             _running.add(child)
             try: code = child.wait(timeout)

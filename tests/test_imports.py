@@ -63,6 +63,44 @@ def test_a_lower_number_never_imports_a_higher_one():
     assert not wrong, '; '.join(wrong)
 
 
+def own_names(tree):
+    "Pairs of one of our modules and a name taken from it, anywhere in a module."
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom): continue
+        module = node.module or ''
+        if node.level == 1 and module: yield from ((module, a.name) for a in node.names)
+        elif module.startswith('llama_nb.'): yield from ((module.split('.')[1], a.name) for a in node.names)
+
+
+def defined(tree):
+    "The names that a module binds itself at its top level: not those it imports."
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.add(node.name)
+        elif not isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names
+
+
+def test_a_name_is_imported_from_the_module_that_defines_it():
+    passed_on = [f'{name} takes {what} from {module}' for name,tree in MODULES.items() for module,what in own_names(tree)
+                 if module in MODULES and what not in defined(MODULES[module])]
+    assert not passed_on, '; '.join(passed_on)
+
+
+def test_no_private_name_crosses_a_module_border():
+    crossing = [f'{name} takes {what} from {module}' for name,tree in MODULES.items() for module,what in own_names(tree) if what.startswith('_')]
+    assert not crossing, '; '.join(crossing)
+
+
+def test_methods_stand_in_their_class():
+    "No `SomeClass.method = function` at the top level of a module."
+    classes = {n.name for tree in MODULES.values() for n in tree.body if isinstance(n, ast.ClassDef)}
+    assigned = [f'{name}: {ast.unparse(node)[:60]}' for name,tree in MODULES.items() for node in tree.body if isinstance(node, ast.Assign)
+                for t in node.targets if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id in classes]
+    assert not assigned, '; '.join(assigned)
+
+
 def test_the_package_and_the_light_modules_import_nothing_heavy_and_open_no_socket():
     found = python(f'''
 import json, socket, sys

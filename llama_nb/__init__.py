@@ -20,7 +20,7 @@ _MODULES = {
     'files': 'BadRow',
     'formats': 'read_conversations',
     'data_report': 'DataReport',
-    'data': 'AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader TooFewError load_data',
+    'data': 'AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader MixedDatasetLoader TooFewError load_data',
     'quality': 'check_data save_data',
     'examples': 'encode_all ExampleSet Ledger',
     'packing': 'pack PackedCollator',

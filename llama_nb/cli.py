@@ -69,7 +69,7 @@ def _as_typed(text):
     "Advice as you would type it: `on_bad='skip'` becomes `data.on_bad=skip`."
     sections = _settings()
     def typed(m): return f"{sections[m[1]]}.{m[1]}={m[2].strip(chr(34) + chr(39))}"
-    value = r"""('[^']*'|"[^"]*"|<[^>]*>|[\w.]+)"""
+    value = r"""('[^']*'|"[^"]*"|<[^>]*>|\{[^}]*\}|[\w.]+)"""
     return re.sub(rf"(?<![\w.])({'|'.join(sections)})={value}", typed, str(text))
 
 # %% ../nbs/93_cli.ipynb #bd636949
@@ -657,8 +657,9 @@ def _data(source:_Source, overrides:_Overrides=None, show:_Show=1, model:_DataMo
     go_on = _next(source, overrides or [], cfg, found, error, allowed, wanted, output,
                   written if allowed else [], model, preset, config)
     code = 0 if allowed else DataError.exit_code
-    if code and not (_terminal.get() or sys.stdout).isatty(): # one line for the log of a script
-        _fail(DataError(one_line(DataError(f'{source}: {refused}', bad), 400)))
+    if code and not (_terminal.get() or sys.stdout).isatty(): # for the log of a script; a single fault is one line
+        fault = DataError(f'{source}: {refused}', bad)
+        _fail(fault if len(bad) > 1 else DataError(one_line(fault, 400)))
     if as_json:
         extra = {'masks': masks, 'shown': views, 'written': written, 'next': go_on}
         return _Answer(_as_object(found, bad, code, refused) | extra, '', code)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ACTS', 'EMOTIONS', 'LOADERS', 'TooFewError', 'split_conversations', 'DataSplits', 'selected', 'DatasetLoader',
            'sample_path', 'AlpacaDatasetLoader', 'detokenize', 'DailyDialogDatasetLoader', 'ChatDatasetLoader',
-           'mix_counts', 'CombinedDatasetLoader', 'get_loader', 'load_data', 'read_data']
+           'mix_counts', 'CombinedDatasetLoader', 'MixedDatasetLoader', 'get_loader', 'load_data', 'read_data']
 
 # %% ../nbs/33_data.ipynb #ac020b92
 import hashlib
+import math
 import os
 import random
 import re
@@ -23,7 +24,9 @@ from .config import DataConfig, DATASETS
 from .conversation import Conversation, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import DataError, did_you_mean, redact, shorten
-from .files import BadRow, data_files, is_dataframe, source_rows
+from llama_nb.files import (
+    BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, part_of,
+    source_rows)
 from .formats import check_rows, Conversations
 from .views import progress, tell
 
@@ -99,9 +102,17 @@ class DatasetLoader:
         val_size:float=0.05, # Share held out, in [0, 1)
         max_samples:int|None=None, # Use at most this many conversations
         seed:int=42, # Seed of sample, split and mix
+        split:str|None=None, # Which split to train on; `None`: the train part
+        subset:str|None=None, # Which configuration of a data set on the Hub
+        revision:str|None=None, # Hub branch, tag or commit
+        columns:dict|None=None, # Our name of a field -> its name in the file
+        roles:dict|None=None, # A role as the file writes it -> one of `ROLES`
     ):
         self.data_path, self.assistant_speaker, self.on_bad = data_path, assistant_speaker, on_bad
         self.val_size, self.max_samples, self.seed, self.notes = val_size, max_samples, seed, Counter()
+        self.place = {k: v for k,v in dict(split=split, subset=subset, revision=revision).items() if v is not None}
+        self.mapping = {k: v for k,v in dict(columns=columns, roles=roles).items() if v is not None}
+        self.split, self.files = split, {}
 
     @property
     def source(self)->str: # Such as `'alpaca (sample)'`
@@ -112,7 +123,8 @@ class DatasetLoader:
     @property
     def settings(self)->dict: # Plain values
         "What the numbers of the report depend on."
-        return {k: getattr(self, k) for k in ('val_size', 'max_samples', 'seed', 'assistant_speaker', 'on_bad')}
+        names = ('val_size', 'max_samples', 'seed', 'assistant_speaker', 'on_bad')
+        return {k: getattr(self, k) for k in names} | self.place | self.mapping
 
     def rows(self, split:str):
         "Rows of one split: dicts in one of the `FORMATS`, or pairs of a `Source` and a dict."
@@ -120,7 +132,8 @@ class DatasetLoader:
 
     def read(self, split:str='train')->Conversations:
         "All checked conversations of one split of the source, before sampling and splitting."
-        return check_rows(self.rows(split), self.format, self.on_bad, None, self.assistant_speaker, self.source)
+        rows, speaker = self.rows(split), self.assistant_speaker
+        return check_rows(rows, self.format, self.on_bad, None, speaker, self.source, **self.mapping)
 
     @cached_property
     def data(self)->DataSplits:
@@ -131,7 +144,7 @@ class DatasetLoader:
         try: train, held = split_conversations(sample, self.val_size, self.seed)
         except TooFewError as e: raise TooFewError(e.message, every.bad) from None # bad rows may be the reason
         return DataSplits(selected(every, train), selected(every, held),
-                          data_report(train, held, [every], self.settings, self.notes))
+                          data_report(train, held, [every], self.settings, self.notes, self.files))
 
     def _own_validation(self):
         "Both parts of a source that brings its own validation part."
@@ -141,7 +154,7 @@ class DatasetLoader:
         if self.max_samples is not None:
             held = _sample(own, max(1, round(self.val_size*self.max_samples)), self.seed)
             train = _sample(train, self.max_samples - len(held), self.seed)
-        report = data_report(train, held, [every, own], settings, self.notes)
+        report = data_report(train, held, [every, own], settings, self.notes, self.files)
         return DataSplits(selected(every, train), selected(own, held), report)
 
     def _without_shared(self, train, validation):
@@ -177,35 +190,66 @@ class DatasetLoader:
         return self.data.report
 
 # %% ../nbs/33_data.ipynb #7d512799
-_PARTS = re.compile(r'(train|validation|valid|val|dev|test)(?![a-z])', re.I)
-
 def sample_path(
     name:str, # 'dialogues' or 'instructions'
 )->Path: # The file in the package
     "Path of a sample in the package."
     return Path(str(files('llama_nb')/'samples'/f'{name}.jsonl'))
 
-def _part(path):
-    "The split that a file's name starts with."
-    found = _PARTS.match(path.name)
-    name = found[1].lower() if found else 'train'
-    return 'validation' if name in ('valid', 'val', 'dev') else name
+def _file_parts(path, folder, by_name):
+    "Yield the part, the rows and the name of a file, or of each of its lists of rows."
+    name = file_name(path, folder)
+    words = [*reversed(Path(name).parts)] if by_name else []
+    own = next(filter(None, map(part_of, words)), 'train')
+    try: lists, _ = json_sections(path, name)
+    except DataError: lists = () # the reader will say why
+    if not lists: yield own, path, name
+    for section in lists: yield part_of(section) or own, (path, section), f'{name}[{section}]'
 
 # %% ../nbs/33_data.ipynb #133ea74b
 _SAMPLE_OR_PATH = "data_path='sample' for the shipped sample, data_path=<file or folder>"
 
-def _hub(hub_id, name, choices=_SAMPLE_OR_PATH):
-    "All splits of a Hub data set as a dict; raises `DataError` in one line if it cannot be downloaded."
-    import datasets, huggingface_hub
+def _load_hub(hub_id, split=None, **options):
+    "All splits of a Hub data set as a dict, or only the slice that `split` names, such as `train[:10%]`."
+    import datasets
+    if split and re.search(r'[\[+]', split): return {split: datasets.load_dataset(hub_id, split=split, **options)}
+    try: return datasets.load_dataset(hub_id, **options)
+    except RuntimeError as e:
+        if 'script' not in str(e): raise
+        return datasets.load_dataset(hub_id, **options | dict(revision='refs/convert/parquet'))
+
+def _hub(hub_id, name, choices=_SAMPLE_OR_PATH, place=None):
+    "Splits of a Hub data set; raises `DataError` in one line if it cannot be downloaded."
+    import huggingface_hub
+    options = {'name' if k == 'subset' else k: v for k,v in (place or {}).items()}
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE: huggingface_hub.HfApi().dataset_info(hub_id, timeout=10)
-        try: return datasets.load_dataset(hub_id)
-        except RuntimeError as e:
-            if 'script' not in str(e): raise
-            return datasets.load_dataset(hub_id, revision='refs/convert/parquet')
+        return _load_hub(hub_id, **options)
     except Exception as e: # the libraries below raise dozens of types, and each means that it cannot be downloaded
+        subsets = re.search(r"[Cc]onfig.*\[('.*?')\]", str(e), re.S)
+        if subsets:
+            found = shorten(subsets[1].replace("'", ''), 100)
+            problem = f'{shorten(hub_id, 50)} has several subsets: {found}'
+            raise DataError(f'{name}: {problem} (choose one with subset=<name>)') from None
         raise DataError(f'{name}: could not download {shorten(hub_id, 50)} from the Hub ({type(e).__name__}); '
                         f'use {choices}, or go online') from None
+
+# %% ../nbs/33_data.ipynb #e4dbb4e7
+def _train_and_validation(names, split, source):
+    "Which split is train and which is validation; `None` where there is none."
+    def only(part):
+        found = [name for name in names if part_of(name) == part]
+        return part if part in names else found[0] if len(found) == 1 else None
+    if split is None:
+        unnamed = names[0] if len(names) == 1 and part_of(names[0]) is None else None
+        return only('train') or unnamed, only('validation')
+    if split not in names:
+        found = f'found {shorten(", ".join(names), 100)}{did_you_mean(split, names)}'
+        raise DataError(f'{source}: no split {split!r} ({found})')
+    siblings = [split.replace('train', word) for word in ('validation', 'valid', 'val', 'dev')]
+    fitting = [name for name in siblings if name in names and name != split]
+    held = only('validation')
+    return split, fitting[0] if fitting else held if held != split else None
 
 # %% ../nbs/33_data.ipynb #f1a53cf0
 def _chain(sources):
@@ -225,7 +269,7 @@ class _PlaceLoader(DatasetLoader):
     @cached_property
     def _places(self):
         "Split -> a function that yields its rows with their places."
-        if self.data_path is None: return _each(_hub(self.hub_id, self.name))
+        if self.data_path is None: return self._splits(_hub(self.hub_id, self.name, place=self.place))
         if self.data_path == 'sample' and self.sample: path = sample_path(self.sample)
         else: path = Path(self.data_path).expanduser()
         if not path.exists():
@@ -233,17 +277,47 @@ class _PlaceLoader(DatasetLoader):
             raise DataError(f'{self.name}: no such file or folder: {shorten(path)} (check data_path{more})')
         return self._files(path)
 
+    def _splits(self, splits):
+        "The places of a dict of splits, with the chosen one as train."
+        names = [*splits]
+        chosen = dict(zip(('train', 'validation'), _train_and_validation(names, self.split, self.name)))
+        parts = {part: name for part,name in chosen.items() if name is not None}
+        parts |= {name: name for name in names if name not in parts.values()}
+        self.files = {part: [str(name)] for part,name in parts.items()}
+        return _each({part: splits[name] for part,name in parts.items()})
+
     def _files(self, path):
-        parts = {}
-        for p in data_files(path): parts.setdefault(_part(p) if path.is_dir() else 'train', []).append(p)
-        return {split: partial(_chain, paths) for split,paths in parts.items()}
+        "The places of a file or a folder, by the names of its files and lists."
+        folder, parts = data_folder(path), {}
+        found = [item for p in data_files(path) for item in _file_parts(p, folder, path.is_dir())]
+        for part,rows,name in self._chosen(found): parts.setdefault(part, []).append((rows, name))
+        self.files = {part: [name for _,name in items] for part,items in parts.items()}
+        aside = look_into(folder)[1] if path.is_dir() else {}
+        for p,kind in aside.items(): self.notes[f'not read: {file_name(p, folder)} ({kind})'] = 1
+        for p in {row[0] for _,row,_ in found if isinstance(row, tuple)}:
+            for key in json_sections(p)[1]: self.notes[f'not read: {key} of {p.name}'] = 1
+        rows_of = {part: [rows for rows,_ in items] for part,items in parts.items()}
+        return {part: partial(files_rows, rows, folder, len(found) == 1) for part,rows in rows_of.items()}
+
+    def _chosen(self, found):
+        "Parts, rows and names of files, with those of the chosen split as train."
+        if self.split is None or self.split == 'train': return found
+        is_chosen = re.compile(rf'(?<![^\W_]){re.escape(self.split)}(?![^\W_])').search
+        chosen = {name for part,_,name in found if part == self.split} or {n for *_,n in found if is_chosen(n)}
+        if not chosen:
+            names = shorten(', '.join(name for *_,name in found), 100)
+            raise DataError(f'{self.name}: no split {self.split!r} (found {names})')
+        return [('train' if name in chosen else 'other' if part == 'train' else part, rows, name)
+                for part,rows,name in found]
 
     @property
     def splits(self): return tuple(self._places)
 
     def rows(self, split):
         if split not in self._places:
-            raise DataError(f'{self.name}: no {split} part (found {shorten(", ".join(self._places))})')
+            found = shorten(', '.join(f'{part}: {", ".join(names)}' for part,names in self.files.items()), 100)
+            raise DataError(f'{self.name}: no {split} part (found {found or shorten(", ".join(self._places))}; '
+                            'choose one with split=<name>)')
         return self._places[split]()
 
 # %% ../nbs/33_data.ipynb #053adf05
@@ -253,7 +327,7 @@ class AlpacaDatasetLoader(_PlaceLoader):
 
 # %% ../nbs/33_data.ipynb #b36776e2
 _APOSTROPHE = re.compile(r"(?<=\w) ([’']) (?=(?:s|t|m|d|ll|re|ve|clock|am)\b)", re.I)
-_BEFORE = re.compile(r' +(?=[.,!?;:%)\]”。，！？…]+(?:\s|$))')
+_BEFORE = re.compile(r'(?<! ) +(?=[.,!?;:%)\]”。，！？…]+(?:\s|$))')
 _BEHIND = re.compile(r'(?<=[(\[“]) +|(?<=[$£¥]) +(?=\d)')
 
 def detokenize(
@@ -342,7 +416,7 @@ class DailyDialogDatasetLoader(_PlaceLoader):
 
 # %% ../nbs/33_data.ipynb #30e5a44c
 _HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
-_DATA_FILE = re.compile(r'\.(jsonl?|csv|parquet|gz|zip|txt)$')
+_DATA_FILE = re.compile(r'\.(jsonl?|ndjson|csv|tsv|parquet|arrow|xlsx|gz|zip|txt)$')
 
 def _source_name(source):
     "A short name of a source, for messages and reports."
@@ -372,11 +446,11 @@ class ChatDatasetLoader(_PlaceLoader):
     @cached_property
     def _places(self):
         source = self.data_path
-        if isinstance(source, dict): return _each(source)
+        if isinstance(source, dict): return self._splits(source)
         if not isinstance(source, (str, os.PathLike)): return _each(dict(train=source))
         path = Path(source).expanduser()
         if path.exists(): return self._files(path)
-        if _is_hub_id(source, path): return _each(_hub(source, 'data', 'a file or folder'))
+        if _is_hub_id(source, path): return self._splits(_hub(source, 'data', 'a file or folder', self.place))
         raise DataError(f'{shorten(source, 60)}: no such file or folder (give a path, a Hub id like owner/name, '
                         f'or one of {", ".join(DATASETS)}{did_you_mean(source, DATASETS)})')
 
@@ -385,13 +459,15 @@ def mix_counts(
     sizes:dict[str, int], # Conversations per set
     weights:dict[str, float]|None=None, # Share per set; `None`: proportional to the sizes
     total:int|None=None, # Largest total; `None`: no limit
-)->dict[str, int]: # Conversations to use of each set; never more than it has
-    "Exact counts of the largest mix with the given shares that repeats no conversation."
+    repeat:bool=False, # Whether sets are repeated until every conversation is used
+)->dict[str, int]: # Conversations to use of each set; never more than it has, unless they are repeated
+    "Exact counts of the largest mix with the given shares that repeats no conversation, or the smallest that uses all."
     weights = {k: float(n) for k,n in sizes.items()} if weights is None else weights
     if weights.keys() != sizes.keys() or any(not w > 0 for w in weights.values()):
         raise ValueError(f'mix_weights needs a number > 0 for each of {", ".join(sizes)}, got {weights}')
     share = {k: w/sum(weights.values()) for k,w in weights.items()}
-    largest = int(min(sizes[k]/share[k] for k in sizes) + 1e-9)
+    needed = [sizes[k]/share[k] for k in sizes]
+    largest = math.ceil(max(needed) - 1e-9) if repeat else int(min(needed) + 1e-9)
     total = min(largest, largest if total is None else total)
     counts = {k: int(total*share[k] + 1e-9) for k in sizes}
     by_remainder = sorted(sizes, key=lambda k: counts[k] - total*share[k])
@@ -434,6 +510,105 @@ class CombinedDatasetLoader(DatasetLoader):
         bad, notes = [b for p in read for b in p.bad], sum((p.notes for p in read), Counter())
         return Conversations(mixed, source, format, bad, sum(p.num_rows for p in read), notes)
 
+# %% ../nbs/33_data.ipynb #c556b7d5
+def _rounds(conversations, count, seed):
+    "`count` of the conversations: all of them as often as they fit, then a sample."
+    whole, rest = divmod(count, max(1, len(conversations)))
+    return [*conversations]*whole + (_sample(conversations, rest, seed) if rest else [])
+
+def _interleaved(parts, counts, seed):
+    "The conversations of all sets in mixed order, each with the name of its set."
+    chosen = {k: iter(_rounds(parts[k], n, seed)) for k,n in counts.items()}
+    order = [k for k,n in counts.items() for _ in range(n)]
+    random.Random(seed).shuffle(order)
+    for k in order:
+        c = next(chosen[k])
+        yield replace(c, meta={**c.meta, 'dataset': k})
+
+def _teach(conversation, train_on):
+    "The conversation with a flag on each message that has none: only what `train_on` names is taught."
+    answers = [i for i,m in enumerate(conversation.messages) if m.role == 'assistant']
+    chosen = answers[-1:] if train_on == 'last' else answers
+    messages = tuple(m if m.taught is not None else replace(m, train=i in chosen)
+                     for i,m in enumerate(conversation.messages))
+    return replace(conversation, messages=messages)
+
+# %% ../nbs/33_data.ipynb #77d170e9
+class MixedDatasetLoader(DatasetLoader):
+    "Any loaders as one, in exact shares. Each set is split first. `meta['dataset']` names the set."
+    name = 'mix'
+
+    def __init__(self,
+        loaders:dict[str, DatasetLoader], # Loaders by name
+        weights:dict[str, float]|None=None, # Share per name; `None`: all conversations of each
+        stopping_strategy:str='first_exhausted', # Or 'all_exhausted': use all conversations, repeat small sets
+        train_on:dict[str, str]|None=None, # 'assistant' or 'last' per name, for sets that differ from the config
+        **options, # As in `DatasetLoader`, except `data_path`
+    ):
+        super().__init__(None, **options)
+        self.loaders, self.weights, self.train_on = loaders, weights, train_on or {}
+        self.stopping_strategy = stopping_strategy
+
+    @property
+    def settings(self): return {**super().settings, **self.mix}
+
+    def _parts(self):
+        "Train and held-out conversations by set; what another set holds out is not trained on."
+        data = {k: loader.data for k,loader in self.loaders.items()}
+        held = {k: d.validation for k,d in data.items()}
+        keys = {conversation_key(c) for part in held.values() for c in part}
+        train = {k: [c for c in d.train if conversation_key(c) not in keys] for k,d in data.items()}
+        lost = sum(len(d.train) for d in data.values()) - sum(map(len, train.values()))
+        if lost: self.notes['training rows dropped: also in validation of another set'] = lost
+        return data, train, held
+
+    @cached_property
+    def data(self):
+        data, train, held = self._parts()
+        held_total = None if self.max_samples is None else max(1, round(self.val_size*self.max_samples))
+        held_counts = self._counts(held, held_total)
+        total = None if self.max_samples is None else self.max_samples - sum(held_counts.values())
+        sizes = {k: len(p) for k,p in train.items()}
+        for k,n in sizes.items():
+            if not n: raise DataError(f'mix: {k} has no conversation left to train on (leave it out, or hold out less)')
+        counts = self._counts(train, total, self.stopping_strategy == 'all_exhausted')
+        self.mix = dict(stopping_strategy=self.stopping_strategy, weights=self.weights,
+                        mix=', '.join(f'{k} {n:,} of {sizes[k]:,}' for k,n in counts.items()))
+        both = [self._taught(_interleaved(*part, self.seed)) for part in ((train, counts), (held, held_counts))]
+        read = [Conversations((), d.report.source, d.report.format, d.report.bad, d.report.num_rows, d.report.notes)
+                for d in data.values()]
+        self.files = self._named_files(data)
+        self._count(counts, sizes)
+        report = data_report(*both, read, self.settings, self.notes, self.files)
+        whole = Conversations((), report.source, report.format, report.bad, report.num_rows, report.notes)
+        return DataSplits(*(selected(whole, part) for part in both), report)
+
+    def _counts(self, parts, total, repeat=False):
+        "How many conversations of each set that has any."
+        sizes = {k: len(part) for k,part in parts.items() if part}
+        weights = self.weights and {k: self.weights[k] for k in sizes}
+        return mix_counts(sizes, weights, total, repeat) if sizes else {}
+
+    def _named_files(self, data):
+        "The files of all sets by part, each with the name of its set."
+        files = {}
+        for k,d in data.items():
+            for part,names in d.report.files.items():
+                files.setdefault(part, []).extend(f'{k}: {name}' for name in names)
+        return files
+
+    def _count(self, counts, sizes):
+        "Note what the mix leaves out or repeats."
+        for k,n in counts.items():
+            if n < sizes[k]: self.notes[f'{k}: conversations left out by the mix'] = sizes[k] - n
+            if n > sizes[k]: self.notes[f'{k}: repetitions'] = n - sizes[k]
+
+    def _taught(self, conversations):
+        asked = self.train_on
+        return [_teach(c, asked[c.meta['dataset']]) if c.meta['dataset'] in asked else c for c in conversations]
+
+    def read(self, split='train'): return self.load(split)
+
 # %% ../nbs/33_data.ipynb #6f5e19a2
 LOADERS = {'alpaca': AlpacaDatasetLoader, 'dailydialog': DailyDialogDatasetLoader}
 
@@ -450,6 +625,25 @@ def _both_paths(data_path):
                         "(give a path for each set, or data_path='sample')")
     return found
 
+# %% ../nbs/33_data.ipynb #28e72668
+def _entry_loader(entry, options):
+    "The loader of one entry of `datasets`; what it does not say, it takes from the config around it."
+    own = ('split', 'subset', 'revision', 'columns', 'roles', 'max_samples', 'assistant_speaker')
+    options = options | dict(max_samples=None) | {k: entry[k] for k in own if entry.get(k) is not None}
+    name = entry['name']
+    if name in LOADERS and not Path(name).exists(): return LOADERS[name](entry.get('data_path'), **options)
+    return ChatDatasetLoader(name, **options)
+
+def _mixed_loader(config, options):
+    "The loader of a config with `datasets`."
+    loaders, weights, train_on = {}, {}, {}
+    for i,entry in enumerate(config.datasets, 1):
+        name = entry['name'] if entry['name'] not in loaders else f'{entry["name"]} (entry {i})'
+        loaders[name], weights[name] = _entry_loader(entry, options), entry.get('weight')
+        if entry.get('train_on'): train_on[name] = entry['train_on']
+    weights = None if None in weights.values() else weights
+    return MixedDatasetLoader(loaders, weights, config.stopping_strategy, train_on, **options)
+
 # %% ../nbs/33_data.ipynb #eb77a973
 def get_loader(
     source, # A `DataConfig`, a name from `DATASETS`, what `ChatDatasetLoader` reads, or a loader
@@ -460,10 +654,13 @@ def get_loader(
     if isinstance(source, str) and source in DATASETS and not Path(source).exists():
         source = DataConfig(dataset_name=source)
     if not isinstance(source, DataConfig): return ChatDatasetLoader(source, **options)
-    fields = ('assistant_speaker', 'on_bad', 'val_size', 'max_samples', 'seed')
+    fields = ('assistant_speaker', 'on_bad', 'val_size', 'max_samples', 'seed', 'columns', 'roles')
     options = {k: getattr(source, k) for k in fields} | options
+    if source.datasets is not None: return _mixed_loader(source, options)
+    place = {k: getattr(source, k) for k in ('split', 'subset', 'revision')}
+    if source.dataset_name != 'both': options = place | options
     if source.dataset_name == 'both':
-        shared = {k: options[k] for k in ('assistant_speaker', 'on_bad', 'seed')}
+        shared = {k: options[k] for k in ('assistant_speaker', 'on_bad', 'seed', 'columns', 'roles')}
         loaders = {k: LOADERS[k](p, **shared) for k,p in _both_paths(source.data_path).items()}
         return CombinedDatasetLoader(loaders, source.mix_weights, **options)
     if source.dataset_name in LOADERS: return LOADERS[source.dataset_name](source.data_path, **options)
@@ -488,6 +685,7 @@ def read_data(
     "`load_data` that also logs what it reads. Raises `DataError` as `load_data` does."
     at = data_config.data_path if data_config.data_path is not None else data_config.dataset_name
     places = at.values() if isinstance(at, dict) else [at]
+    if data_config.datasets: places = [entry.get('data_path') or entry['name'] for entry in data_config.datasets]
     loader = get_loader(data_config)
     source = redact(loader.source)
     quick = all(p == 'sample' or Path(p).is_file() and Path(p).stat().st_size < _SMALL for p in places)

@@ -157,6 +157,7 @@ class DataReport:
     lengths:tuple = field(default=(), repr=False) # Tokens of each conversation
     words:tuple = field(default=(), repr=False) # Words of each conversation
     bad:tuple = field(default=(), repr=False) # The `BadRow`s
+    files:dict = field(default_factory=dict) # Names of the files, lists or splits by part, if known
 
     @property
     def counts(self)->dict: # Conversations by kind of finding, most important first
@@ -258,6 +259,12 @@ def _finding_rows_and_notes(report):
 # %% ../nbs/32_data_report.ipynb #445c6833
 def _spread(q): return f"{q['min']:,} to {q['max']:,}, median {q['median']:,}, 95 % under {q['p95']:,}"
 
+def _part_files(part, names):
+    "The files of one part in words; only train and validation are used."
+    more = f' and {len(names) - 5:,} more' if len(names) > 5 else ''
+    unused = '' if part in ('train', 'validation') else ' (not used)'
+    return f'{part}{unused}: {", ".join(shorten(name, 60) for name in names[:5])}{more}'
+
 def _number_rows(report):
     "Yield pairs of a label and its numbers."
     roles = ', '.join(f'{role} {count:,}' for role,count in report.roles.items())
@@ -271,6 +278,8 @@ def _number_rows(report):
             costs = ', '.join(f'{v:,} {k.replace("_", " ")}' for k,v in cost.items())
             yield f'over {t["max_length"]:,}: {policy}', costs
     if report.languages: yield 'languages', ', '.join(f'{k} {v:,}' for k,v in report.languages.items())
+    if sum(map(len, report.files.values())) > 1:
+        yield 'files', '; '.join(_part_files(part, names) for part,names in report.files.items())
     if report.notes: yield 'notes', '; '.join(f'{count:,} × {what}' for what,count in report.notes.items())
     if report.settings: yield 'settings', ', '.join(f'{k}={v}' for k,v in report.settings.items())
     yield 'fingerprint', report.fingerprint[:16]
@@ -341,6 +350,7 @@ def data_report(
     read:Iterable[Conversations]=(), # What they were selected from, for rows, faults and notes
     settings:dict|None=None, # How it was read and split
     notes:dict|None=None, # More counts of what was dropped
+    files:dict|None=None, # Names of the files, lists or splits by part
 )->DataReport: # The report
     "Count what is in a data set and what was done to it."
     both = [*train, *validation]
@@ -354,4 +364,5 @@ def data_report(
         bad_reasons=dict(Counter(b.reason for b in bad).most_common()),
         num_conversations=dict(train=len(train), validation=len(validation)),
         notes=dict(sum((r.notes for r in read), Counter()) + Counter(notes)), settings=dict(settings or {}),
+        files={part: tuple(names) for part,names in (files or {}).items()},
         duplicates_across_split=sum(conversation_key(c) in keys for c in validation), **counts)

@@ -238,7 +238,9 @@ def _encoded(conversations, tokenizer, c, max_length, ledger)->Iterator[Example]
         if example is None or example.dropped:
             ledger.rows.append(_too_long(conversation, tokenizer, c, max_length, example))
         if example is not None and not (faults and raises): yield example
-    if faults and raises: raise DataError(f'{len(faults)} conversation{"s"[:len(faults) > 1]} cannot be taught', faults)
+    stopped = ' (the rest was not checked: llama-nb data counts all)' if len(faults) == 20 else ''
+    many = f'{len(faults)} conversation{"s"[:len(faults) > 1]}'
+    if faults and raises: raise DataError(f'{many} cannot be taught{stopped}', faults)
 
 # %% ../nbs/35_examples.ipynb #40b93ffa
 def encode_all(

@@ -7,7 +7,9 @@ __all__ = ['BAD_ROWS', 'scan_text', 'word_runs', 'near_repeats', 'languages', 'f
            'save_accounts', 'save_data']
 
 # %% ../nbs/34_quality.ipynb #7a8d41be
+import base64
 import json
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -34,13 +36,13 @@ _SECRETS = {
     'slack token': r'\bxox[abprs]-[A-Za-z0-9-]{10,}',
     'google key': r'\bAIza[\w-]{35}',
     'private key': r'-----BEGIN [A-Z ]*PRIVATE KEY',
-    'web token': r'\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+',
+    'web token': r'(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+',
     'password in a link': r'://[^/\s:@]+:[^/\s@]+@',
     'password': (r'(?i:\b(?:password|passwd|passphrase|api[ _-]?key|secret|token)["\']?\s*(?:[=:]|is\b)\s*["\']?'
-                 r'(?=\S*\d)(?=\S*[a-z])[^\s"\']{6,})'),
+                 r'(?=\S{0,99}?\d)(?=\S{0,99}?[a-z])[^\s"\']{6,})'),
 }
 _PERSONAL = {
-    'e-mail address': r'[\w.+-]+@(?!example\.|[\w.-]*\.(?:test|invalid|example)\b)[\w-]+(?:\.[\w-]+)+',
+    'e-mail address': r'(?<![\w.+-])[\w.+-]+@(?!example\.|[\w.-]*\.(?:test|invalid|example)\b)[\w-]+(?:\.[\w-]+)+',
     'iban': r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b',
     'social security number': r'(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])',
     'card number': r'(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d.]\d|\d)',
@@ -295,7 +297,8 @@ def _checked_report(data, kept, gone, found, tokens, overflow, lengths, codes, h
     "The report about what is kept: the numbers of the reading, and the findings about conversations that stayed."
     dropped = Counter(f'removed: {f.kind}' for f in gone.values())
     report = data_report(kept['train'], kept['validation'], [data.train], data.report.settings, dropped)
-    same = {k: getattr(data.report, k) for k in ('num_rows', 'num_bad_rows', 'bad', 'bad_reasons', 'source', 'format')}
+    kept_facts = ('num_rows', 'num_bad_rows', 'bad', 'bad_reasons', 'source', 'format', 'files')
+    same = {k: getattr(data.report, k) for k in kept_facts}
     order = list(CHECKS)
     left = sorted((f for f in found if (f.part, f.index) not in gone), key=lambda f: order.index(f.kind))
     spoken = dict(Counter(code or 'unsure' for code in codes).most_common())
@@ -337,6 +340,24 @@ def check_data(
                              dict(repeats=repeats, language=language))
     return DataSplits(kept['train'], kept['validation'], report, tuple(gone.values()))
 
+# %% ../nbs/34_quality.ipynb #d69813e1
+def _scalar(value):
+    "A single value as JSON can hold it."
+    if isinstance(value, float): return value if math.isfinite(value) else None
+    if isinstance(value, int): return value if isinstance(value, bool) or abs(value) < 10**39 else str(value)
+    if isinstance(value, bytes):
+        try: return value.decode()
+        except UnicodeDecodeError: return base64.b64encode(value).decode()
+    text = value.isoformat() if hasattr(value, 'isoformat') else str(value)
+    return text.encode('utf-8', 'replace').decode()
+
+def _writable(value):
+    "A field as plain values that our reader takes back."
+    if hasattr(value, 'tolist'): value = value.tolist() # of numpy
+    if isinstance(value, dict): return {str(k): _writable(v) for k,v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)): return [_writable(v) for v in value]
+    return None if value is None else _scalar(value)
+
 # %% ../nbs/34_quality.ipynb #a2e04853
 def save_conversations(
     conversations:Iterable[Conversation], # Conversations
@@ -344,8 +365,10 @@ def save_conversations(
 )->Path: # The file written
     "Write conversations as JSON lines: `messages`, and what else a row held. `read_conversations` reads them again."
     path = Path(path)
-    rows = (json.dumps({**c.meta, 'messages': c.to_dicts()}, ensure_ascii=False) + '\n' for c in conversations)
-    path.write_text(''.join(rows), encoding='utf-8')
+    with open(path, 'w', encoding='utf-8') as f:
+        for c in progress(conversations, 'saving', unit='conversation'):
+            row = _writable({**c.meta, 'messages': c.to_dicts()})
+            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
     return path
 
 # %% ../nbs/34_quality.ipynb #033c5fac

@@ -107,7 +107,7 @@ def test_bad_data_is_4(tmp_path):
     refused(llama_nb('data', tmp_path/'empty.jsonl'), 4, 'empty.jsonl', 'empty')
     for name, word in (('mute.jsonl', 'no assistant turn'), ('silent.jsonl', 'assistant content is empty')):
         done = llama_nb('data', tmp_path/name)  # every row is listed, although none is good
-        assert done.returncode == 4 and 'Traceback' not in done.stderr and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 4 and 'Traceback' not in done.stderr and len(done.stderr.splitlines()) == 4
         assert [f'{name}:{i}' in done.stdout for i in (1, 2, 3)] == [True]*3 and done.stdout.count(word) == 3
 
 

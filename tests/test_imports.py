@@ -132,7 +132,7 @@ print(json.dumps([after, asked, [n for n in llama_nb.__all__ if n not in globals
 CONTRACT = """ModelConfig LoRAConfig DataConfig TrainingConfig EvaluationConfig RunConfig load_config preset
 LlamaNbError ConfigError ResourceError DataError View nf4_levels fp4_levels quantize_blockwise dequantize_blockwise bnb_config add_lora trainable_parameters check_adapter
 load_tokenizer load_model demo_model tiny_llama Message Conversation ChatTemplate Example encode show_mask verify_masks read_conversations BadRow
-AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader load_data DataReport pack PackedCollator apply_fast_path_ packed_attention
+AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader MixedDatasetLoader load_data DataReport pack PackedCollator apply_fast_path_ packed_attention
 supervised_loss plan MemoryPlan Run list_runs watch generate_replies ChatSession Perplexity Bleu Rouge PerplexityEvaluator QualitativeEvaluator EvaluationFramework
 EvaluationReport compare LLAMATrainer selfcheck""".split()
 

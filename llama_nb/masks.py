@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 
-from .conversation import as_conversation, Example, IGNORE_INDEX, Span
-from .dialogue import encode_to_length, label_runs
+from .conversation import Example, IGNORE_INDEX, Span
+from .dialogue import check_train_on, prepared_conversation, encode_to_length, label_runs
 from .errors import ConfigError, DataError
 from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder, tokenizer_copies, TokenizerCopies
 from .template import ChatTemplate
@@ -51,7 +51,7 @@ def show_mask(
     conversation, # A conversation, or an `Example`
     tokenizer, # A Hugging Face tokenizer with a fast backend
     template:str|ChatTemplate='auto', # As in `get_template`; not used for an `Example`
-    train_on:str='assistant', # As in `encode`
+    train_on='assistant', # As in `encode`
     detail:bool=False, # One box per token, with its id, position and label when you hover over it
     max_length:int|None=None, # Strike through the oldest exchanges that do not fit; `None`: show all
 )->View: # HTML, and plain text with taught text in brackets
@@ -61,7 +61,8 @@ def show_mask(
     tokens, lost = tokenizer_copies(tokenizer)[0], ()
     if isinstance(conversation, Example): example = conversation
     else:
-        enc, conv = get_encoder(tokenizer, template), as_conversation(conversation)
+        check_train_on(train_on)
+        conv, enc = prepared_conversation(conversation, tokenizer, template, None, None)
         example = encode_to_length(enc, conv, train_on, max_length, 'drop_turns')
         if example is None:
             raise DataError(f'the last exchange is longer than max_length {max_length}; raise max_length')
@@ -82,6 +83,7 @@ def _openings(enc:TemplateEncoder)->dict[int,list]:
     for roles in _FORMS:
         try: parts = enc.shape(roles)
         except (ConfigError, DataError): continue
+        if parts is None: continue
         for part,following in zip(parts, [*parts[1:], None]):
             opens = isinstance(following, ContentSlot)
             if isinstance(part, FixedPart) and part.ids: role_of[tuple(part.ids)] = roles[part.message] if opens else ''

@@ -134,8 +134,8 @@ OTHERS = {  # name: template, whether it can be followed on the byte-level and o
     'marked': ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}", True, True),
     'dated': ("{{ bos_token + strftime_now('%d %b %Y') + '\\n' }}{% for m in messages %}{{ m.role + ':\\n' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}", True, True),
     'lined': ("{{ bos_token }}{% for m in messages %}{{ m.role + ':\\n' + m.content + ('\\n\\n' if m.role == 'user' else eos_token) }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}", True, True),
-    'thinking': ("{% for m in messages %}{{ m.role + '\\n' + (m.content.split('</think>')[-1] if m.role == 'assistant' else m.content) + eos_token }}{% endfor %}", 'looks into', 'looks into'),
-    'peeking': ("{% for m in messages %}{% if '</think>' in m.content %}{{ '!' }}{% endif %}{{ m.role + '\\n' + m.content + eos_token }}{% endfor %}", 'looks into', 'looks into'),
+    'thinking': ("{% for m in messages %}{{ m.role + '\\n' + (m.content.split('</think>')[-1] if m.role == 'assistant' else m.content) + eos_token }}{% endfor %}", True, True),
+    'peeking': ("{% for m in messages %}{% if '</think>' in m.content %}{{ '!' }}{% endif %}{{ m.role + '\\n' + m.content + eos_token }}{% endfor %}", True, True),
     'replacing': ("{% for m in messages %}{{ m.role + '\\n' + (m.content | replace('\\n', ' ')) + eos_token }}{% endfor %}", 'changes or leaves out', 'changes or leaves out'),
     'unending': ("{% for m in messages %}{{ m.role + '\\n' + m.content + '\\n' }}{% endfor %}", 'learn to stop', 'learn to stop'),
     'half-ended': ("{% for m in messages %}{{ m.role + '\\n' + m.content + ('' if loop.last else eos_token) }}{% endfor %}", 'learn to stop', 'learn to stop'),
@@ -167,9 +167,21 @@ def test_other_peoples_templates_are_followed_or_refused(name, kind):
 
 
 @real_data
-def test_a_template_whose_text_the_tokenizer_joins_to_content_is_refused(tokenizers):
-    text = OTHERS['lined'][0]  # Llama 3 has a token for a full stop with two line breaks: it would straddle the border
-    with pytest.raises(ConfigError, match='joins its text'): get_template(tokenizers['llama3'], ChatTemplate('tokenizer', text))
+@pytest.mark.parametrize('template', ['lined', 'alpaca'])
+def test_a_template_whose_text_the_tokenizer_joins_to_content_has_the_official_ids(template, tokenizers):
+    "Llama 3 has a token for a full stop with two line breaks: it straddles the border of a message, in training as in serving."
+    tokenizer = tokenizers['llama3']
+    template = ChatTemplate('tokenizer', OTHERS[template][0]) if template in OTHERS else template
+    text = get_template(tokenizer, template).text
+    chat = [{'role': r, 'content': t} for r,t in zip(('user', 'assistant')*2, ['Hello there.', 'I see, 42!', 'Is it far?', 'yes.'])]
+    ids = official(tokenizer, chat, text)
+    assert any('.\n\n' in t for t in tokenizer.batch_decode([[i] for i in ids]))
+    assert encode(chat, tokenizer, template).input_ids == ids and str(verify_masks([chat], tokenizer, template)) == '1 / 1 exact'
+    for k in (1, 3):
+        prompt = encode_prompt(chat[:k], tokenizer, template)
+        assert prompt == official(tokenizer, chat[:k], text, add_generation_prompt=True) == ids[:len(prompt)]
+    long = encode(chat*3, tokenizer, template, max_length=len(ids) + 5, on_overflow='drop_turns')
+    assert long.input_ids == ids and long.dropped == 8
 
 
 @pytest.mark.parametrize('scheme', ['always', 'first', 'never'])
@@ -199,7 +211,16 @@ def test_a_tokenizer_that_changes_gets_a_new_encoder():
     chat = [{'role': 'user', 'content': 'a <new> b'}, {'role': 'assistant', 'content': 'b'}]
     first = encode(chat, tokenizer).input_ids
     tokenizer.add_tokens(['<new>'])
-    assert encode(chat, tokenizer).input_ids == first  # still text, also as an added token
+    assert encode(chat, tokenizer).input_ids == official(tokenizer, chat) != first  # a word of the model: one token
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<new>']})
+    assert encode(chat, tokenizer).input_ids == first  # a control token: still text
+    tokenizer.chat_template = {'default': TEMPLATES['llama-3'].text, 'tool_use': TEMPLATES['llama-3.1'].text}
+    assert encode(chat, tokenizer).input_ids == first
+    tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {'type': 'object'}}}]
+    plain = [{**m, 'content': 'Hi'} for m in chat]
+    assert encode(plain, tokenizer, tools=tools).input_ids == official(tokenizer, plain, tools=tools)
+    tokenizer.chat_template['default'] = TEMPLATES['llama-3.1'].text  # changed in place
+    assert encode(chat, tokenizer).input_ids != first and encode(plain, tokenizer).input_ids == official(tokenizer, plain)
     tokenizer.chat_template = TEMPLATES['chatml'].text
     assert get_template(tokenizer).name == 'chatml' and encode(chat, tokenizer).input_ids != first
     assert get_encoder(tokenizer) is get_encoder(tokenizer)

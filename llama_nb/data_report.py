@@ -21,23 +21,29 @@ from .formats import Conversations
 from .views import escape, Line, PALETTE, progress, table, text_lines, View
 
 # %% ../nbs/32_data_report.ipynb #81997036
+def _beyond_content(m):
+    "What a message says besides its content: its thoughts and its calls, as texts."
+    return [m.reasoning_content or '', *(f'{c.name}{c.arguments}' for c in m.tool_calls or ())]
+
 def conversation_key(
     conversation:Conversation, # A conversation
 )->str: # Equal for conversations that differ only in letter case and white space
     "A key that groups equal conversations."
-    text = '\n'.join(f"{m.role}:{' '.join(m.content.casefold().split())}" for m in conversation.messages)
+    def words(m): return ' '.join(' '.join((m.content, *_beyond_content(m))).casefold().split())
+    text = '\n'.join(f'{m.role}:{words(m)}' for m in conversation.messages)
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/32_data_report.ipynb #dd486ed8
 def _canonical(c)->bytes:
-    "A conversation as JSON: role, content and flags of every message."
-    messages = [[m.role, m.content, m.train, m.weight] for m in c.messages]
+    "A conversation as JSON: its tools, and role, content, flags, thoughts and calls of every message."
+    messages = [[m.role, m.content, m.train, m.weight, *filter(None, _beyond_content(m))] for m in c.messages]
+    if c.tools: messages.append(c.tools)
     return json.dumps(messages, ensure_ascii=False, separators=(',', ':')).encode() + b'\n'
 
 def fingerprint(
     conversations:Iterable[Conversation], # Conversations in order
 )->str: # 64 hexadecimal digits
-    "SHA-256 of all conversations: role, content and flags of every message."
+    "SHA-256 of all conversations: role, content, flags, thoughts and calls of every message, and the tools."
     digest = hashlib.sha256()
     for c in conversations: digest.update(_canonical(c))
     return digest.hexdigest()

@@ -447,8 +447,8 @@ def _cell(column, value):
     return strict_json(value) if is_list else value
 
 def _cells(row):
-    "Columns as fields; nulls are left out."
-    return {k: _cell(k, v) for k,v in row.items() if v is not None}
+    "Columns as fields. A null stays: it tells a row of another format from a row with other columns."
+    return {k: _cell(k, v) for k,v in row.items()}
 
 def _from_cells(here, row):
     try: return here, _cells(row)

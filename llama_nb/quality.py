@@ -367,7 +367,7 @@ def save_conversations(
     path = Path(path)
     with open(path, 'w', encoding='utf-8') as f:
         for c in progress(conversations, 'saving', unit='conversation'):
-            row = _writable({**c.meta, 'messages': c.to_dicts()})
+            row = _writable(c.to_row())
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
     return path
 

@@ -53,13 +53,12 @@ ROWS = {  # a bad row between two good ones: number -> (the line, what the messa
     32: (dict(messages=[*talk('user', 'assistant')['messages'], dict(content=USER)]), 'field messages[2].role: role is missing: found content'),
     33: (with_content(None), 'field messages[0].content: content is null'),
     34: (with_content(7), 'content is not a text: int'),
-    35: (with_content([dict(type='text', text=USER)]), 'text only'),
+    35: (with_content([dict(type='image', url=USER)]), "field messages[0].content[0]: not a text: 'image'"),
     36: (with_content(' \n\t'), 'user content is empty'),
     37: (with_content('', 'assistant'), 'the model would learn empty replies'),
     38: (talk('user', 'usr'), "unknown role: 'usr' (use system, user, assistant, tool"),
-    39: (talk('Human', 'gpt'), "'human' is 'user'"),
-    40: (talk('assistant', 'user', 'assistant'), 'assistant speaks first'),
-    41: (talk('user', 'user', 'assistant'), 'field messages[1].role: two user turns in a row'),
+    40: (talk('assistant', 'assistant'), 'assistant speaks first'),
+    41: (talk('user', 'assistant', 'assistant'), 'field messages[2].role: two assistant turns in a row'),
     42: (talk('user', 'assistant', 'system', 'user', 'assistant'), 'system message is not first'),
     43: (talk('user'), 'nothing to train on'),
 }
@@ -70,7 +69,7 @@ MORE_ROWS = {  # further forms of the same numbers
     22.1: (b'['*5000, 'nested too deeply'),
     32.1: (dict(messages=[USER, USER]), 'field messages[0]: not an object: str'), 32.2: (dict(messages=[dict(role='user')]), 'field messages[0].content: content is missing'),
     38.1: (talk('user', 'ass\nistant'), 'unknown role'), 38.2: (talk('user', '<b>' + USER), 'unknown role'),
-    39.1: (talk('User', 'Assistant'), "'user' is 'user'"), 42.1: (talk('system', 'system', 'user', 'assistant'), 'system message is not first'),
+    42.1: (talk('system', 'system', 'user', 'assistant'), 'system message is not first'),
     36.1: (with_content('\u3000\xa0'), 'user content is empty'),
 }
 WHOLE = {  # the whole file: number -> (name, bytes, what the message must say)
@@ -88,6 +87,9 @@ GOOD_FILES = {  # accepted: number -> (name, bytes, lines of the conversations, 
     12: ('rows.jsonl', dumps(with_content('a\0b')), [1], {'NUL character kept': 1}),
     17: ('rows.json', json.dumps(talk('user', 'assistant'), indent=2).encode(), [1], {}),
     28: ('rows.jsonl', dumps(dict(conversations=[{'from': 'human', 'value': USER}, {'from': 'gpt', 'value': USER}])), [1], {}),
+    39: ('rows.jsonl', dumps(talk('Human', ' GPT')) + b'\n' + dumps(talk('User', 'Assistant')), [1, 2], {}),
+    40: ('rows.jsonl', dumps(talk('assistant', 'user', 'assistant')), [1], {'opening assistant turn dropped': 1}),
+    41: ('rows.jsonl', dumps(talk('user', 'user', 'assistant')), [1], {'user turns in a row joined': 1}),
     44: ('rows.jsonl', dumps(talk('user', 'assistant', 'user')), [1], {'trailing user turn dropped': 1}),
 }
 SEEN = set()  # numbers with a test, counted at the end

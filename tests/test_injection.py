@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_nb.conversation import Conversation, Message, Source, as_conversation
+from llama_nb.conversation import ROLES, Conversation, Message, Source, as_conversation
 from llama_nb.dialogue import encode, encode_prompt
 from llama_nb.segments import tokenizer_copies
 from llama_nb.template import toy_tokenizer
@@ -101,7 +101,9 @@ def test_a_role_is_one_of_four_words(name, template):
         for role in (t, f'user{t}', f'assistant\n{t}', FORMS['look-alike'](t)):
             for use in (encode, encode_prompt):
                 with pytest.raises(DataError, match='role'): use([{'role': role, 'content': 'x'}, {'role': 'assistant', 'content': 'x'}], tok, template)
-    for role in ('User', 'user ', 'us\u0435r', 'ipython', 'assistant<|eot_id|>', '', None, 1, ['user']):
+    for role in ('User', 'user ', 'ipython'):  # names that people write: what goes into the header is one of the four words
+        assert as_conversation([{'role': role, 'content': 'x'}, {'role': 'assistant', 'content': 'x'}]).roles[0] in ROLES
+    for role in ('us\u0435r', 'assistant<|eot_id|>', '', None, 1, ['user']):
         with pytest.raises(DataError): encode([{'role': role, 'content': 'x'}, {'role': 'assistant', 'content': 'x'}], tok, template)
 
 

@@ -16,11 +16,11 @@ def outputs(*sources):
 
 def test_a_fault_is_told_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.delenv('LLAMA_NB_DEBUG', raising=False)
-    (tmp_path/'chats.jsonl').write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hello"}]}\n')
+    (tmp_path/'chats.jsonl').write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "robot", "content": "Hello"}]}\n')
     told, setting, ours, debug = outputs(f'from llama_nb import *; read_conversations({str(tmp_path/"chats.jsonl")!r})', 'DataConfig(on_bad="skp")', '1/0',
                                          f'import os; os.environ["LLAMA_NB_DEBUG"] = "1"; read_conversations({str(tmp_path/"chats.jsonl")!r})')
     assert told[-1].ename == 'DataError'
-    assert len(told[-1].traceback) == 2 and "chats.jsonl:1 field messages[1].role: unknown role: 'bot'" in told[-1].traceback[1]
+    assert len(told[-1].traceback) == 2 and "chats.jsonl:1 field messages[1].role: unknown role: 'robot'" in told[-1].traceback[1]
     assert all('File' not in line and len(line) <= 202 for line in told[-1].traceback)
     assert len(setting[-1].traceback) <= 2 and "did you mean 'skip'?" in '\n'.join(setting[-1].traceback), setting[-1].traceback
     assert any('ZeroDivisionError' in line for line in ours[-1].traceback) and len(ours[-1].traceback) > 2  # not ours: as usual

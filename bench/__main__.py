@@ -1,8 +1,8 @@
-"""python -m bench startup|demo|encode|report|stream|cpu|gpu|generate|reliability|tutorials: run measurements on an otherwise idle machine; results go to bench/results/."""
+"""python -m bench startup|demo|encode|audit|report|stream|cpu|gpu|generate|reliability|tutorials: run measurements on an otherwise idle machine; results go to bench/results/."""
 import importlib
 import sys
 
-SUITES = ('startup', 'demo', 'encode', 'report', 'stream', 'cpu', 'gpu', 'generate', 'reliability', 'tutorials')
+SUITES = ('startup', 'demo', 'encode', 'audit', 'report', 'stream', 'cpu', 'gpu', 'generate', 'reliability', 'tutorials')
 
 if __name__ == '__main__':
     name, more = sys.argv[1] if len(sys.argv) > 1 else '', sys.argv[2:]

@@ -225,7 +225,8 @@ def _memory(cfg):
 
 def _masks(conversations, cfg, show=1):
     "Proof of the masks of all conversations, and the first few as text."
-    from llama_nb.dialogue import encode, verify_masks
+    from llama_nb.dialogue import encode
+    from llama_nb.verification import verify_masks
     from llama_nb.masks import show_mask
     from llama_nb.model import load_tokenizer
     tokenizer = load_tokenizer(cfg.model.model_name, revision=cfg.model.revision)
@@ -667,6 +668,35 @@ def _data(source:_Source, overrides:_Overrides=None, show:_Show=1, model:_DataMo
     end += ([f'removed: {len(found.removed)}'] if fix else []) + [f'wrote {p}' for p in written]
     if written and not allowed: end.append('the set itself is written once its bad rows are corrected or left out')
     return _Answer({}, _as_text(found.report, refused, views, end, go_on), code)
+
+# %% ../nbs/93_cli.ipynb #98f4ef91
+_Prepared = Annotated[str, typer.Argument(metavar='PREPARED', help='File or folder with input_ids and labels, '
+                                          'as a tool saved it: save_to_disk, .arrow, .parquet, .jsonl or .json.')]
+_Chats = _option(Optional[str], '--conversations', metavar='SOURCE',
+                 help='The conversations the rows were made from: what SOURCE is for `llama-nb data`.')
+_AuditModel = Annotated[str, typer.Option('--model', help='The model whose tokenizer the rows were made with.')]
+_Template = Annotated[str, typer.Option('--template', help='Name of the chat template of the rows.')]
+_TrainOn = _option(Optional[str], '--train-on', metavar='assistant|last',
+                   help='Which answers should be taught. Default: all, or the last one if that is what every row does.')
+_Tool = _option(str, '--tool', metavar='TOOL', help='Who prepared the rows, for the repairs: trl, unsloth, axolotl or '
+                'llamafactory. Default: guess.')
+
+@app.command('audit')
+@_command
+def _audit(prepared:_Prepared, conversations:_Chats=None, model:_AuditModel='demo', template:_Template='auto',
+           train_on:_TrainOn=None, tool:_Tool='', as_json:_Json=False):
+    "Check what the rows that another tool prepared teach; exit with code 4 if there are faults."
+    import llama_nb
+    if not Path(prepared).expanduser().exists(): raise DataError(f'{redact(prepared)}: no such file or folder')
+    chats = None
+    if conversations is not None:
+        found = llama_nb.load_data(_data_config(conversations, ['data.val_size=0'], model, None, None).data)
+        chats = [*found.train, *found.validation]
+    _stage(f'loading the tokenizer of {model}')
+    tokenizer = llama_nb.load_tokenizer(model)
+    report = llama_nb.audit(prepared, chats, tokenizer, template, train_on, tool)
+    code = DataError.exit_code if report.faults else 0
+    return _Answer(report.to_dict() | {'exit_code': code}, report.view().text, code)
 
 # %% ../nbs/93_cli.ipynb #c0cbf676
 _PlanArguments = Annotated[Optional[list[str]], typer.Argument(

@@ -422,7 +422,7 @@ def _masks_are_exact():
     "Every shipped conversation teaches exactly its answers, with the demo model's tokenizer if it is there."
     from llama_nb.config import DataConfig
     from llama_nb.data import load_data
-    from llama_nb.dialogue import verify_masks
+    from llama_nb.verification import verify_masks
     from llama_nb.model import load_tokenizer
     from llama_nb.sources import DEMO_MODEL, cache_folder
     folder = cache_folder()/DEMO_MODEL['folder']

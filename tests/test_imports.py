@@ -134,7 +134,7 @@ LlamaNbError ConfigError ResourceError DataError View nf4_levels fp4_levels quan
 load_tokenizer load_model demo_model tiny_llama Message Conversation ChatTemplate Example encode show_mask verify_masks read_conversations BadRow
 AlpacaDatasetLoader DailyDialogDatasetLoader ChatDatasetLoader CombinedDatasetLoader MixedDatasetLoader load_data DataReport pack PackedCollator apply_fast_path_ packed_attention
 supervised_loss plan MemoryPlan Run list_runs watch generate_replies ChatSession Perplexity Bleu Rouge PerplexityEvaluator QualitativeEvaluator EvaluationFramework
-EvaluationReport compare LLAMATrainer selfcheck""".split()
+EvaluationReport compare LLAMATrainer selfcheck audit AuditReport""".split()
 
 
 def test_the_package_offers_the_promised_names_and_each_is_public_where_it_lives():
@@ -143,6 +143,7 @@ def test_the_package_offers_the_promised_names_and_each_is_public_where_it_lives
     assert sorted(set(CONTRACT) - set(names)) == []
     stray = {n: m for n,m in owners.items() if n not in PUBLIC.get(m, ())}
     assert not stray, f'not in the __all__ of its module: {stray}'
+
     assert not [n for n in names if n in CHAPTERS], 'a public name that is also a module: importing the module would hide it'
 
 

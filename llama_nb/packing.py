@@ -49,7 +49,7 @@ def _best_fit(
     free, amounts = {}, []  # free: room left -> rows with exactly that room; amounts: its keys, sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         at = bisect_left(amounts, lengths[i])
-        if at == len(amounts):
+        if at == len(amounts): # no row has room
             row, room = len(rows), max_length
             rows.append([])
         else:
@@ -97,20 +97,20 @@ def pack(
     """Pack conversations into as few rows as best-fit decreasing finds, without cutting any.
 
     Raises `ValueError` if a conversation is longer than `max_length`: `encode` decides what to do with it.
-    Source: D. S. Johnson, Near-optimal bin packing algorithms (1974)."""
-    stored = getattr(examples, 'lengths', None)
+    Source: D. S. Johnson, Near-optimal bin packing algorithms (1973)."""
+    stored = getattr(examples, 'lengths', None) # an `ExampleSet` knows its lengths without reading the tokens
     lengths = [len(e.input_ids) for e in examples] if stored is None else stored.tolist()
     for i,n in enumerate(lengths):
         if n <= max_length: continue
-        row = examples[i].row or 'a conversation'
-        raise ValueError(f'{row}: {n} tokens do not fit a row of {max_length}; encode with max_length={max_length} '
+        place = examples[i].row or 'a conversation'
+        raise ValueError(f'{place}: {n} tokens do not fit a row of {max_length}; encode with max_length={max_length} '
                          "and on_overflow='drop_turns', or raise max_length")
     members = _place(lengths, max_length)
     random.Random(seed).shuffle(members)
     return PackedRows(examples, members, lengths)
 
 # %% ../nbs/36_packing.ipynb #d595bc1e
-BORDERS = 64 # With `longest`, the number of conversations in a batch is padded to a multiple of this
+BORDERS = 64 # With `longest`, the number of conversations in a batch, empty ones included, is a multiple of this
 
 def _merge(features)->tuple[list, list, list, list]:
     "Ids, labels, lengths and rows of packed rows and single examples, one after the other."
@@ -139,11 +139,13 @@ class PackedCollator:
         """Make one flat batch.
 
         `input_ids`, `labels` and `position_ids` are `(1, T)` int64, `cu_seqlens` `(n+1,)` int32, `taught` `(N,)` int64;
-        `max_seqlen` and `num_tokens` (without padding) are numbers, `rows` the places.
+        `max_seqlen` and `num_tokens` are ints, and `num_tokens` does not count padding. `rows` holds the file and line of each
+        conversation, `None` for padding.
         Raises `ValueError` if there are no rows."""
         features = list(features)
         if not features: raise ValueError("an empty batch: give at least one row")
         ids, labels, lengths, rows = _merge(features)
+        # tail: padding tokens up to the next multiple of `pad_to`
         num_tokens, tail = len(ids), -len(ids) % self.pad_to if self.pad_to else 0
         if tail:
             ids, labels = ids + [self.pad_id]*tail, labels + [IGNORE_INDEX]*tail
@@ -153,7 +155,7 @@ class PackedCollator:
         for n in lengths:
             labels[cu[-1]] = IGNORE_INDEX
             cu.append(cu[-1] + n)
-        if self.longest: cu += [cu[-1]]*(-(len(cu) - 1) % BORDERS) # empty conversations at the end
+        if self.longest: cu += [cu[-1]]*(-(len(cu) - 1) % BORDERS) # empty conversations, up to a multiple of BORDERS
         labels = torch.tensor([labels])
         return dict(
             input_ids=torch.tensor([ids]), labels=labels, taught=(labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0],

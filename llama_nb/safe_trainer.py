@@ -26,20 +26,21 @@ from .quantization import import_bitsandbytes
 from .runs import Run, write_json
 
 # %% ../nbs/53_safe_trainer.ipynb #c1ff81f8
-KEEP_LOGS = 2000 # Lines of `trainer.state.log_history`
+KEEP_LOGS = 2000 # Longest `trainer.state.log_history`; older lines are removed
 
 def new_window(batches=(), rows=(), num_items=None)->dict:
-    "Data of one optimizer step: its micro-batches, their source rows, the losses so far and the gradient norm."
+    "Data of one optimizer step: its micro-batches, their source rows, the number of taught tokens (`num_items`), the losses so far and the gradient norm."
     return {'batches': list(batches), 'rows': list(rows), 'num_items': num_items, 'losses': [], 'grad_norm': None}
 
 class Guard(TrainerCallback):
     "A callback that can read the trainer's current step in `self.trainer.window`, and is called before a save."
     trainer = None # set by `SafeTrainer`
-    shows_progress = False # whether it draws the run while it trains
-    spiking = False # whether the last loss was outside its usual range
+    shows_progress = False # whether this callback shows a progress bar or a live view
+    spiking = False # whether the last loss was far above its usual range; `SpikeGuard` overrides it
     def before_save(self): "Raise if the current state should not be saved."
-    def try_out(self): "Do once, before the first step, what it will do at an evaluation."
-    def on_step_loss(self, step, loss, window): "Called with the loss of each finite step, one step late (nats per token)."
+    def try_out(self): "Called in the trial before the first step: do what this callback does at an evaluation."
+    # one step late, so that training does not wait until the loss is copied from the device
+    def on_step_loss(self, step, loss, window): "Called with the loss of each step (nats per token) and its window, one step later; not for NaN or inf."
 
 # %% ../nbs/53_safe_trainer.ipynb #c35df8ab
 class _StepWindow:
@@ -79,7 +80,7 @@ class _StepWindow:
         return loss
 
     def _get_grad_norm(self, *args, **kwargs):
-        self.phase = 'optimizer step' # which is what follows this call
+        self.phase = 'optimizer step' # the trainer calls this just before it
         self.window['grad_norm'] = norm = super()._get_grad_norm(*args, **kwargs)
         return norm
 
@@ -105,7 +106,7 @@ def save_adapter(
     model, # A PEFT model, or a plain transformers model
     folder, # Where to write
 ):
-    "Write the weights and their configuration."
+    "Write the adapter, or all weights of a model without one, and the configuration. Removes a `README.md` from the folder: PEFT writes an empty one."
     # peft would otherwise ask the Hub for the base model's config, to find out whether the vocabulary was extended
     more = {'save_embedding_layers': False} if hasattr(model, 'peft_config') else {}
     model.save_pretrained(str(folder), **more)
@@ -135,10 +136,10 @@ class SafeTrainer(_StepWindow):
         self.saved_step = step
         rotate_checkpoints(self.run.folder, max(2, self.args.save_total_limit or 2), self.run.id)
 
-    def _get_output_dir(self, *args, **kwargs):
+    def _get_output_dir(self, *args, **kwargs): # the stock code asks here where to save
         return str(self._stage) if self._stage else super()._get_output_dir(*args, **kwargs)
 
-    def _save(self, output_dir=None, *args, **kwargs):
+    def _save(self, output_dir=None, *args, **kwargs): # replaces the stock code that writes training_args.bin
         save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, checkpoint, *args, **kwargs):
@@ -159,7 +160,7 @@ class SafeTrainer(_StepWindow):
         if self.control.should_evaluate and self.control.should_save:
             self.control.should_evaluate = False
             super()._maybe_log_save_evaluate(*args, **kwargs)
-            # an interrupt during the save: the resumed run evaluates
+            # if Ctrl-C came during the save, stop now: the resumed run evaluates (`requested` is set by `InterruptGuard`)
             interrupted = any(getattr(g, 'requested', None) for g in self.guards)
             self.control.should_evaluate = not interrupted or self.state.global_step >= self.state.max_steps
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -181,7 +182,7 @@ class SafeTrainer(_StepWindow):
 # %% ../nbs/53_safe_trainer.ipynb #40005da6
 @contextmanager
 def same_random_state():
-    "Context manager: put the random states of Python, NumPy and torch back at the end."
+    "Context manager: at the end, restore the random states of Python, NumPy and torch from before."
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try: yield

@@ -31,6 +31,8 @@ def _as_tuple(value):
     if isinstance(value, str): return (value,)
     return tuple(value) if isinstance(value, list) else value
 
+def _as_parts(value): return tuple(sorted(value)) if isinstance(value, (list, set, frozenset)) else value
+
 _Text = Annotated[StrictStr, Field(min_length=1)]
 _PathText = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path_text)]
 _Names = Annotated[tuple[_Text, ...], BeforeValidator(_as_tuple)]
@@ -41,6 +43,8 @@ _NotNegative = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 _Fraction = Annotated[StrictFloat, Field(ge=0, lt=1)] # [0, 1)
 _Open01 = Annotated[StrictFloat, Field(gt=0, lt=1)] # (0, 1)
 _Share = Annotated[StrictFloat, Field(gt=0, le=1)] # (0, 1]
+_Parts = Annotated[tuple[Literal['answer', 'call', 'thought'], ...], Field(min_length=1)]
+_TrainOn = Annotated[Literal['assistant', 'last', 'all']|_Parts, BeforeValidator(_as_parts)]
 
 # %% ../nbs/01_config.ipynb #9a508d05
 _KINDS = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'a text', type(None): 'null',
@@ -241,7 +245,7 @@ class DataConfig:
     # Which speaker is the assistant, in dialogues without roles
     assistant_speaker: Literal['first', 'second'] = 'second'
     template: Literal[TEMPLATES] = 'auto' # Chat template; `"auto"`: the tokenizer's own, or Alpaca's if it has none
-    train_on: Literal['assistant', 'last', 'all'] = 'assistant' # Train on every answer, on the last one, or on all text
+    train_on: _TrainOn = 'assistant' # Train on every answer, on the last one, on all text, or on parts of answers
     on_bad: Literal['raise', 'skip'] = 'raise' # Bad rows: raise an error that lists them, or skip and count them
     # Conversations longer than `max_length`: raise an error, drop them, or drop their oldest turns
     on_overflow: Literal['raise', 'drop', 'drop_turns'] = 'raise'

@@ -21,7 +21,7 @@ from typing import Iterable
 from .conversation import Conversation
 from .data import DataSplits, load_data, selected
 from .data_report import CHECKS, CONTROL_TEXT, conversation_key, data_report, Finding, quantiles
-from .dialogue import encode
+from .dialogue import encode, message_texts
 from .errors import ConfigError, DataError, did_you_mean, import_extra, shorten
 from .files import save_bad_rows
 from .segments import get_template
@@ -249,8 +249,8 @@ def _contents(parts):
     "Yield findings about single texts."
     for part,items in parts.items():
         for i,c in enumerate(progress(items, 'reading the texts', unit='conversation')):
-            hits = [hit for m in c.messages for hit in scan_text(m.content)]
-            if any(m.role != 'tool' and not _has_text(m.content) for m in c.messages):
+            hits = [hit for m in c.messages for text in message_texts(m).values() for hit in scan_text(text)]
+            if any(m.role != 'tool' and not m.tool_calls and not _has_text(m.content) for m in c.messages):
                 hits.append(('empty', 'no letter, digit or symbol'))
             for kind,detail in dict.fromkeys(hits): yield Finding(kind, part, i, c.row, detail)
 

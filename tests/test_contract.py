@@ -328,9 +328,9 @@ def foreign_bases(cls):
 
 def our_children():
     "Our classes with a parent from another package, whoever makes them."
-    from llama_nb import generate, guards, layers, linears, loop
+    from llama_nb import generate, guards, layers, linears, loop, safe_trainer, trackers
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-    named = [c for m in (generate, guards, loop) for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__ and foreign_bases(c)]
+    named = [c for m in (generate, guards, loop, safe_trainer, trackers) for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__ and foreign_bases(c)]
     made = [layers._child(layers.FusedLast, LlamaDecoderLayer), *layers._children().values(), linears._fused_class(type(adapted()).__mro__[2] if isinstance(adapted(), linears.LoRALinear) else type(adapted()))]
     return named + made
 

@@ -523,7 +523,7 @@ def _read_all(cfg):
 
 def _write(found, folder, complete):
     "Write the data set, or only its accounts if it has bad rows that you did not choose to skip; returns the paths."
-    from llama_nb.quality import save_accounts, save_data
+    from llama_nb.data import save_accounts, save_data
     return [str(p) for p in (save_data if complete else save_accounts)(found, folder)]
 
 # %% ../nbs/93_cli.ipynb #16702c3a

@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['ACTS', 'EMOTIONS', 'LOADERS', 'TooFewError', 'split_conversations', 'DataSplits', 'selected', 'DatasetLoader',
            'sample_path', 'AlpacaDatasetLoader', 'detokenize', 'DailyDialogDatasetLoader', 'ChatDatasetLoader',
-           'mix_counts', 'CombinedDatasetLoader', 'MixedDatasetLoader', 'get_loader', 'load_data', 'read_data']
+           'mix_counts', 'CombinedDatasetLoader', 'MixedDatasetLoader', 'get_loader', 'load_data', 'read_data',
+           'save_conversations', 'save_accounts', 'save_data']
 
 # %% ../nbs/33_data.ipynb #ac020b92
+import base64
 import hashlib
+import json
 import math
 import os
 import random
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.resources import files
@@ -24,9 +28,9 @@ from .config import DataConfig, DATASETS
 from .conversation import Conversation, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import DataError, did_you_mean, redact, shorten
-from llama_nb.files import (
+from .files import (
     BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, part_of,
-    source_rows)
+    save_bad_rows, source_rows)
 from .formats import check_rows, Conversations
 from .views import progress, tell
 
@@ -693,3 +697,70 @@ def read_data(
     found = loader.data
     tell(f"{'reading' if quick else 'read'} {source}: {len(found.train):,} + {len(found.validation):,} conversations")
     return found
+
+# %% ../nbs/33_data.ipynb #d69813e1
+def _scalar(value):
+    "A single value as JSON can hold it."
+    if isinstance(value, float): return value if math.isfinite(value) else None
+    if isinstance(value, int): return value if isinstance(value, bool) or abs(value) < 10**39 else str(value)
+    if isinstance(value, bytes):
+        try: return value.decode()
+        except UnicodeDecodeError: return base64.b64encode(value).decode()
+    text = value.isoformat() if hasattr(value, 'isoformat') else str(value)
+    return text.encode('utf-8', 'replace').decode()
+
+def _writable(value):
+    "A field as plain values that our reader takes back."
+    if hasattr(value, 'tolist'): value = value.tolist() # of numpy
+    if isinstance(value, dict): return {str(k): _writable(v) for k,v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)): return [_writable(v) for v in value]
+    return None if value is None else _scalar(value)
+
+# %% ../nbs/33_data.ipynb #a2e04853
+def save_conversations(
+    conversations:Iterable[Conversation], # Conversations
+    path, # Where to write, such as `clean.jsonl`
+)->Path: # The file written
+    "Write conversations as JSON lines: `messages`, and what else a row held. `read_conversations` reads them again."
+    path = Path(path)
+    with open(path, 'w', encoding='utf-8') as f:
+        for c in progress(conversations, 'saving', unit='conversation'):
+            row = _writable(c.to_row())
+            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
+    return path
+
+# %% ../nbs/33_data.ipynb #033c5fac
+def save_accounts(
+    data:DataSplits, # Result of `load_data` or `check_data`
+    folder, # Folder of the data set; the files go below `accounts/`
+)->list[Path]: # The files written
+    "Write the report, the bad rows and the removed rows."
+    accounts = Path(folder)/'accounts'
+    accounts.mkdir(parents=True, exist_ok=True)
+    for name in ('bad_rows.jsonl', 'removed.jsonl'): (accounts/name).unlink(missing_ok=True)
+    report = json.dumps(data.report.to_dict(), ensure_ascii=False, indent=1)
+    (accounts/'report.json').write_text(report, encoding='utf-8')
+    made = [accounts/'report.json']
+    if data.report.bad: made.append(save_bad_rows(data.report.bad, accounts/'bad_rows.jsonl'))
+    if data.removed:
+        rows = (dict(file=f.row and f.row.file, line=f.row and f.row.line, kind=f.kind, detail=f.detail)
+                for f in data.removed)
+        text = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+        (accounts/'removed.jsonl').write_text(text, encoding='utf-8')
+        made.append(accounts/'removed.jsonl')
+    return made
+
+# %% ../nbs/33_data.ipynb #55f623fa
+def save_data(
+    data:DataSplits, # Result of `load_data` or `check_data`
+    folder, # Where to write; created if missing
+)->list[Path]: # The files written
+    """Write `train.jsonl` and `validation.jsonl`, and below `accounts/` the report, the bad rows and the removed rows.
+
+    `load_data(folder)` loads the data set again."""
+    folder, parts = Path(folder), dict(train=data.train, validation=data.validation)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder/'accounts'/'report.json').exists():
+        for name in parts: (folder/f'{name}.jsonl').unlink(missing_ok=True)
+    written = [save_conversations(part, folder/f'{name}.jsonl') for name,part in parts.items() if part]
+    return [*written, *save_accounts(data, folder)]

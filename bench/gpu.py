@@ -23,6 +23,7 @@ TARGETS = [('7B, bf16, real tokens/s', 'F  llama_nb, 7B', ('real_tokens_per_s',)
            ('7B, 4 x 2,048, all layers recomputed, GiB allocated', 'planner, 7B', ('settings', 4, 'measured_gib'), '<=', 8.5), ('plan against measured, furthest of six', 'planner, 7B', ('furthest',), '<=', 0.1),
            ('bf16 products, TFLOP/s', 'machine', ('bf16 16384x4096x11008, TFLOP/s',), '>=', 600)]
 SECONDS = 570  # a call on a lent machine may take ten minutes
+UNGATED = 'machine', 'gate'  # they measure no training
 LATE = dict(not_run='no time left in this call')
 
 
@@ -35,7 +36,7 @@ def targets(rows):
             for key in path: found = found[key]
         except (KeyError, IndexError, TypeError): found = None
         found = found if isinstance(found, (int, float)) else None
-        made.append(dict(target=name, row=where.strip(), wanted=f'{sign} {limit:,}', found=found, reached='not measured' if found is None else bool(found >= limit if sign == '>=' else found <= limit)))
+        made.append(dict(target=name, row=where.strip(), wanted=f'{sign} {limit:,}', found=found, reached='not measured' if found is None else 'gate not passed' if 'gate' in rows[where] else bool(found >= limit if sign == '>=' else found <= limit)))
     return made
 
 
@@ -83,7 +84,7 @@ def write(folder, rows, device, tiny):
 
 
 def main(arguments=()):
-    "All rows of a part, the gate before any number; what is found is written after every row."
+    "All rows of a part, the gate before any number, which marks them if it fails; what is found is written after every row."
     parser = argparse.ArgumentParser(prog='python -m bench gpu')
     parser.add_argument('part', nargs='?', choices=['a', 'b'], help='half of the rows; if left out, all that fit')
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
@@ -103,9 +104,10 @@ def main(arguments=()):
         left = a.seconds - (time.monotonic() - began)
         if left < 20: rows[name] = LATE
         else: rows[name] = row(name) if a.device == 'cpu' else apart(name, a.device, a.tiny, min(left, 180))
+        if 'not_run' not in rows[name] and name not in UNGATED and 'gate' in rows and not rows['gate'].get('passed'): rows[name] = {**rows[name], 'gate': 'not passed'}
         print(f'{name:48}', json.dumps(rows[name])[:600], flush=True)
         path, result = write(a.out, rows, a.device, a.tiny)
-        if name == 'gate' and not rows[name].get('passed'): sys.exit(f"the correctness gate {'failed' if 'passed' in rows[name] else 'was not run'}: no number is worth printing")
+        if name == 'gate' and not rows[name].get('passed'): print(f"the correctness gate {'failed' if 'passed' in rows[name] else 'was not run'}: the numbers below are marked", flush=True)
     draw(result['rows'], a.out/'gpu.png')
     for t in result['targets']: print(f"{t['target']:55} wanted {t['wanted']:10} found {t['found']}: {t['reached']}")
     return path

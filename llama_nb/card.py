@@ -28,19 +28,28 @@ def _base_name(name):
     if name == 'demo' and not Path(name).is_dir(): return DEMO_BASE, True
     return (name, True) if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists() else (Path(name).name, False)
 
-def _scores(folder):
+def _not_comparable(saved, step):
+    "What a reader of scores must know: they are of another step, or of rows that were trained on."
+    trained = ((saved.get('settings') or {}).get('data') or {}).get('trained')
+    at = (saved.get('about') or {}).get('step')
+    notes = [f'at step {at}, not {step}']*(at is not None and at != step)
+    notes += [f'{trained} of its rows were trained on']*bool(trained)
+    return f" ({'; '.join(notes)})" if notes else ''
+
+def _scores(folder, step):
     "Verdict and main figures of the evaluation reports below `eval/`, as texts by name."
     found = {}
     for path in sorted(Path(folder).glob('eval/*/metrics.json')):
-        try: saved = json.loads(path.read_text())
+        try: saved = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError): continue
         if not isinstance(saved, dict): continue
         systems = saved.get('scores') or {}
-        if saved.get('verdict'): found[f'verdict, {path.parent.name}'] = saved['verdict']
+        name = path.parent.name + _not_comparable(saved, step)
+        if saved.get('verdict'): found[f'verdict, {name}'] = saved['verdict']
         for metric in ('perplexity', 'bleu', 'rougeL'):
             parts = [f"{s.replace('_', ' ')} {m['value']:.4g}" + (f" ({m['low']:.4g} to {m['high']:.4g})" if m.get('low') is not None else '')
                      for s,values in systems.items() if (m := values.get(metric)) and m.get('value') is not None]
-            if parts: found[f'{metric}, {path.parent.name}'] = '; '.join(parts)
+            if parts: found[f'{metric}, {name}'] = '; '.join(parts)
     return found
 
 def card_facts(
@@ -48,7 +57,7 @@ def card_facts(
 )->dict: # Whatever the folder tells, by name
     "Gather the facts for a model card from a run's own files."
     def load(name):
-        try: return json.loads((run.folder/name).read_text())
+        try: return json.loads((run.folder/name).read_text(encoding='utf-8'))
         except (OSError, ValueError): return {}
     config, env, data = run.config, load('environment.json'), load('data.json')
     loss, held = run.metrics('loss'), run.metrics('eval_loss')
@@ -61,7 +70,7 @@ def card_facts(
             'curves': {'steps': last_step(run), 'taught tokens': f'{int(taught):,}' if taught else None,
                        'first and last training loss': f'{loss[0][1]:.3f} → {smooth([v for _,v in loss])[-1]:.3f} nats per token (last smoothed)' if loss else None,
                        'validation loss': f'{held[0][1]:.3f} → {held[-1][1]:.3f} nats per token' if held else None},
-            'scores': _scores(run.folder), 'packages': {k: env.get('packages', {}).get(k) for k in ('llama_nb', 'transformers', 'peft', 'bitsandbytes', 'torch')}}
+            'scores': _scores(run.folder, last_step(run)), 'packages': {k: env.get('packages', {}).get(k) for k in ('llama_nb', 'transformers', 'peft', 'bitsandbytes', 'torch')}}
 
 # %% ../nbs/52_card.ipynb #15682985
 _LOAD = '''```python
@@ -116,7 +125,7 @@ def write_card(
             f'## Made with\n\n{_rows(f["packages"].items())}']
     block = f'{_BEGIN}\n\n' + '\n\n'.join(body) + f'\n\n{_END}\n'
     path = run.folder/'README.md'
-    old = path.read_text() if path.exists() else ''
+    old = path.read_text(encoding='utf-8') if path.exists() else ''
     own = re.split(f'{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?', re.sub(r'\A---\n.*?\n---\n', '', old, flags=re.S), maxsplit=1, flags=re.S)
     before, after = own if len(own) == 2 else ('', '')
     return write_text(path, redact(f'---\n{yaml.safe_dump(head, sort_keys=False)}---\n{before or chr(10)}{block}{after}'))

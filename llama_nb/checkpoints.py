@@ -16,7 +16,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ConfigError, ResourceError, logger
+from .errors import CheckpointError, ConfigError, ResourceError, logger, redact
 
 # %% ../nbs/50_checkpoints.ipynb #cb7fa12f
 MANIFEST = 'MANIFEST.json'
@@ -30,13 +30,27 @@ def _sha256_slow(f):
     while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+_NO_FSYNC = tuple(getattr(errno, name, None) for name in
+                  'EINVAL ENOTSUP EOPNOTSUPP ENOSYS EPERM EACCES EBADF EISDIR'.split())
+
 def fsync_path(
     path, # A file or a folder
-):
-    "Flush a file or a folder to the disk."
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+)->bool: # `False` where the file system cannot flush it, as FUSE and Windows with folders
+    "Flush a file or a folder to the disk. A disk that fails raises `OSError`."
+    try:
+        fd = os.open(path, os.O_RDWR if os.name == 'nt' and Path(path).is_file() else os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+    except OSError as e:
+        if e.errno not in _NO_FSYNC: raise
+        return False
+    return True
+
+def _flush(folder):
+    "Flush a folder and all that is in it; `False` if the file system could not flush every part."
+    parts = [p for p in Path(folder).rglob('*') if not p.is_symlink()]
+    parts.sort(key=lambda p: (p.is_dir(), -len(p.parts))) # files first, then folders, the inner ones first
+    return all([fsync_path(p) for p in [*parts, folder]])
 
 def _files(folder): return sorted(p for p in Path(folder).rglob('*') if p.is_file() and p.name != MANIFEST)
 
@@ -51,11 +65,9 @@ def write_manifest(
     files = [{'path': p.relative_to(folder).as_posix(), 'size': p.stat().st_size, 'sha256': _sha256(p)}
              for p in _files(folder)]
     path = folder/MANIFEST
-    path.write_text(json.dumps({'format': 1, 'run': run_id, 'step': step, 'files': files}, indent=1))
-    for p in _files(folder):
-        p.chmod(path.stat().st_mode)
-        fsync_path(p)
-    for p in [path, *[d for d in folder.rglob('*') if d.is_dir()], folder]: fsync_path(p)
+    path.write_text(json.dumps({'format': 1, 'run': run_id, 'step': step, 'files': files}, indent=1), encoding='utf-8')
+    for p in _files(folder): p.chmod(path.stat().st_mode)
+    _flush(folder)
     return path
 
 # %% ../nbs/50_checkpoints.ipynb #88562508
@@ -82,7 +94,7 @@ def verify_checkpoint(
     "Compare a checkpoint with its manifest, byte for byte."
     folder = Path(folder)
     try:
-        manifest = json.loads((folder/MANIFEST).read_text())
+        manifest = json.loads((folder/MANIFEST).read_text(encoding='utf-8'))
         step, files = int(manifest['step']), {f['path']: f for f in manifest['files']}
         inside = folder.resolve()
         if any(not (folder/name).resolve().is_relative_to(inside) for name in files):
@@ -110,9 +122,9 @@ def _remove(folder):
     shutil.rmtree(trash, ignore_errors=True)
 
 def _publish(stage, final):
-    "Rename a complete stage to its final name, and flush that name to the disk."
+    "Rename a complete stage to its final name, and flush that name to the disk; `False` if it could not be flushed."
     os.rename(stage, final)
-    fsync_path(final.parent)
+    return fsync_path(final.parent)
 
 def checkpoints(
     folder, # A run's folder
@@ -154,6 +166,22 @@ def is_disk_full(
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return True
     return any(text in str(error) for text in _FULL_DISK_TEXTS)
 
+# %% ../nbs/50_checkpoints.ipynb #3bf57704
+_told = set() # folders that were named already
+
+def _read_back(checkpoint, run_id):
+    """Verify a checkpoint that could not be flushed, and say so once for each folder.
+
+    Raises `CheckpointError`, and removes the checkpoint, if it is not what was written."""
+    if problems := verify_checkpoint(checkpoint, run_id):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise CheckpointError(f'{checkpoint.name} came back damaged from {redact(checkpoint.parent)}: {problems[0]}; '
+                              'write the runs to another disk')
+    if checkpoint.parent in _told: return
+    _told.add(checkpoint.parent)
+    logger.warning('%s: this file system cannot flush everything to its disk; each checkpoint is verified by reading '
+                   'it back', redact(checkpoint.parent))
+
 # %% ../nbs/50_checkpoints.ipynb #1829b457
 @contextmanager
 def stage_checkpoint(
@@ -174,13 +202,14 @@ def stage_checkpoint(
         stage.mkdir()
         yield stage
         write_manifest(stage, step, run_id)
+        flushed = _flush(stage)
     except BaseException as e:
         written = _bytes(stage) if stage.exists() else 0
         shutil.rmtree(stage, ignore_errors=True)
         if not is_disk_full(e): raise
         raise disk_full(folder, final.name, written, sum(map(_bytes, checkpoints(folder)[-1:]))) from e
     if final.exists(): _remove(final)
-    _publish(stage, final)
+    if not (_publish(stage, final) and flushed): _read_back(final, run_id)
     tell('checkpoint', step=step, bytes=_bytes(final))
 
 # %% ../nbs/50_checkpoints.ipynb #c12ae2b8

@@ -138,7 +138,16 @@ def _command(
 # %% ../nbs/93_cli.ipynb #0756102b
 _HELP = {'help_option_names': ['-h', '--help']}
 _ABOUT = 'Fine-tune Llama chat models on your own conversations with 4-bit LoRA.'
-app = typer.Typer(name='llama-nb', help=_ABOUT, context_settings=_HELP, add_completion=False, rich_markup_mode=None,
+_CODES = """Exit codes: 0 ok, 1 error while running, 2 wrong usage or setting, 3 model or device missing or too small,
+4 bad data, 5 a threshold is not met, 130 interrupted (training: with a checkpoint)."""
+
+def _examples(*lines):
+    "Text below the help of a command: examples and exit codes."
+    shown = '\n'.join(['Example:' if len(lines) == 1 else 'Examples:', *(f'  {line}' for line in lines)])
+    return f'\b\n{shown}\n\n\b\n{_CODES}' # click keeps the lines after a \\b
+
+app = typer.Typer(name='llama-nb', help=_ABOUT, epilog=_examples('llama-nb demo', 'llama-nb train --preset llama3-8b '
+                  'data.dataset_name=chats.jsonl'), context_settings=_HELP, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False)
 _config_app = typer.Typer(rich_markup_mode=None, help='Show, check and explain configs.', invoke_without_command=True)
 app.add_typer(_config_app, name='config')
@@ -184,7 +193,7 @@ def _resolve(config=None, preset=None, overrides=None, needed='')->RunConfig:
                           f'known presets: {", ".join(PRESETS)}')
     return load_config(config, [*([f'preset={preset}'] if preset else []), *(overrides or [])])
 
-@_config_app.command('show')
+@_config_app.command('show', epilog=_examples('llama-nb config show --preset demo'))
 @_command
 def _config_show(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Preset=None, as_json:_Json=False):
     "Print the resolved config: every setting with its value."
@@ -193,7 +202,7 @@ def _config_show(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Pre
 
 _CheckedFile = Annotated[Path, typer.Argument(metavar='FILE', help='YAML file with the settings of a run.')]
 
-@_config_app.command('check')
+@_config_app.command('check', epilog=_examples('llama-nb config check run.yaml'))
 @_command
 def _config_check(config:_CheckedFile, overrides:_Overrides=None, as_json:_Json=False):
     "Check a config file; if it has faults, list them and exit with code 2."
@@ -202,13 +211,13 @@ def _config_check(config:_CheckedFile, overrides:_Overrides=None, as_json:_Json=
     return _Answer({'ok': True, 'config': to_dict(cfg)}, summary)
 
 # %% ../nbs/93_cli.ipynb #e5a257fc
-@_config_app.command('schema')
+@_config_app.command('schema', epilog=_examples('llama-nb config schema > schema.json'))
 @_command
 def _config_schema(as_json:_Json=False):
     "Print the JSON schema of the config file, for editors."
     return _Answer(config_schema(), json.dumps(config_schema(), indent=2))
 
-@_config_app.command('presets')
+@_config_app.command('presets', epilog=_examples('llama-nb config presets'))
 @_command
 def _config_presets(as_json:_Json=False):
     "List the presets."
@@ -327,7 +336,7 @@ _Resume = _option(Optional[Path], '--resume', metavar='RUN', help='Resume this r
 _DryRun = _option(bool, '--dry-run', help='Check config, data and masks, and plan the memory; do not train.')
 _EvaluateAfter = _option(bool, '--evaluate', help='Evaluate the base and the tuned model after training.')
 
-@app.command('train')
+@app.command('train', epilog=_examples("llama-nb train --preset llama3-8b data.dataset_name=chats.jsonl", "llama-nb train --resume runs/run-1"))
 @_command
 def _train(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Preset=None, resume:_Resume=None,
            dry_run:_DryRun=False, evaluate_after:_EvaluateAfter=False, as_json:_Json=False):
@@ -356,7 +365,21 @@ def _thresholds(fail_under=None, max_perplexity=None):
         try: found[name.strip()] = float(value)
         except ValueError:
             raise ConfigError(f'--fail-under {shorten(repr(text), 60)}: write METRIC=VALUE, e.g. rougeL=0.2') from None
+        if not math.isfinite(found[name.strip()]): raise ConfigError(f'--fail-under {text}: the value must be finite')
     return found
+
+_SCORES = {'perplexity': 'perplexity perplexity_without_eot word_perplexity bits_per_byte token_accuracy', 'bleu': 'bleu',
+           'chrf': 'chrf', 'rouge': 'rouge1 rouge2 rougeL rougeLsum'} # metric of the settings → scores it gives
+_OF_REPLIES = 'ended length_ratio mean_length repetition distinct1 distinct2'
+
+def _check_thresholds(thresholds, metrics):
+    "Refuse a threshold for a score that will not be measured; raises `ConfigError`."
+    measured = ' '.join(_SCORES[m] for m in metrics).split() + _OF_REPLIES.split()*bool({*metrics} - {'perplexity'})
+    known = [*' '.join(_SCORES.values()).split(), *_OF_REPLIES.split()]
+    for name in thresholds:
+        if name in measured: continue
+        if name not in known: raise ConfigError(f"--fail-under: {shorten(name, 40)!r} is no score{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise ConfigError(f'--fail-under: {name} is not measured by evaluation.metrics={list(metrics)}; measured: {", ".join(measured)}')
 
 def _judged(report, thresholds=None, everything=False):
     "A report as an answer; its exit code is that of `ThresholdError` if a threshold is not met."
@@ -376,51 +399,124 @@ _DataText = Annotated[bool, typer.Option(' /--no-data-text',
 _By = _option(Optional[str], '--by', metavar='COLUMN',
               help='Split every score by this key of the conversations, e.g. dataset.')
 _All = _option(bool, '--all', help='Show all scores and differences, not only the main ones.')
+_EvalData = _option(Optional[str], '--data', metavar='FILE',
+                    help='Measure on all conversations of this file, not on those held out in training; needs --name.')
+_EvalName = _option(Optional[str], '--name', help='Folder below eval/ of the run for the scores on --data.')
+_AllowTrained = _option(bool, '--allow-trained', help='Measure on conversations that were trained on, and mark the scores.')
+
+# %% ../nbs/93_cli.ipynb #fe3e76ba
+_EVALUATE_READS = ('evaluation.', 'model.model_name=', 'model.revision=', 'model.use_4bit=', 'model.max_length=',
+                   'data.dataset_name=', 'data.data_path=', 'data.on_overflow=', 'data.on_bad=')
+
+def _evaluated(run, overrides, data, name):
+    "Settings of an evaluation and the name of its folder; raises `ConfigError` for a setting that is not read."
+    from llama_nb.config import name_problem
+    for text in overrides:
+        if not text.strip().startswith(_EVALUATE_READS):
+            raise ConfigError(f'{shorten(text, 60)}: an evaluation does not read this setting, it belongs to the training; '
+                              'for other conversations: --data FILE --name NAME')
+    cfg = _run_config(run, overrides)
+    if bool(data) != bool(name): raise ConfigError('--data FILE and --name NAME go together')
+    if name and (name == 'validation' or name_problem(name)):
+        problem = name_problem(name) or 'the run keeps the scores of its own held-out conversations there'
+        raise ConfigError(f'--name {shorten(repr(name))}: {problem}; choose another name, e.g. test')
+    in_training = _run_config(run).model.use_4bit
+    if name is None: name = 'validation' + ('' if cfg.model.use_4bit == in_training else '-4bit' if cfg.model.use_4bit else '-16bit')
+    return cfg, name
+
+def _changed_model(cfg, run):
+    "What `load_tuned` must know of overrides."
+    own = _run_config(run).model
+    changes = {'base': (own.model_name, cfg.model.model_name), 'use_4bit': (own.use_4bit, cfg.model.use_4bit)}
+    return {key: new for key,(old, new) in changes.items() if old != new}
+
+# %% ../nbs/93_cli.ipynb #3a7f28aa
+def _conversations(cfg, run, data, overrides, trained):
+    "The settings, and the conversations to measure; raises `DataError` for rows that were trained on."
+    from llama_nb.conversation import conversation_hash
+    from llama_nb.data import load_data
+    if data is None: chosen = load_data(cfg.data).validation
+    else:
+        whole = dict(dataset_name=data, data_path=None, mix_weights=None, val_size=0.0, max_samples=None)
+        chosen = load_data(dataclasses.replace(cfg.data, **whole)).train
+        if not any(text.strip().startswith('evaluation.num_samples=') for text in overrides):
+            cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, num_samples=len(chosen)))
+    if not len(chosen):
+        raise DataError(f'{redact(run)}: no conversations were held out in training; measure others: --data FILE --name NAME')
+    moved = any(text.strip().startswith(('data.dataset_name=', 'data.data_path=')) for text in overrides)
+    seen = [c for c in chosen if conversation_hash(c) in trained] if data or moved else []
+    if seen:
+        raise DataError(f'{redact(data or cfg.data.dataset_name)}: {len(seen)} of {len(chosen)} conversations were trained on '
+                        f'(first: {seen[0].row}), so their scores would show memory; leave them out, or add --allow-trained')
+    return cfg, chosen
 
 # %% ../nbs/93_cli.ipynb #96ad373a
-@app.command('evaluate')
+@app.command('evaluate', epilog=_examples("llama-nb evaluate runs/run-1 --max-perplexity 12", "llama-nb evaluate runs/run-1 --data test.jsonl --name test"))
 @_command
-def _evaluate(run:_Run, overrides:_Overrides=None, max_perplexity:_MaxPerplexity=None, fail_under:_FailUnder=None,
+def _evaluate(run:_Run, overrides:_Overrides=None, data:_EvalData=None, name:_EvalName=None,
+              allow_trained:_AllowTrained=False, max_perplexity:_MaxPerplexity=None, fail_under:_FailUnder=None,
               data_text:_DataText=True, by:_By=None, everything:_All=False, as_json:_Json=False):
-    "Compare base and tuned model on the held-out conversations of a run."
+    "Compare base and tuned model on the held-out conversations of a run, or on a file of your own."
     thresholds = _thresholds(fail_under, max_perplexity) # before the long part
-    cfg = _run_config(run, overrides)
-    tell(f'evaluating {redact(run)}: reading its held-out conversations') # before the imports, which take seconds
+    cfg, name = _evaluated(run, overrides or [], data, name)
+    _check_thresholds(thresholds, cfg.evaluation.metrics)
+    tell(f'evaluating {redact(run)}: reading {redact(data) if data else "its held-out conversations"}') # imports take seconds
     from datetime import date
-    from llama_nb.data import load_data
     from llama_nb.evaluation import EvaluationFramework
     from llama_nb.model import load_model, load_tuned
     from llama_nb.card import write_card
-    from llama_nb.runs import Run
-    held_out = load_data(cfg.data).validation
-    if not len(held_out):
-        raise DataError(f'{redact(run)}: no conversations were held out; give some, e.g. data.val_size=0.1')
-    with stage(_loading(cfg.model)): model, tokenizer = load_tuned(run)
+    from llama_nb.runs import Run, last_step, trained_rows
+    trained, about = trained_rows(run), {'run': Path(run).resolve().name, 'date': date.today().isoformat()}
+    cfg, chosen = _conversations(cfg, run, data, overrides or [], set() if allow_trained else trained or set())
+    with stage(_loading(cfg.model)): model, tokenizer = load_tuned(run, **_changed_model(cfg, run))
     in_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False))
     framework = EvaluationFramework(
         model, tokenizer, cfg.evaluation, base_16bit=in_16bit if cfg.model.use_4bit else None,
         template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow,
-        about={'run': Path(run).resolve().name, 'date': date.today().isoformat()})
-    report = framework.evaluate(held_out, by)
-    report.save(Path(run)/'eval'/'validation', data_text)
+        about=about | {'step': last_step(Run(run))}, trained=trained)
+    report = framework.evaluate(chosen, by)
+    report.save(Path(run)/'eval'/name, data_text)
     write_card(Run(run)) # the model card shows the newest scores
     return _judged(report, thresholds, everything)
 
 # %% ../nbs/93_cli.ipynb #2ffbc28b
-def _is_run(model): return (Path(model)/'config.yaml').is_file()
+def _adapter_of(model):
+    "The folder whose adapter answers: a run, the newest valid checkpoint of an unfinished one, or any with an adapter; `None`: a base."
+    folder = Path(model).expanduser()
+    if (folder/'events.jsonl').is_file() and not (folder/'adapter_config.json').is_file():
+        from llama_nb.runs import Run
+        run = Run(folder)
+        if checkpoint := run.latest_valid(): tell(f'{run.name} is {run.status}: its {checkpoint.name} answers')
+        return checkpoint or folder # `load_tuned` says why there is none
+    holds = (folder/'config.yaml').is_file() or (folder/'adapter_config.json').is_file()
+    return folder if holds or any(folder.glob('*/adapter_config.json')) else None
 
-def _load_chat(model, cfg):
-    "Model and tokenizer of a run folder, or of a base model by name."
-    adapter = f' with the adapter of {redact(model)}' if str(model) != cfg.model.model_name else ''
-    with stage(_loading(cfg.model) + adapter): # before the imports, which take seconds
+_CHAT_READS = {True: ('model.model_name=', 'model.use_4bit=', 'data.template='), False: ('model.', 'data.template=')}
+
+def _chat_config(model, folder, overrides):
+    "Settings of a chat; raises `ConfigError` for one that is not read."
+    for text in overrides:
+        if text.strip().startswith(_CHAT_READS[folder is not None]): continue
+        raise ConfigError(f"{shorten(text, 60)}: a chat does not read this setting; it reads {', '.join(_CHAT_READS[folder is not None])}…")
+    if folder is None: return load_config(overrides=[f'model.model_name={json.dumps(str(model))}', *overrides])
+    saved = next((place/'config.yaml' for place in (folder, folder.parent) if (place/'config.yaml').is_file()), None)
+    return load_config(saved, overrides)
+
+def _load_chat(model, folder, cfg, overrides):
+    "Model and tokenizer of a folder with an adapter, or of a base model by name."
+    named = {text.partition('=')[0].strip() for text in overrides}
+    loading = _loading(cfg.model) if folder is None else f'loading {redact(folder)}'
+    with stage(loading): # before the imports, which take seconds
         from llama_nb.model import load_model, load_tokenizer, load_tuned
-        if _is_run(model): return load_tuned(model)
-        return load_model(cfg.model), load_tokenizer(cfg.model.model_name)
+        if folder is None: return load_model(cfg.model), load_tokenizer(cfg.model.model_name, cfg.model.revision)
+        return load_tuned(folder, use_4bit=cfg.model.use_4bit if 'model.use_4bit' in named else None,
+                          base=cfg.model.model_name if 'model.model_name' in named else None)
 
 def _trained_system(run):
     "The system message that the training data of a run share; `None` if its folder records none."
-    try: return json.loads((Path(run)/'data.json').read_text(encoding='utf-8'))['chat']['system']
-    except (OSError, ValueError, KeyError, TypeError): return None
+    for folder in (Path(run), Path(run).parent): # of a checkpoint: its run
+        try: return json.loads((folder/'data.json').read_text(encoding='utf-8'))['chat']['system']
+        except (OSError, ValueError, KeyError, TypeError): pass
 
 def _reply(session, text):
     "Stream a reply to stdout; one that was cut ends with ` …`."
@@ -432,6 +528,13 @@ def _reply(session, text):
 # %% ../nbs/93_cli.ipynb #6a5dec7b
 _COMMANDS = {'/help': 'list these commands', '/reset': 'forget the conversation',
              '/exit': 'end the chat, as /quit and the end of the input do'}
+
+def _read_line():
+    "The next line of the input, empty at its end; `None` for a line that is not text."
+    raw = getattr(sys.stdin, 'buffer', None)
+    if raw is None: return sys.stdin.readline() # a program has put another input there
+    try: return raw.readline().decode('utf-8')
+    except UnicodeDecodeError: return None
 
 def _turn(session, text):
     "One turn of a chat; an error in it does not end the chat."
@@ -447,7 +550,10 @@ def _talk(session):
     _say('/help lists the commands, /exit ends the chat')
     while True:
         _say('you: ', end='')
-        line = sys.stdin.readline()
+        line = _read_line()
+        if line is None:
+            print('llama-nb: this line is not UTF-8 text; the chat continues', file=sys.stderr)
+            continue
         text = line.strip()
         word = text.partition(' ')[0]
         if not line or text in ('/exit', '/quit'): break
@@ -461,26 +567,35 @@ def _talk(session):
     return _Answer({}, '')
 
 # %% ../nbs/93_cli.ipynb #b750c990
-_Model = Annotated[str, typer.Argument(metavar='RUN', help='Folder of a run, or name of a base model.')]
+_Model = Annotated[str, typer.Argument(metavar='RUN', help='Folder of a run, checkpoint or adapter, or name of a base model.')]
 _Prompt = _option(Optional[str], '--prompt', help='Answer this prompt, then exit.')
 _System = _option(Optional[str], '--system',
                   help="System message; '' for none. Default for a run: that of its training data.")
 _MaxNewTokens = Annotated[int, typer.Option('--max-new-tokens', min=1, help='Maximum length of a reply, in tokens.')]
 _Sample = _option(bool, '--sample', help='Sample the reply instead of greedy decoding.')
+_Temperature = _option(Optional[float], '--temperature', min=1e-3, help='Sampling temperature; samples. Default: 0.7.')
+_TopP = _option(Optional[float], '--top-p', min=1e-3, max=1.0,
+                help='Sample among the most likely tokens with this total probability; samples. Default: 0.9.')
+_ChatSeed = Annotated[int, typer.Option('--seed', min=0, max=2**32 - 1, help='Random seed of sampling.')]
+_In16bit = _option(bool, '--16bit', help='Hold the base in 16 bits, as model.use_4bit=false does.')
 
-@app.command('chat')
+@app.command('chat', epilog=_examples("llama-nb chat runs/run-1", "llama-nb chat runs/run-1 --prompt 'How was your day?' --json"))
 @_command
-def _chat(model:_Model, prompt:_Prompt=None, system:_System=None, max_new_tokens:_MaxNewTokens=256,
-          sample:_Sample=False, as_json:_Json=False):
-    "Chat with a run or a base model."
+def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_System=None,
+          max_new_tokens:_MaxNewTokens=256, sample:_Sample=False, temperature:_Temperature=None, top_p:_TopP=None,
+          seed:_ChatSeed=42, in_16bit:_In16bit=False, as_json:_Json=False):
+    "Chat with a run, a checkpoint, an adapter or a base model."
     if prompt is None and as_json: raise ConfigError('--json gives one answer: add --prompt TEXT')
-    by_name = [f'model.model_name={json.dumps(str(model))}']
-    cfg = _run_config(model) if _is_run(model) else load_config(overrides=by_name)
-    if system is None and (system := _trained_system(model)):
+    overrides = [*(overrides or []), *(['model.use_4bit=false'] if in_16bit else [])]
+    folder = _adapter_of(model)
+    cfg = _chat_config(model, folder, overrides)
+    if system is None and folder is not None and (system := _trained_system(folder)):
         tell(f"system message of the training data: {shorten(repr(system), 100)} (--system '' for none)")
-    net, tokenizer = _load_chat(model, cfg)
+    net, tokenizer = _load_chat(model, folder, cfg, overrides)
     from llama_nb.generate import ChatSession
-    settings = dict(template=cfg.data.template, max_new_tokens=max_new_tokens, do_sample=sample)
+    settings = dict(template=cfg.data.template, max_new_tokens=max_new_tokens)
+    settings |= dict(do_sample=sample or temperature is not None or top_p is not None, seed=seed)
+    settings |= {k: v for k,v in dict(temperature=temperature, top_p=top_p).items() if v is not None}
     session = ChatSession(net, tokenizer, system=system or None, **settings)
     if prompt is None: return _talk(session)
     if as_json: session.say(prompt)
@@ -639,7 +754,7 @@ def _refusal(bad):
     rows = 'its bad rows are' if len(bad) > 1 else 'its bad row is'
     return f'training refuses this set until {rows} corrected, or left out with data.on_bad=skip'
 
-@app.command('data')
+@app.command('data', epilog=_examples("llama-nb data chats.jsonl --fix all -o clean"))
 @_command
 def _data(source:_Source, overrides:_Overrides=None, show:_Show=1, model:_DataModel=None, config:_ConfigFile=None,
           preset:_Preset=None, check:_Check=True, fix:_Fix=None, output:_Output=None, as_json:_Json=False):
@@ -703,7 +818,7 @@ _PlanArguments = Annotated[Optional[list[str]], typer.Argument(
     metavar='[MODEL] [SECTION.KEY=VALUE]...', help='Name of a model, and settings.', show_default=False)]
 _Card = _option(Optional[float], '--card', help='Memory of your GPU in GB; exit with code 3 if the run does not fit.')
 
-@app.command('plan')
+@app.command('plan', epilog=_examples("llama-nb plan huggyllama/llama-13b --card 24"))
 @_command
 def _plan(arguments:_PlanArguments=None, config:_ConfigFile=None, preset:_Preset=None, card:_Card=None,
           as_json:_Json=False):
@@ -728,7 +843,7 @@ _RunsFolder = Annotated[Path, typer.Argument(metavar='[FOLDER]', help='Folder th
 _Once = _option(bool, '--once', help='Show the current state, and do not wait for more.')
 _Wait = Annotated[float, typer.Option('--wait', min=0, help='Seconds to wait for the run to end; 0: do not wait.')]
 
-@app.command('runs')
+@app.command('runs', epilog=_examples("llama-nb runs runs"))
 @_command
 def _runs(folder:_RunsFolder=Path('runs'), as_json:_Json=False):
     "List the runs of a folder."
@@ -737,7 +852,7 @@ def _runs(folder:_RunsFolder=Path('runs'), as_json:_Json=False):
     text = repr(found) if found else f'no runs in {redact(folder)}'
     return _Answer({'folder': str(folder), 'runs': found.rows}, text)
 
-@app.command('watch')
+@app.command('watch', epilog=_examples("llama-nb watch runs/run-1"))
 @_command
 def _watch(run:_Run, once:_Once=False, as_json:_Json=False):
     "Show the history of a run, and follow it until it ends."
@@ -751,7 +866,7 @@ def _watch(run:_Run, once:_Once=False, as_json:_Json=False):
     return _Answer({'run': found.name, 'status': found.status, 'step': last_step(found), **losses}, repr(watch(run)))
 
 # %% ../nbs/93_cli.ipynb #bffd2b75
-@app.command('stop')
+@app.command('stop', epilog=_examples("llama-nb stop runs/run-1"))
 @_command
 def _stop(run:_Run, wait_s:_Wait=60.0, as_json:_Json=False):
     "Ask a run to finish its step, save a checkpoint and stop."
@@ -769,7 +884,7 @@ def _stop(run:_Run, wait_s:_Wait=60.0, as_json:_Json=False):
 _OutputDir = Annotated[Path, typer.Option('--output-dir', help='Folder for the run.')]
 _Again = _option(bool, '--again', help='Train again instead of showing the finished run.')
 
-@app.command('demo')
+@app.command('demo', epilog=_examples("llama-nb demo"))
 @_command
 def _demo(output_dir:_OutputDir=Path('runs'), again:_Again=False, as_json:_Json=False):
     "Run the whole workflow once, on a small real model and the shipped conversations."
@@ -780,7 +895,7 @@ def _demo(output_dir:_OutputDir=Path('runs'), again:_Again=False, as_json:_Json=
 
 def _say_row(row): _say(row.text)
 
-@app.command('doctor')
+@app.command('doctor', epilog=_examples("llama-nb doctor --json"))
 @_command
 def _doctor(as_json:_Json=False):
     "Check the installation, and say how to fix what is wrong."
@@ -788,7 +903,7 @@ def _doctor(as_json:_Json=False):
     report = examine(show=None if as_json else _say_row)
     return _Answer(report.to_dict(), report.summary, report.exit_code)
 
-@app.command('selfcheck')
+@app.command('selfcheck', epilog=_examples("llama-nb selfcheck"))
 @_command
 def _selfcheck(as_json:_Json=False):
     "Check on this machine that packing, accumulation, 4-bit gradients, saving and masks are right."
@@ -810,13 +925,15 @@ def _quiet():
     logging.getLogger().addHandler(handler)
 
 # %% ../nbs/93_cli.ipynb #0f0fdc42
-def _usage(error):
-    "Report a wrong option or command in one line that names the help; returns the exit code."
+def _usage(error, as_json=False):
+    "Report a wrong option or command in one line that names the help (and as an object); returns the exit code."
     if not hasattr(error, 'format_message'): return 130 if type(error).__name__ == 'Abort' else _fail(error)
     context = getattr(error, 'ctx', None)
-    message = shorten(error.format_message(), 300).rstrip('.')
-    print(f"llama-nb: {message}; see {context.command_path if context else 'llama-nb'} --help", file=sys.stderr)
-    return getattr(error, 'exit_code', 2)
+    message = shorten(redact(error.format_message()), 300).rstrip('.')
+    text, code = f"{message}; see {context.command_path if context else 'llama-nb'} --help", getattr(error, 'exit_code', 2)
+    if as_json: _say(json.dumps({'error': text, 'exit_code': code}, ensure_ascii=False))
+    print(f'llama-nb: {text}', file=sys.stderr)
+    return code
 
 def main(
     args=None, # Words after `llama-nb`; `None`: those of the process
@@ -826,6 +943,6 @@ def main(
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace') # for terminals without Unicode
     if not _debug(): _quiet()
     try: code = app(args, prog_name='llama-nb', standalone_mode=False)
-    except Exception as e: code = _usage(e)
+    except Exception as e: code = _usage(e, '--json' in (sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as e: code = _fail(e)
     sys.exit(code if isinstance(code, int) else 0)

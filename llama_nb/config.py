@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['INIT_METHODS', 'MIX_KEYS', 'DATASETS', 'TEMPLATES', 'SCHEDULES', 'OPTIMIZERS', 'TRACKERS', 'METRICS', 'PRESETS',
-           'ModelConfig', 'InitMethod', 'LoRAConfig', 'DataConfig', 'TrainingConfig', 'EvaluationConfig', 'RunConfig',
-           'to_dict', 'to_yaml', 'save_config', 'preset', 'load_config', 'config_schema']
+           'name_problem', 'ModelConfig', 'InitMethod', 'LoRAConfig', 'DataConfig', 'TrainingConfig',
+           'EvaluationConfig', 'RunConfig', 'to_dict', 'to_yaml', 'save_config', 'absolute_paths', 'preset',
+           'load_config', 'config_schema']
 
 # %% ../nbs/01_config.ipynb #52b24895
 import dataclasses
@@ -38,6 +39,7 @@ _PathText = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_path_text
 _Names = Annotated[tuple[_Text, ...], BeforeValidator(_as_tuple)]
 _AtLeast0 = Annotated[StrictInt, Field(ge=0)]
 _AtLeast1 = Annotated[StrictInt, Field(ge=1)]
+_Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)] # what NumPy takes
 _Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 _Fraction = Annotated[StrictFloat, Field(ge=0, lt=1)] # [0, 1)
@@ -56,7 +58,8 @@ def _bounds(metadata):
     found = []
     for part in metadata:
         limits = {sign: getattr(part, key, None) for key,sign in _SIGNS.items()}
-        found += [f'{sign} {limit:g}' for sign,limit in limits.items() if limit is not None]
+        found += [f'{sign} {limit if isinstance(limit, int) else format(limit, "g")}'
+                  for sign,limit in limits.items() if limit is not None]
     return f" {' and '.join(found)}" if found else ''
 
 # %% ../nbs/01_config.ipynb #b71282ad
@@ -136,6 +139,16 @@ def _settings(section):
         cls.__init__ = __init__
         return cls
     return decorate
+
+# %% ../nbs/01_config.ipynb #e670dc4d
+def name_problem(
+    run_name:str, # Name for a run's folder
+)->str: # What is allowed instead; empty if the name is fine
+    "Why a text cannot be the name of a run's folder."
+    if not re.fullmatch(r'\w[\w.-]*', run_name):
+        return 'letters, digits, "_", "-" and "." only, not starting with "-" or "."'
+    size = len(run_name.encode())
+    return f'at most 200 bytes, it has {size}' if size > 200 else '' # file systems take 255, and some need a suffix
 
 # %% ../nbs/01_config.ipynb #bd0802f2
 _ATTENTION_KERNELS = ('auto', 'llama_nb_packed', 'sdpa', 'eager', 'flash_attention_2', 'flex_attention')
@@ -251,7 +264,7 @@ class DataConfig:
     on_overflow: Literal['raise', 'drop', 'drop_turns'] = 'raise'
     val_size: _Fraction = 0.05 # Fraction of conversations held out for validation, in [0, 1)
     max_samples: _AtLeast1|None = None # Use at most this many conversations; `None`: all
-    seed: _AtLeast0 = 42 # Random seed of split, mix and order
+    seed: _Seed = 42 # Random seed of split, mix and order
     # Several data sets as one: a name, path or Hub id each, or the keys of `MIX_KEYS`
     datasets: _Entries|None = None
     # `"first_exhausted"`: as many as the shares allow without repetition; `"all_exhausted"`: every conversation is
@@ -308,9 +321,10 @@ class TrainingConfig:
     packing: StrictBool = True # Fill each row with several whole conversations that do not attend to one another
     # Recompute activations in the backward pass: less memory, more computation
     gradient_checkpointing: StrictBool|Literal['auto'] = 'auto'
-    # dtype of the layers; bf16 falls back to fp32 on devices without it;
+    # dtype of the layers; bf16 falls back to fp16 on GPUs without it, to fp32 on such CPUs; fp16 scales its gradients;
     # fp8 is experimental: it multiplies frozen weights in 8 bits
-    compute: Literal['bf16', 'fp32', 'fp8'] = 'bf16'
+    compute: Literal['bf16', 'fp16', 'fp32', 'fp8'] = 'bf16'
+    deterministic: StrictBool = False # On a GPU: repeat a run bit for bit, about 2 % slower; a CPU always does
     # Use packed attention, fused LoRA linears and a loss on taught tokens only; false: the plain model
     fast_path: StrictBool = True
     # Compile the layers with torch.compile and pad rows to one length, which delays the first step;
@@ -329,7 +343,7 @@ class TrainingConfig:
     # What may differ from the run you resume: `"section.key"`, `"versions"`, `"versions.torch"`, `"device"`
     allow_changes: _Names = ()
     report_to: _Names = () # Experiment trackers: `"tensorboard"`, `"wandb"`
-    seed: _AtLeast0 = 42 # Random seed of initialisation, dropout and data order
+    seed: _Seed = 42 # Random seed of initialisation, dropout and data order
 
     def _rules(self):
         if self.max_steps == 0 or self.max_steps < -1:
@@ -339,7 +353,7 @@ class TrainingConfig:
                                        'written, the one before it must still exist, '
                                        'otherwise a crash at that moment loses the run')
         if self.compute == 'fp8' and not self.fast_path:
-            yield 'compute', ("found 'fp8' with fast_path false, allowed: bf16 or fp32; "
+            yield 'compute', ("found 'fp8' with fast_path false, allowed: bf16, fp16 or fp32; "
                               'only the fast path has fp8 products')
         if self.compile is True and not self.fast_path:
             yield 'compile', ("found true with fast_path false, allowed: false or 'auto'; only layers of the fast path "
@@ -347,9 +361,8 @@ class TrainingConfig:
         for name in self.report_to:
             if name not in TRACKERS:
                 yield 'report_to', f"found {name!r}, allowed: {', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}"
-        if self.run_name is not None and not re.fullmatch(r'\w[\w.-]*', self.run_name): # the rule of `runs.check_name`
-            yield 'run_name', (f'found {shorten(repr(self.run_name))}, allowed: letters, digits, "_", "-" and "." '
-                               'only, not starting with "-" or "."')
+        if problem := name_problem(self.run_name or 'run'):
+            yield 'run_name', f'found {shorten(repr(self.run_name))}, allowed: {problem}'
         for name in self.allow_changes:
             problem = '' if name.partition('.')[0] in ('versions', 'device') else _unknown_setting(name)
             if problem: yield 'allow_changes', f'{name}: {problem}'
@@ -373,7 +386,7 @@ class EvaluationConfig:
     include_16bit: StrictBool = True # Also compare with the base model in 16 bits, not only in 4 bits
     confidence: _Open01 = 0.95 # Confidence level of all intervals
     num_bootstrap: _AtLeast1 = 1000 # Number of bootstrap resamples per interval
-    seed: _AtLeast0 = 42 # Random seed of selection, sampling and bootstrap
+    seed: _Seed = 42 # Random seed of selection, sampling and bootstrap
 
     def _rules(self):
         choices = ', '.join(METRICS)
@@ -395,7 +408,10 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig) # How to evaluate
 
     def _rules(self):
-        start = self.lora.init_lora_weights
+        start, dtype = self.lora.init_lora_weights, self.model.bnb_4bit_compute_dtype
+        if self.training.compute == 'fp16' and dtype not in ('auto', 'float16'):
+            yield 'training.compute', (f"found 'fp16' with model.bnb_4bit_compute_dtype {dtype!r}; "
+                                       'set that to "auto" or "float16", or use another compute')
         method = INIT_METHODS.get(start, InitMethod())
         if method.full_base and self.model.use_4bit:
             yield 'lora.init_lora_weights', (f'{start} reads the base weights, and this base is in 4 bits; '
@@ -471,6 +487,27 @@ def save_config(
     stage.write_text(to_yaml(cfg), encoding='utf-8')
     return stage.replace(path)
 
+# %% ../nbs/01_config.ipynb #93ea6da2
+def _absolute(name):
+    "A text as an absolute path if it names a file or folder that exists; any other value as it is."
+    if not isinstance(name, str): return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+def absolute_paths(
+    cfg:RunConfig, # Config with paths as you wrote them
+)->RunConfig: # The same with absolute paths
+    "Make a config independent of the working folder."
+    model, data, training = cfg.model, cfg.data, cfg.training
+    model = dataclasses.replace(model, model_name=_absolute(model.model_name))
+    training = dataclasses.replace(training, output_dir=str(Path(training.output_dir).expanduser().absolute()))
+    name = data.dataset_name if data.dataset_name in DATASETS else _absolute(data.dataset_name)
+    place = data.data_path
+    if isinstance(place, dict): place = {k: _absolute(v) for k,v in place.items()}
+    elif place != 'sample': place = _absolute(place)
+    data = dataclasses.replace(data, dataset_name=name, data_path=place)
+    return dataclasses.replace(cfg, model=model, data=data, training=training)
+
 # %% ../nbs/01_config.ipynb #9d60efd4
 _ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 PRESETS = {
@@ -496,7 +533,7 @@ def preset(
     name:str, # One of `PRESETS`
 )->RunConfig: # The preset, with the defaults filled in
     "The config of a preset; raises `ConfigError` if the name is unknown."
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         known = f"known: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}"
         raise ConfigError(f'preset {shorten(repr(name))} is unknown; {known}')
     return RunConfig(**PRESETS[name])

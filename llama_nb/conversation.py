@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS', 'MESSAGE_KEYS',
            'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'train_flag', 'Source', 'Conversation', 'as_tools',
-           'MessageFault', 'as_fault', 'carries_meaning', 'may_be_mask', 'read_message', 'as_conversation', 'Span',
-           'Example']
+           'MessageFault', 'as_fault', 'carries_meaning', 'may_be_mask', 'read_message', 'as_conversation',
+           'conversation_hash', 'Span', 'Example']
 
 # %% ../nbs/20_conversation.ipynb #5e14a069
 import difflib
@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import DataError, did_you_mean, logger, shorten
+import hashlib
 
 # %% ../nbs/20_conversation.ipynb #1315b51c
 IGNORE_INDEX = -100 # A label with this value does not count in the loss: `torch.nn.functional.cross_entropy`'s default
@@ -500,6 +501,14 @@ def as_conversation(
     where = f'{row} ' if row else ''
     messages = tuple(_message(m, i, where, field or 'messages') for i,m in enumerate(x))
     return as_conversation(Conversation(messages, row, meta, tools))
+
+# %% ../nbs/20_conversation.ipynb #46a9cc19
+def conversation_hash(
+    conversation, # As for `as_conversation`
+)->str: # 16 hexadecimal digits
+    "Recognise a conversation by its roles and texts; system messages and space around a text do not count."
+    said = [(m.role, m.content.strip()) for m in as_conversation(conversation).messages if m.role != 'system']
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 # %% ../nbs/20_conversation.ipynb #1ddf3d60
 class Span(NamedTuple):

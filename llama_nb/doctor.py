@@ -144,12 +144,22 @@ def _extras():
         yield ('ok', f"{extra}: {'not installed (optional)' if absent else 'installed'}", f"pip install '.[{extra}]' in the clone, if you want it" if absent else '')
 
 # %% ../nbs/91_doctor.ipynb #3972d68e
+def _driver(path='/proc/driver/nvidia/version'):
+    "Version of the NVIDIA driver, as its file says on Linux; `unknown` elsewhere."
+    try: text = Path(path).read_text()
+    except OSError: return 'unknown'
+    found = re.search(r'\b\d{3}\.\d+(\.\d+)?\b', text)
+    return found[0] if found else 'unknown'
+
 def _device():
     import torch
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         major, minor = torch.cuda.get_device_capability()
-        yield 'ok', f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {total/2**30:.0f} GiB ({free/2**30:.0f} free), capability {major}.{minor}, CUDA {torch.version.cuda}'
+        yield 'ok', (f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {total/2**30:.0f} GiB ({free/2**30:.0f} free), '
+                     f'capability {major}.{minor}, CUDA {torch.version.cuda}, driver {_driver()}')
+        if (major, minor) < (8, 0): yield 'warn', (f'capability {major}.{minor}: FlashAttention and bfloat16 need 8.0; older kernels and '
+                                                   'float16 with scaled gradients run instead'), 'nothing to do, only slower'
     elif shutil.which('nvidia-smi') or Path('/proc/driver/nvidia/version').exists():
         if torch.version.cuda is None: yield 'fail', 'an NVIDIA driver is here, but this torch is built without CUDA', 'install a CUDA build: see https://pytorch.org/get-started'
         else: yield 'fail', f'torch is built for CUDA {torch.version.cuda}, but finds no GPU', 'run nvidia-smi: update the driver, or unset CUDA_VISIBLE_DEVICES'
@@ -160,7 +170,20 @@ def _number_kind():
     from llama_nb.quantization import compute_dtype
     dtype = compute_dtype('auto')
     name = str(dtype).removeprefix('torch.')
-    yield ('ok', name) if dtype == torch.bfloat16 else ('warn', f'{name}: this chip multiplies no bfloat16', 'nothing to do; training runs in float32 here')
+    runs = 'float16 with scaled gradients' if dtype == torch.float16 else 'float32'
+    yield ('ok', name) if dtype == torch.bfloat16 else ('warn', f'{name}: this chip multiplies no bfloat16', f'nothing to do; training runs in {runs} here')
+
+def _compilers():
+    "What compiles kernels on a GPU: Triton, and a C compiler for its launchers."
+    import torch
+    if not torch.cuda.is_available():
+        yield 'ok', 'not needed on a CPU'
+        return
+    compiler = os.environ.get('CC') or next(filter(shutil.which, ('gcc', 'clang', 'cc')), None)
+    slower = 'float32 training, fp8 and compiled layers take slower ways without it'
+    if util.find_spec('triton') is None: yield 'warn', f'no Triton: {slower}', 'pip install triton, or on Windows triton-windows'
+    if compiler is None: yield 'warn', f'no C compiler: {slower}', 'install gcc (Debian, Ubuntu: apt install gcc)'
+    if compiler and util.find_spec('triton'): yield 'ok', f"Triton {metadata.version('triton')} and {Path(compiler).name}"
 
 # %% ../nbs/91_doctor.ipynb #41f92b2a
 def _four_bit():
@@ -311,7 +334,7 @@ def doctor(
     packages, tiny = _versions()['packages'], functools.cache(_tiny_tuned)
     return _collect([
         ('Python', _python), *((name, lambda name=name: [_package(name, packages[name])]) for name in _MAIN), ('other packages', _other_packages),
-        ('device', _device), ('numbers', _number_kind), ('4-bit', _four_bit),
+        ('device', _device), ('numbers', _number_kind), ('compilers', _compilers), ('4-bit', _four_bit),
         ('cache', lambda: _cache(cache_dir)), ('disk for models', lambda: _disk(hub_cache)), ('disk for runs', lambda: _disk(output_dir)),
         ('demo model', lambda: _demo(cache_dir)), ('notebook', _notebook), ('Hub', _hub), ('extra', _extras),
         ('training step', lambda: _trains(tiny), _TESTED_SET), ('evaluation pass', lambda: _evaluates(tiny), _TESTED_SET), ('replies', lambda: _replies(tiny), _TESTED_SET)], 'doctor', show)

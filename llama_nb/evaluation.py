@@ -22,7 +22,7 @@ from torch import nn
 
 from .attention import causal_lm, plain_attention
 from .config import EvaluationConfig
-from .conversation import as_conversation, Conversation
+from .conversation import as_conversation, Conversation, conversation_hash
 from .dialogue import encode_prompt
 from .errors import ConfigError, DataError, did_you_mean, exit_code, import_extra, logger, one_line, redact
 from .generate import generate_replies, Reply
@@ -184,10 +184,11 @@ class EvaluationFramework:
         max_length:int|None=None, # Maximum conversation length in tokens; `None`: the model's maximum
         on_overflow:str='raise', # Longer conversations: as in `encode`; the report names dropped ones
         about:dict|None=None, # Facts for the title of the report, e.g. `run` and `date`
+        trained:set|None=None, # `conversation_hash`es of what the model was trained on; `None`: not known
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, eval_config or EvaluationConfig()
         self.base_16bit, self.template, self.max_length = base_16bit, template, max_length
-        self.on_overflow, self.about = on_overflow, dict(about or {})
+        self.on_overflow, self.about, self.trained = on_overflow, dict(about or {}), trained
 
     def _perplexity(self, model, what=None):
         return PerplexityEvaluator(model, self.tokenizer, self.template, self.max_length,
@@ -250,6 +251,7 @@ class EvaluationFramework:
 
         Raises `DataError` if a conversation or an answer is missing, `ConfigError` for an unknown key."""
         chosen, dropped = self.choose(conversations)
+        seen = self._trained_on(chosen)
         groups = _groups(chosen, by) # a wrong key fails before the slow part
         first = 'tuned' if has_adapter(self.model) else 'model'
         base = 'base_4bit' if _is_4bit(self.model) else 'base'
@@ -261,7 +263,16 @@ class EvaluationFramework:
         if measured: found['base_16bit'] = measured
         else: skipped['base_16bit'] = why
         choice = dict(dropped=dropped, asked=min(len(conversations), self.config.num_samples))
+        if self.trained is not None: choice['trained'] = len(seen)
         return _make_report(self, chosen, choice, found, skipped, by, groups)
+
+    def _trained_on(self, conversations):
+        "The conversations that the model was trained on; they are told."
+        seen = [c for c in conversations if conversation_hash(c) in (self.trained or ())]
+        if seen:
+            logger.warning('%d of %d conversations were trained on (first: %s): their scores show memory', len(seen),
+                           len(conversations), seen[0].row or 'given in memory')
+        return seen
 
     def _no_16bit(self):
         "Why the 16-bit base is not measured; empty if it is."

@@ -25,6 +25,7 @@ from .errors import (
     CheckpointError, DivergenceError, LlamaNbError, logger, NonFiniteError, one_line, OutOfMemoryError, shorten)
 from .memory import cheapest_changes, GiB
 from .runs import Run
+from .scaling import LEAST_SCALE
 from .safe_trainer import Guard, SafeTrainer, same_random_state
 from .views import tell
 
@@ -43,13 +44,15 @@ def describe_rows(
     return f'{names}: {shorten(text, 80)!r}'
 
 # %% ../nbs/54_guards.ipynb #079b9195
+def _is_fused(optimizer): return all(group.get('fused') for group in optimizer.param_groups)
+
 def skip_update_if_(
     optimizer, # A torch optimizer, or accelerate's wrapper of one
     bad:Tensor, # Boolean on the device, shape `()`
 ): # A function to call after `optimizer.step()`
     "Make the next `optimizer.step()` change no weight if `bad`, without reading `bad` on the host."
     inner = getattr(optimizer, 'optimizer', optimizer)
-    if all(group.get('fused') for group in inner.param_groups):
+    if _is_fused(inner):
         inner.found_inf = bad.float()
         return lambda: delattr(inner, 'found_inf')
     params = [p for group in inner.param_groups for p in group['params'] if p.grad is not None]
@@ -83,6 +86,7 @@ class AsyncReadback:
 # %% ../nbs/54_guards.ipynb #53bd60e1
 class FiniteGuard(Guard):
     """Skips the update of a step in which a loss or the gradient norm is NaN or inf, and stops the run within one step.
+    In float16 it skips a step whose gradients overflow, and goes on with a smaller scale.
 
     Raises `NonFiniteError` from within training. Source: torchtitan and OLMo-core check at the same place; `found_inf` is from `torch.amp`."""
     def __init__(self,
@@ -103,12 +107,22 @@ class FiniteGuard(Guard):
             shared = bad.float()
             torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
             bad = shared > 0
-        self.after_step = skip_update_if_(optimizer, bad) if optimizer is not None else None
+        self.after_step = self._skip_if(optimizer, bad) if optimizer is not None else None
         self.readback.put(values, (state.global_step + 1, window))
+
+    def _skip_if(self, optimizer, bad):
+        "Skip the update if `bad`; with a scaler the run goes on, so the optimizer's state must stay clean too."
+        inner = getattr(optimizer, 'optimizer', optimizer)
+        if self.trainer.scaler is None or _is_fused(inner): return skip_update_if_(optimizer, bad)
+        if bad.item(): # waits for the device
+            for group in inner.param_groups:
+                for p in group['params']: p.grad = None
+        return None
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.after_step is not None: self.after_step()
         self.after_step = None
+        if self.trainer.scaler is not None and self.trainer.window['losses']: self.trainer.scaler.update()
 
     def on_step_end(self, args, state, control, **kwargs): # these wait for the device anyway
         if control.should_log or control.should_evaluate or control.should_save: self.check()
@@ -121,8 +135,16 @@ class FiniteGuard(Guard):
         if found is None: return
         values, (step, window) = found
         bad = [i for i,x in enumerate(values) if not np.isfinite(x)]
-        if bad: raise self._error(values, bad[0], step, window)
+        if bad and not self._is_overflow(bad, values, step): raise self._error(values, bad[0], step, window)
         for guard in self.trainer.guards: guard.on_step_loss(step, sum(values[:-1]), window)
+
+    def _is_overflow(self, bad, values, step):
+        "Whether only scaled gradients overflowed, which a smaller scale avoids; such a step is counted and logged."
+        scaler = self.trainer.scaler
+        if scaler is None or bad[0] < len(values) - 1 or scaler.scale < LEAST_SCALE: return False
+        scaler.skipped += 1
+        self.trainer.run.log('overflow', step=step, loss_scale=scaler.scale, skipped_steps=scaler.skipped)
+        return True
 
     def _error(self, values, i, step, window):
         "The error for number `i` of a step: a loss, or the gradient norm at the end."

@@ -171,7 +171,8 @@ class FusedRotary:
 def _together(x, first, *others):
     "Several linears on one input; LoRA linears share it."
     shared = getattr(first, 'with_others', None)
-    return shared(x, *others) if shared else [layer(x) for layer in (first, *others)]
+    if shared is None: return [layer(x) for layer in (first, *others)] # torch 2.11 cannot trace the truth of a method
+    return shared(x, *others)
 
 @functools.cache
 def _argument_names(stock):

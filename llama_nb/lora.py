@@ -8,6 +8,7 @@ __all__ = ['peft_config', 'add_lora', 'trainable_parameters', 'AdapterReport', '
 # %% ../nbs/11_lora.ipynb #52782e68
 import json
 import logging
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,7 +81,12 @@ def _check_targets(model, c):
     last = sorted(name for name in last if not name.isdigit())
     targets = () if c.target_modules == 'all-linear' else c.target_modules
     for wanted in (*targets, *(c.modules_to_save or ())):
-        if any(name == wanted or name.endswith('.' + wanted) for name in names): continue
+        found = [name for name in names if name == wanted or name.endswith('.' + wanted)]
+        packed = next((name for name in found if _is_4bit(model.get_submodule(name))), None)
+        if packed and wanted in (c.modules_to_save or ()):
+            raise ConfigError(f'lora.modules_to_save: {packed} is in 4 bits, which cannot be trained in full; set '
+                              'model.use_4bit=false, or put it into target_modules')
+        if found: continue
         near = did_you_mean(wanted, last)
         raise ConfigError(f"lora: no layer is named {wanted!r}{near}; there are {', '.join(last)}")
 
@@ -144,21 +150,38 @@ class AdapterReport:
     r:tuple[int, ...] # Ranks found, ascending
     largest_update:float # Largest magnitude in any `lora_B`
 
+# %% ../nbs/11_lora.ipynb #18767208
+def _read_tensors(file):
+    """Tensors by name from a safetensors file, or from a `.bin` file of older peft versions.
+
+    Raises `CheckpointError` for a `.bin` file with anything but tensors: loading that could run code."""
+    from safetensors.torch import load_file
+    if file.suffix != '.bin': return load_file(file)
+    try: found = torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f'{redact(file)}: is damaged, or holds more than tensors, which could run code, so it is not '
+                              'loaded; ask its author for adapter_model.safetensors') from None
+    except (RuntimeError, EOFError) as e: raise ValueError(e) from None # torch's words for a damaged file
+    if isinstance(found, dict) and all(isinstance(t, Tensor) for t in found.values()): return found
+    raise ValueError('no table of tensors')
+
 # %% ../nbs/11_lora.ipynb #90ba12ca
 def _adapter_tensors(model_or_folder):
     "The adapter's tensors by name, and its settings, from a model or a folder."
     if isinstance(model_or_folder, nn.Module):
         from peft import get_peft_model_state_dict
-        return get_peft_model_state_dict(model_or_folder), model_or_folder.peft_config['default'].to_dict()
+        configs, active = model_or_folder.peft_config, getattr(model_or_folder, 'active_adapter', 'default')
+        name = active if active in configs else next(iter(configs)) # peft's own default name is "default"
+        return get_peft_model_state_dict(model_or_folder, adapter_name=name), configs[name].to_dict()
     folder = Path(model_or_folder)
     config, weights = folder/'adapter_config.json', folder/'adapter_model.safetensors'
+    if not weights.is_file() and (folder/'adapter_model.bin').is_file(): weights = folder/'adapter_model.bin'
     for file in (config, weights):
         if not file.is_file():
             raise CheckpointError(f'{redact(folder)}: no {file.name}; an adapter folder holds '
                                   'adapter_model.safetensors and adapter_config.json')
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try: return load_file(weights), json.loads(config.read_text(encoding='utf-8'))
+    try: return _read_tensors(weights), json.loads(config.read_text(encoding='utf-8'))
     except (SafetensorError, ValueError, OSError) as e:
         raise CheckpointError(f'{redact(folder)}: damaged or truncated ({shorten(e, 100)}); '
                               'use another checkpoint') from None
@@ -171,16 +194,33 @@ def _other_layers(stems):
     layers, linears = range(max(int(m[2]) for m in found) + 1), {(m[1], m[3]) for m in found}
     return {f'{before}{i}{after}' for before, after in linears for i in layers}
 
+# %% ../nbs/11_lora.ipynb #80feaf3e
+_SOME = ('layers_to_transform', 'rank_pattern', 'exclude_modules') # settings that leave layers out
+
+def _paths(settings):
+    "The linears that peft's settings name one by one, such as `layers.1.self_attn.q_proj`."
+    targets = settings.get('target_modules') or ()
+    if isinstance(targets, str) or settings.get('exclude_modules'): return []
+    return [target for target in targets if '.' in target]
+
+def _is_everywhere(settings):
+    "Whether peft's settings put the same linears of every layer into the adapter."
+    targets = settings.get('target_modules') or ()
+    if isinstance(targets, str): return targets == 'all-linear' # any other text is a pattern
+    return not any(settings.get(key) for key in _SOME) and not _paths(settings)
+
 # %% ../nbs/11_lora.ipynb #c27e96e1
 def _missing(names, settings):
     "The first tensor that should be in the adapter and is not; an empty text if all are there."
+    names = [name.replace('.lora_embedding_', '.lora_') for name in names] # peft's names on embeddings
     stems_of = lambda kind: {n.partition(f'.{kind}')[0] for n in names if f'.{kind}' in n}
     stems = {kind: stems_of(kind) for kind in ('lora_A', 'lora_B', 'lora_magnitude_vector')}
     pairs = stems['lora_A'] | stems['lora_B']
     if not pairs: return 'lora_A and lora_B of every layer'
     kinds = ['lora_A', 'lora_B'] + ['lora_magnitude_vector']*bool(settings.get('use_dora'))
     wanted = {f'{stem}.{kind}' for stem in pairs for kind in kinds}
-    if not settings.get('layers_to_transform') and not settings.get('rank_pattern'):
+    wanted |= {f'{path}.lora_A' for path in _paths(settings) if not any(f'.{stem}'.endswith(f'.{path}') for stem in pairs)}
+    if _is_everywhere(settings):
         wanted |= {f'{stem}.lora_A' for stem in _other_layers(pairs)}
     lost = sorted(w for w in wanted if w.rpartition('.')[0] not in stems[w.rpartition('.')[2]])
     for module in settings.get('modules_to_save') or ():
@@ -203,11 +243,13 @@ def check_adapter(
     if bad:
         raise CheckpointError(f'{where}{bad[0]} contains NaN or infinity ({len(bad)} of {len(tensors)} tensors do); '
                               'use an earlier checkpoint')
-    largest = max(float(t.abs().max()) for name, t in tensors.items() if '.lora_B' in name)
-    if largest == 0:
+    # peft starts an embedding with `lora_embedding_A` at zero
+    starts_at_0 = ('.lora_B', '.lora_embedding_A')
+    largest = max(float(t.abs().max()) for name, t in tensors.items() if any(kind in name for kind in starts_at_0))
+    if largest == 0 and not settings.get('modules_to_save'):
         raise CheckpointError(f'{where}every lora_B is zero, so the adapter changes nothing; '
                               'train it and save it again')
-    A = [t for name, t in tensors.items() if '.lora_A' in name]
+    A = [t for name, t in tensors.items() if '.lora_A' in name or '.lora_embedding_A' in name]
     size = sum(t.numel() for t in tensors.values())
     return AdapterReport(len(A), size, tuple(sorted({len(t) for t in A})), largest)
 
@@ -222,7 +264,13 @@ def load_adapter(
     check_adapter(folder)
     with _quiet():
         from peft import PeftModel
-        try: return PeftModel.from_pretrained(model, str(folder)).eval()
-        except (RuntimeError, ValueError) as e:
-            raise CheckpointError(f'{redact(folder)}: does not fit this base ({shorten(e, 120)}); '
-                                  'load the base it was trained on') from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Found missing adapter keys') # an error of ours, below
+            try: tuned = PeftModel.from_pretrained(model, str(folder)).eval()
+            except (RuntimeError, ValueError) as e:
+                raise CheckpointError(f'{redact(folder)}: does not fit this base ({shorten(e, 120)}); '
+                                      'load the base it was trained on') from None
+    wanted = {name for name in _adapter_tensors(tuned)[0] if '.lora_' in name}
+    if lost := sorted(wanted - set(_adapter_tensors(folder)[0])):
+        raise CheckpointError(f'{redact(folder)}: adapter is incomplete, {lost[0]} is missing; use another checkpoint')
+    return tuned

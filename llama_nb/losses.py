@@ -25,7 +25,7 @@ from .dialogue import encode
 from .segments import get_template
 from .errors import DataError, NonFiniteError
 from .attention import causal_lm
-from .loss import taught_positions
+from .loss import taught_in
 from .metrics import UnicodeTokenizer, count_words, perplexity, ratio, repetition_stats
 from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
@@ -84,7 +84,7 @@ def adapter_off(
 # %% ../nbs/64_losses.ipynb #8d3179ab
 def _logit_pieces(model, batch, where, chunk):
     "Logits `(n, V)` at the taught positions, a few positions at a time."
-    inner, inputs = causal_lm(model), {k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}
+    inner, inputs = causal_lm(model), {k: batch.get(k) for k in ('input_ids', 'position_ids', 'cu_seqlens', 'max_seqlen')}
     if type(inner).__name__ == 'LlamaForCausalLM': # its logits are those of the head, without a later operation
         hidden = inner.get_decoder()(**inputs, use_cache=False).last_hidden_state[0, where]
         yield from map(inner.get_output_embeddings(), hidden.split(chunk))
@@ -97,7 +97,7 @@ def token_scores(
     chunk:int=256, # Positions at a time: bounds the memory
 )->tuple[Tensor,Tensor]: # `(T,)` float32 nats of taught tokens, else 0; `(T,)` whether each was the most likely
     "Loss of each taught token, without keeping logits. Raises `ValueError` if nothing is taught."
-    where, length = taught_positions(batch['labels']), batch['labels'].shape[1]
+    where, length = taught_in(batch), batch['labels'].shape[1]
     targets = batch['labels'][0, where + 1]
     nll, hit = torch.zeros(length, device=where.device), torch.zeros(length, dtype=torch.bool, device=where.device)
     pieces = zip((where + 1).split(chunk), targets.split(chunk), _logit_pieces(model, batch, where, chunk))

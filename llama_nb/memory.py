@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass, field
 
 from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
+from .errors import ConfigError
 from .shapes import matrix_shapes, parameter_counts
 from .views import bars, table, View
 
@@ -52,11 +53,12 @@ def _target_shapes(shape, names):
     L, V, d = shape.num_hidden_layers, shape.vocab_size, shape.hidden_size
     known = {n: (o, i, L) for n,(o,i) in matrix_shapes(shape).items()}
     if names == 'all-linear': return known
-    known.update(embed_tokens=(V, d, 1), lm_head=(V, d, 1))
+    known.update(embed_tokens=(V, d, 1), lm_head=(V, d, 1), norm=(d, 1, 1)) # norms: trained in full only
+    known.update(input_layernorm=(d, 1, L), post_attention_layernorm=(d, 1, L))
     wanted = {name.split('.')[-1] for name in names}
-    if unknown := sorted(wanted - known.keys()):
-        raise ValueError(f"not in this architecture: {', '.join(unknown)}; use some of {', '.join(known)}")
-    return {n: known[n] for n in known if n in wanted}
+    if unknown := sorted(name for name in wanted if not any(n.endswith(name) for n in known)):
+        raise ConfigError(f"lora: not in this architecture: {', '.join(unknown)}; use some of {', '.join(known)}")
+    return {n: known[n] for n in known if any(n.endswith(name) for name in wanted)} # as peft: `norm` is every norm
 
 # %% ../nbs/45_memory.ipynb #59d85304
 def trained_numbers(
@@ -379,8 +381,13 @@ def decide(
 
 # %% ../nbs/45_memory.ipynb #e1739ecf
 def _own_tensors(model, layer):
-    "Tensors of a model that are there before a forward pass, copies of frozen weights included."
+    "Tensors of a model that are there before a forward pass: scales of packed weights and copies included."
+    import torch
     tensors = [*model.parameters(), *model.buffers()]
+    for weight in layer.parameters():
+        state = getattr(weight, 'quant_state', None)
+        for scales in (state, getattr(state, 'state2', None)):
+            tensors += [t for t in vars(scales or object).values() if isinstance(t, torch.Tensor)]
     for module in layer.modules():
         for copy in (module.__dict__.get('_unpacked'), module.__dict__.get('_fp8')):
             if copy is not None: tensors += copy if isinstance(copy, list) else [copy]
@@ -407,9 +414,9 @@ def measured_layer_bytes(
     borders = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     modes, layer.gradient_checkpointing = (layer.training, layer.gradient_checkpointing), False
     try:
-        with torch.enable_grad(), torch.random.fork_rng(), hooks:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[device] if weight.is_cuda else []), hooks:
             layer.train()(hidden, position_embeddings=(cos, sin), cu_seqlens=borders, max_seqlen=tokens)
     finally: layer.train(modes[0]).gradient_checkpointing = modes[1]
-    # borders and scales of packed weights do not grow with the tokens
+    # borders do not grow with the tokens
     small = {address for address, t in saved.items() if t.shape.numel() < tokens}
     return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in small)/tokens

@@ -347,10 +347,16 @@ def _dropped(report):
     if asked and report.n < asked: return f'{report.n} of {asked} asked for: {len(rows)} too long ({named})'
     return f'{len(rows)} too long, others were measured in their place ({named})'
 
+def _trained(report):
+    "How many of the conversations were trained on, in words."
+    count = (report.settings.get('data') or {}).get('trained')
+    if not count: return ''
+    return f'{count} of {report.n} conversations were trained on: these scores show memory, not how well the model generalises'
+
 def _notes(report):
-    "What was not measured, one line each."
+    "What was not measured, or is not what it seems, one line each."
     skipped = [f'{LABELS.get(k, k)}: not measured: {why}' for k,why in report.skipped.items()]
-    return [*filter(None, [_dropped(report)]), *skipped]
+    return [*filter(None, [_trained(report), _dropped(report)]), *skipped]
 
 def _top(report):
     "Caption of the score tables."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'hash_parts', 'weights_fingerprint', 'data_fingerprint', 'run_facts', 'changed_settings', 'exclusive',
-           'open_run', 'sweep', 'find_checkpoint', 'settled', 'check_settings']
+           'open_run', 'sweep', 'find_checkpoint', 'first_facts', 'forget_adapter', 'settled', 'check_settings']
 
 # %% ../nbs/70_resume.ipynb #e5d88a3a
 import hashlib
@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from .checkpoints import clean_leftovers
 from .config import RunConfig, to_dict
 from .errors import CheckpointError, ConfigError, redact
+from .model import sampled_bytes
 from .runs import Run, create_run, environment, list_runs
 
 # %% ../nbs/70_resume.ipynb #c45e073f
@@ -31,13 +33,6 @@ def hash_parts(
     for part in parts: digest.update(part if isinstance(part, bytes) else str(part).encode())
     return digest.hexdigest()[:16]
 
-def _sample(tensor, samples):
-    "At most `samples` values of a tensor, at even distances, as bytes."
-    flat = tensor.detach().reshape(-1)
-    n = min(samples, flat.numel())
-    at = torch.linspace(0, flat.numel() - 1, n, device=flat.device, dtype=torch.float64).long()
-    return flat[at].double().cpu().numpy().tobytes()
-
 @torch.no_grad()
 def weights_fingerprint(
     model:nn.Module, # A model, with or without adapters
@@ -48,7 +43,7 @@ def weights_fingerprint(
     for name,p in sorted(model.named_parameters()):
         if p.requires_grad or 'lora_' in name or 'modules_to_save' in name: continue
         plain_name = name.replace('base_model.model.', '').replace('.base_layer', '')
-        parts += [plain_name, tuple(p.shape), p.dtype, _sample(p, samples)]
+        parts += [plain_name, tuple(p.shape), p.dtype, sampled_bytes(p, samples)]
     return hash_parts(*parts)
 
 # %% ../nbs/70_resume.ipynb #b7efd91b
@@ -73,6 +68,8 @@ def run_facts(
     sections, settings = to_dict(config), {}
     for name in ('model', 'lora', 'data', 'training'):
         settings |= {f'{name}.{k}': v for k,v in sections[name].items() if f'{name}.{k}' not in _FREE}
+    named = settings['data.dataset_name']
+    if Path(named).expanduser().exists(): settings['data.dataset_name'] = Path(named).name # its rows are compared
     packages = environment()['packages']
     return {'format': 1, 'settings': json.loads(json.dumps({**settings, **derived}, default=str)),
             'versions': {k: packages[k] for k in _NUMERIC if k in packages}}
@@ -107,15 +104,13 @@ def exclusive(
     run:Run, # A run
 ):
     "Context manager: lock a run for this process. Raises `ConfigError` if another process or thread holds the lock."
-    try: import fcntl
-    except ImportError: fcntl = None # Windows, where only the heartbeat protects
-    with open(run.folder/'.lock', 'w') as f:
-        try:
-            if fcntl: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f'{run.name} is being trained already; stop it first: llama-nb stop {redact(run.folder)}') from None
-        except OSError: pass # a file system without locks
-        yield run
+    lock = FileLock(run.folder/'.lock', timeout=0, thread_local=False) # another thread may release it
+    try: lock.acquire()
+    except Timeout:
+        raise ConfigError(f'{run.name} is being trained already; stop it first: llama-nb stop {redact(run.folder)}') from None
+    except (OSError, NotImplementedError): pass # a file system without locks, where only the heartbeat protects
+    try: yield run
+    finally: lock.release()
 
 # %% ../nbs/70_resume.ipynb #ddbe4b64
 def open_run(
@@ -126,13 +121,13 @@ def open_run(
     "Make a new run, or find the one to resume. Raises `ConfigError` if there is none, or if another process is training it."
     t = config.training
     if resume is False or resume is None: return create_run(t.output_dir, t.run_name, config)
-    if resume is True: run = last or _newest(Path(t.output_dir), t.run_name)
+    if resume is True: run = last or _newest(Path(t.output_dir).expanduser(), t.run_name)
     else:
-        folder = Path(getattr(resume, 'folder', resume))
+        folder = Path(getattr(resume, 'folder', resume)).expanduser()
         run = Run(folder.parent if _is_checkpoint(folder) else folder)
         if not run.path.is_file():
             raise ConfigError(f'{redact(run.folder)} is no run: events.jsonl is missing; list_runs names the runs of a folder')
-    if run.status == 'running' and json.loads((run.folder/'.heartbeat').read_text())['pid'] != os.getpid():
+    if run.status == 'running' and json.loads((run.folder/'.heartbeat').read_text(encoding='utf-8'))['pid'] != os.getpid():
         raise ConfigError(f'{run.name} is being trained by another process; stop it first: llama-nb stop {redact(run.folder)}')
     return run
 
@@ -184,9 +179,29 @@ def find_checkpoint(
     for name in ('run.json', 'trainer_state.json'): _read_json(checkpoint/name)
     return checkpoint
 
+# %% ../nbs/70_resume.ipynb #2b5a2cb8
+def first_facts(
+    run:Run, # The run to resume
+)->Path|None: # Its folder, if that holds a `run.json`
+    "Where a run keeps the facts of its latest start, which count while it has no checkpoint."
+    return run.folder if (run.folder/'run.json').is_file() else None
+
+def forget_adapter(
+    run:Run, # A run that goes on with these facts
+    facts:dict, # `run_facts` now
+)->bool: # Whether there was an adapter
+    """Remove the published adapter of a run that goes on with other settings: they would not describe it.
+
+    Its weights stay in the last checkpoint."""
+    old = _read_json(run.folder/'run.json') if first_facts(run) else facts
+    if old.get('settings') == json.loads(json.dumps(facts['settings'])): return False
+    found = [path for name in ('adapter_model.safetensors', 'adapter_config.json') if (path := run.folder/name).is_file()]
+    for path in found: path.unlink()
+    return bool(found)
+
 # %% ../nbs/70_resume.ipynb #77d73574
 def settled(
-    checkpoint:Path|None, # From `find_checkpoint`
+    checkpoint:Path|None, # From `find_checkpoint`, or the run's folder if it has none yet
     name:str, # `'section.key'`
 ): # Its value in the run that wrote the checkpoint; `None` without a checkpoint
     "What a setting was when the checkpoint was written, with `\"auto\"` resolved."
@@ -196,9 +211,15 @@ def check_settings(
     checkpoint:Path|None, # From `find_checkpoint`
     facts:dict, # `run_facts` now
     allow=(), # Settings that may differ
+    run:Run|None=None, # A run that has no checkpoint yet: its settings are compared
 ):
     "Raises `ConfigError` that names each changed setting as old → new."
-    old = facts if checkpoint is None else _read_json(checkpoint/'run.json')
-    if changes := changed_settings(old, facts, allow):
+    place = checkpoint or (run and first_facts(run))
+    old = facts if place is None else _read_json(place/'run.json')
+    changes = changed_settings(old, facts, allow)
+    if changes and checkpoint is None:
+        raise ConfigError(f"{run.name} has no checkpoint yet, and was started with other settings: {'; '.join(changes)}; "
+                          'put them back, or start a new run with train()')
+    if changes:
         raise ConfigError(f"{checkpoint.parent.name}/{checkpoint.name} was trained with other settings: {'; '.join(changes)}; "
                           'put them back, or name them in training.allow_changes')

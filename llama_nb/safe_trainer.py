@@ -13,6 +13,7 @@ _bnb = import_bitsandbytes() # before transformers' trainer, which imports it to
 
 # %% ../nbs/53_safe_trainer.ipynb #0986499a
 import random
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class _StepWindow:
     "First part of `SafeTrainer`: the current step as `window`, and the current activity as `phase`."
     def __init__(self, *args, **kwargs):
         self.window, self.phase = new_window(), 'start'
+        self.scaler = None # a `LossScaler` in float16
         super().__init__(*args, **kwargs)
         for callback in self.callback_handler.callbacks: self._bind(callback)
 
@@ -133,6 +135,8 @@ class SafeTrainer(_StepWindow):
             for path in inner.iterdir(): path.rename(stage/path.name)
             inner.rmdir()
             write_json(stage/'run.json', self.run_facts)
+            settings = self.run.folder/'config.yaml' # of this start; a later one may allow changes
+            if settings.is_file(): shutil.copyfile(settings, stage/settings.name)
         self.saved_step = step
         rotate_checkpoints(self.run.folder, max(2, self.args.save_total_limit or 2), self.run.id)
 
@@ -184,7 +188,9 @@ class SafeTrainer(_StepWindow):
 def same_random_state():
     "Context manager: at the end, restore the random states of Python, NumPy and torch from before."
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # naming the device suppresses torch's warning on a machine with several
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         try: yield
         finally:
             random.setstate(python)

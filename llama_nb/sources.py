@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
@@ -198,12 +199,64 @@ def _from_gguf(cls, file, **kwargs):
                             'truncated, or of a type transformers does not know; download it again, '
                             'or use a folder in the Hugging Face format') from None
 
-def _gguf_shape(file): return check_llama(_from_gguf(AutoConfig, file), file)
+def _gguf_shape(file):
+    "The architecture of a GGUF file, which must be whole."
+    facts, tensors = _gguf_parts(file)
+    _check_whole(file, facts, tensors)
+    shape = check_llama(_from_gguf(AutoConfig, file), file)
+    shape.rope_parameters = {**shape.rope_parameters, **_gguf_rope(file, facts, tensors)}
+    return shape
 
-def _gguf_facts(file):
-    "Single values of a GGUF file's header by key, without arrays."
+def _gguf_parts(file):
+    "Single values of a GGUF file's header by key, and its tensors by name."
     from gguf import GGUFReader
-    return {key: field.contents() for key, field in GGUFReader(file).fields.items() if len(field.types) == 1}
+    try: reader = GGUFReader(file)
+    except Exception as e: # many kinds, as above
+        raise ResourceError(f'model {redact(file)}: could not be read as GGUF ({one_line(e, 100)}); it may be '
+                            'truncated, download it again') from None
+    facts = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
+    return facts, {t.name: t for t in reader.tensors}
+
+# %% ../nbs/13_sources.ipynb #527d12d3
+_GGUF_LAYER = 'attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down'.split()
+
+def _check_whole(file, facts, tensors):
+    "Refuse a GGUF file that is a part of a split one, or that lacks tensors."
+    parts = facts.get('split.count', 1)
+    if parts > 1:
+        raise ResourceError(f"model {redact(file)}: part {facts.get('split.no', 0) + 1} of {parts} of a split model; join "
+                            f'them first: llama-gguf-split --merge {file.name} whole.gguf, and name whole.gguf')
+    if facts.get('general.architecture') != 'llama': return # `check_llama` names it
+    layers = facts.get('llama.block_count', 0)
+    wanted = [f'blk.{i}.{part}.weight' for i in range(layers) for part in _GGUF_LAYER]
+    wanted += ['token_embd.weight', 'output_norm.weight'] # `output.weight` may be the embedding
+    if lost := [name for name in wanted if name not in tensors]:
+        raise ResourceError(f'model {redact(file)}: {len(lost)} of {len(wanted)} tensors are missing (first: {lost[0]}) and '
+                            'would be random; download the file again')
+
+# %% ../nbs/13_sources.ipynb #e9aac857
+def _llama3_factors(theta, width, rope):
+    "What Llama 3's rule divides each frequency by; `width` is the size of a head."
+    frequency = theta**-(torch.arange(0, width, 2, dtype=torch.float64)/width)
+    length, low, high = (rope[k] for k in ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'))
+    share = ((length*frequency/(2*math.pi) - low)/(high - low)).clamp(0, 1)
+    return 1/((1 - share)/rope['factor'] + share)
+
+def _gguf_rope(file, facts, tensors):
+    "The RoPE settings that a GGUF file implies beyond the base frequency; empty if there are none."
+    kind, factors = facts.get('llama.rope.scaling.type', 'none'), tensors.get('rope_freqs.weight')
+    if factors is not None:
+        factors = torch.tensor(factors.data, dtype=torch.float64)
+        bounds = dict(low_freq_factor=1.0, high_freq_factor=4.0)
+        theta = facts.get('llama.rope.freq_base', 10000.0)
+        for length in (8192, 2048, 4096, 16384, 32768):
+            rope = dict(rope_type='llama3', factor=float(f'{factors.max():.6g}'), original_max_position_embeddings=length, **bounds)
+            if torch.allclose(_llama3_factors(theta, 2*len(factors), rope), factors, rtol=1e-3): return rope
+        kind = 'of rope_freqs.weight'
+    if kind == 'none': return {}
+    if kind == 'linear': return dict(rope_type='linear', factor=float(facts['llama.rope.scaling.factor']))
+    raise ResourceError(f'model {redact(file)}: its RoPE scaling ({kind}) is not one we can convert; use the model in the '
+                        'Hugging Face format')
 
 # %% ../nbs/13_sources.ipynb #fb9c35ab
 def _restore_splitting_(tokenizer, rule):
@@ -234,8 +287,8 @@ def _convert_gguf(
     folder:Path, # Existing folder to fill
 ):
     "Write a GGUF file's model and tokenizer as an ordinary folder."
-    shape, facts = _gguf_shape(file), _gguf_facts(file)
-    dtype = torch.float16 if facts.get('general.file_type') == 1 else torch.bfloat16
+    shape, facts = _gguf_shape(file), _gguf_parts(file)[0]
+    dtype = {0: torch.float32, 1: torch.float16}.get(facts.get('general.file_type'), torch.bfloat16)
     loaded, tokenizer = _from_gguf(AutoModelForCausalLM, file, dtype=torch.float32), _from_gguf(AutoTokenizer, file)
     _restore_splitting_(tokenizer, facts.get('tokenizer.ggml.pre'))
     fresh = _without_gguf_mark(loaded, shape, dtype)
@@ -298,7 +351,7 @@ def find_model(
     if name == 'demo' and not path.is_dir(): return str(demo_model())
     if name.endswith('.gguf'): return _converted_gguf(_gguf_file(name))
     if path.is_dir():
-        if (path/holds).is_file(): return str(path)
+        if (path/holds).is_file(): return str(path.absolute()) # the working folder may change
         hint = '; it holds an adapter, which load_tuned loads' if (path/'adapter_config.json').is_file() else ''
         raise ResourceError(f'model {redact(path)}: the folder holds no {holds}{hint}')
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
@@ -310,7 +363,8 @@ def find_model(
 def _converted_gguf(file):
     "Folder of a GGUF file in the cache; converts it if it is new or has changed."
     stat = file.stat()
-    key = hashlib.sha256(f'{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}'.encode()).hexdigest()[:12]
+    version = 2 # of the conversion
+    key = hashlib.sha256(f'{version}:{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}'.encode()).hexdigest()[:12]
     fill = lambda folder: _convert_gguf(file, folder)
     return str(_staged(cache_folder()/f'gguf-{file.stem}-{key}', fill, free_bytes=8*stat.st_size))
 
@@ -328,13 +382,43 @@ def from_source(
     except torch.OutOfMemoryError as e:
         raise ResourceError(f'model {shorten(redact(source))} does not fit on the device ({one_line(e, 80)}); '
                             'set model.use_4bit=true or use a smaller model') from None
-    except (OSError, ValueError) as e: raise _load_error(source, local, e) from None
+    except RuntimeError as e:
+        if 'ignore_mismatched_sizes' not in str(e): raise
+        raise ResourceError(f'model {shorten(redact(source))}: its weights have other shapes than its config.json says; '
+                            'download it again') from None
+    except SafetensorError as e: raise _cut_weights(source, local, e) from None
+    except (OSError, ValueError, ImportError) as e: raise _load_error(source, local, e, revision) from None
+
+# %% ../nbs/13_sources.ipynb #1d0bcc1e
+def _is_present(source, revision=None, error=None):
+    "Whether the Hub's cache holds a model, so that an error about it has another cause than the network."
+    from huggingface_hub import errors, try_to_load_from_cache
+    while error is not None: # transformers wraps the Hub's errors
+        if isinstance(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError)): return False
+        error = error.__cause__ or error.__context__
+    try: return isinstance(try_to_load_from_cache(source, 'config.json', revision=revision), str)
+    except ValueError: return False # not an id
+
+def _cut_weights(source, local, error):
+    "The `ResourceError` for weights that cannot be read: it names the file."
+    from safetensors import safe_open
+    for file in sorted(Path(source).glob('*.safetensors')) if local else ():
+        try:
+            with safe_open(file, 'pt'): pass
+        except (SafetensorError, OSError) as e:
+            size = f'{file.stat().st_size:,} bytes'
+            return ResourceError(f'model {redact(file)}: truncated or damaged ({size}; {one_line(e, 80)}); download it again')
+    return ResourceError(f'model {shorten(redact(source))}: its weights are truncated or damaged ({one_line(error, 80)}); '
+                         'download it again')
 
 # %% ../nbs/13_sources.ipynb #f7139bf2
-def _load_error(source, local, error):
+def _load_error(source, local, error, revision=None):
     "The `ResourceError` for a model that could not be loaded."
     name, text = shorten(redact(source)), str(error).lower()
-    if local: return ResourceError(f'model {name}: {one_line(error, 140)}')
+    if local or _is_present(source, revision, error): return ResourceError(f'model {name}: {one_line(error, 140)}')
+    if revision is not None and (_is_present(source) or 'revision' in text):
+        return ResourceError(f'model {name}: revision {shorten(revision, 40)!r} is not in the cache and could not be '
+                             'downloaded; check model.revision, or leave it out for the default branch')
     offline = ' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE', '0') not in ('0', '') else ''
     near = did_you_mean(source, KNOWN_MODELS) if source not in KNOWN_MODELS else ''
     others = "use a local folder, a .gguf file, or 'demo'"

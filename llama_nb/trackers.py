@@ -24,6 +24,8 @@ def _num_tokens(batches):
     "Tokens of the micro-batches, without padding where a batch counts it."
     return sum(b.get('num_tokens', b['input_ids'].numel()) for b in batches if isinstance(b, dict) and 'input_ids' in b)
 
+_LOGGED = 'loss', 'learning_rate', 'grad_norm', 'loss_scale', 'skipped_steps'
+
 class EventLog(Guard):
     "Writes each log and evaluation as an event of the run, and updates its heartbeat."
     def __init__(self,
@@ -43,7 +45,7 @@ class EventLog(Guard):
         logs = logs or {}
         if 'loss' in logs:
             now = time.monotonic()
-            values = {k: logs[k] for k in ('loss', 'learning_rate', 'grad_norm') if k in logs}
+            values = {k: logs[k] for k in _LOGGED if k in logs}
             self.run.log('train', step=state.global_step, epoch=round(state.epoch or 0, 4), **values,
                          tokens=int(self.tokens), taught_tokens=int(self.taught), seconds=round(now - self.since, 4))
             self.tokens, self.taught, self.since = 0, 0, now

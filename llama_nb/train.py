@@ -23,7 +23,9 @@ from transformers import PrinterCallback, TrainerState
 
 from .card import write_card
 from .checkpoints import fsync_path, is_disk_full, check_space, disk_full
+from .config import absolute_paths, save_config
 from .config import DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, RunConfig, TrainingConfig
+from .conversation import conversation_hash
 from .data import DataSplits, read_data
 from .errors import (
     ConfigError, DataError, LlamaNbError, logger, one_line, redact, ResourceError, RunInterrupted, shorten)
@@ -38,11 +40,14 @@ from .loop import (
 from .lora import trainable_parameters
 from .memory import CUDA_CONTEXT_BYTES, decide, measured_layer_bytes, plan
 from .shapes import parameter_counts
+from .model import base_fingerprint
 from .model import load_model, load_tokenizer, pick_device
 from .quantization import check_fp8, compute_dtype
+from .resume import first_facts, forget_adapter
 from .resume import (
     hash_parts, check_settings, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, settled, sweep,
     weights_fingerprint)
+from .runs import TRAINED_ROWS, last_step, write_text
 from .runs import check_name, environment, Run, write_json
 from .safe_trainer import save_adapter
 from .segments import get_template
@@ -56,17 +61,24 @@ def resolve(
     device, # Where it will run
 )->RunConfig: # With the compute dtype decided
     "Decide what depends on the device and must be the same when you load the adapter again."
-    model = config.model
+    model, training = config.model, config.training
     auto = model.bnb_4bit_compute_dtype == 'auto'
-    # float16 gradients would need a scaler
-    only_float16 = auto and compute_dtype('auto', device) == torch.float16
-    if config.training.compute == 'fp32' or only_float16: model = replace(model, bnb_4bit_compute_dtype='float32')
-    return replace(config, model=model)
+    if training.compute == 'bf16' and auto and compute_dtype('auto', device) == torch.float16: # a GPU without bfloat16
+        training = replace(training, compute='fp16')
+    dtype = {'fp32': 'float32', 'fp16': 'float16'}.get(training.compute)
+    if dtype is not None: model = replace(model, bnb_4bit_compute_dtype=dtype)
+    return replace(config, model=model, training=training)
+
+def _as_computed(config, device):
+    "Training settings whose `compute` is what will run, for the memory plan: a CPU without bfloat16 uses float32."
+    dtype = compute_dtype(config.model.bnb_4bit_compute_dtype, device)
+    if config.training.compute != 'bf16' or dtype != torch.float32: return config.training
+    return replace(config.training, compute='fp32')
 
 # %% ../nbs/72_train.ipynb #5f329922
 def _memory_error(trainer, phase=None):
     "The `OutOfMemoryError` for a trainer: what it was doing, and the memory plan of its settings."
-    c, hf, training = trainer.config, trainer.hf_trainer, trainer.config.training
+    c, hf, training = trainer.config, trainer.hf_trainer, _as_computed(trainer.config, trainer.device)
     on_gpu = trainer.device.type == 'cuda'
     if phase is None: # within training: plan with the settings in use
         training = replace(training, per_device_train_batch_size=hf.args.per_device_train_batch_size,
@@ -220,6 +232,7 @@ def _encode_data(trainer):
     "Training rows, validation rows and their facts: what `LLAMATrainer.rows` keeps."
     train, validation = trainer.data.train, trainer.data.validation
     trainer.ledgers.clear()
+    _check_length(trainer.config)
     tell(f'encoding {len(train) + len(validation):,} conversations')
     rows, t = _encode_split(trainer, 'train', train)
     held, v = _encode_split(trainer, 'validation', validation)
@@ -240,6 +253,14 @@ def _data_facts(trainer, rows, held, splits):
     return {**card, **splits, 'fingerprint': data_fingerprint(chain(rows, held)), 'template': template,
             'chat': {'system': common_system(trainer.data.train)}, # a chat with the model begins with it
             'report': report}
+
+# %% ../nbs/72_train.ipynb #4b159c22
+def _check_length(config):
+    "Raise `ConfigError` if rows may be longer than the model has positions for."
+    limit = model_shape(config.model).max_position_embeddings
+    if config.model.max_length > limit:
+        raise ConfigError(f'model.max_length: found {config.model.max_length}, but the model has positions for {limit} tokens; '
+                          f'set model.max_length={limit} or lower')
 
 # %% ../nbs/72_train.ipynb #1ea904ed
 def _touched_rows(trainer): return list(chain.from_iterable(trainer.ledgers.values()))
@@ -286,7 +307,7 @@ def _auto_settings(trainer, checkpoint):
     c, t, rows = trainer.config, trainer.config.training, trainer.rows()[0]
     size, compiled = t.per_device_train_batch_size, t.compile
     if size == 'auto': size = settled(checkpoint, 'training.per_device_train_batch_size')
-    if size is None: size = auto_batch_size(len(rows), c.model, t, c.lora, trainer.device)
+    if size is None: size = auto_batch_size(len(rows), c.model, _as_computed(c, trainer.device), c.lora, trainer.device)
     steps = num_steps(len(rows), size, t)
     if compiled == 'auto': compiled = settled(checkpoint, 'training.compile')
     if compiled is None: compiled = _auto_compile(trainer, size, steps)
@@ -303,7 +324,8 @@ def _auto_compile(trainer, batch_size, steps):
 # %% ../nbs/72_train.ipynb #0aed3a91
 def _memory_plan(trainer, batch_size):
     "The memory plan of this run. On a GPU one layer is measured; on a CPU layers are recomputed only if you ask for it."
-    c, t = trainer.config, replace(trainer.config.training, per_device_train_batch_size=batch_size)
+    c = trainer.config
+    t = replace(_as_computed(c, trainer.device), per_device_train_batch_size=batch_size)
     if trainer.device.type == 'cuda': measured = dict(layer_bytes=measured_layer_bytes(trainer.model))
     else: t, measured = replace(t, gradient_checkpointing=t.gradient_checkpointing is True), dict(context_bytes=0)
     shape = trainer.model.get_base_model().config
@@ -323,7 +345,7 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled):
     collate = _collators(trainer, batch_size)
     made = PackedTrainer(model, args, collate['one shape' if compiled else 'any shape'], rows, held or None,
                          callbacks=callbacks, run=run, run_facts=facts, fast_path=c.training.fast_path, dtype=dtype,
-                         eval_collator=collate['any shape'])
+                         eval_collator=collate['any shape'], same_bits=c.training.deterministic)
     made.remove_callback(PrinterCallback)
     if on_cpu and c.training.fast_path: keep_freed_memory_()
     return made
@@ -343,7 +365,15 @@ def _check_supported(training, resume, device):
         raise ConfigError(f'device: found cuda:{index}, but training always uses the first GPU that the process can see; '
                           f'start Python with CUDA_VISIBLE_DEVICES={index} and leave the device out')
     if training.compute == 'fp8': check_fp8(device)
+    if training.compute == 'fp16' and device.type == 'cpu':
+        logger.warning('training.compute: a CPU multiplies float16 slowly; bf16 is faster')
     if not resume: check_name(training.run_name)
+
+def _check_scaled(config):
+    "Raise `ConfigError` for float16 without scaled gradients, which would vanish."
+    if config.model.bnb_4bit_compute_dtype != 'float16' or config.training.compute == 'fp16': return
+    raise ConfigError(f"model.bnb_4bit_compute_dtype: found 'float16' with training.compute {config.training.compute!r}, whose "
+                      'gradients are not scaled and vanish in float16; set training.compute=fp16, or bnb_4bit_compute_dtype=auto')
 
 def _gpu_index(device):
     if device.index is not None: return device.index
@@ -361,7 +391,8 @@ def _check_disk(trainer):
     t = trainer.config.training
     one = 12*trainable_parameters(trainer.model)[0] # weights and two moments in float32
     need = one*(t.save_total_limit + 1) # one more while a save is under way
-    folder = next(p for p in Path(t.output_dir).absolute().parents if p.is_dir())
+    asked = Path(t.output_dir).expanduser().absolute()
+    folder = next(p for p in (asked, *asked.parents) if p.is_dir()) # it may be a link to another disk
     check_space(folder, need, 'the checkpoints of this run')
 
 # %% ../nbs/72_train.ipynb #cea32705
@@ -394,7 +425,8 @@ def _facts(trainer, batch_size, compiled):
         'training.per_device_train_batch_size': batch_size, 'training.compile': compiled,
         'data.rows': data['fingerprint'], 'data.conversations': data['train']['conversations'],
         'template': data['template']['hash'][:16], 'tokenizer': hash_parts(trainer.tokenizer.backend_tokenizer.to_str()),
-        'base weights': weights_fingerprint(trainer.model), 'device': trainer.device.type})
+        'base weights': weights_fingerprint(trainer.model), 'device': trainer.device.type}) | {
+            'base': base_fingerprint(trainer.model)}
 
 @torch.no_grad()
 def _reset_adapter_(trainer):
@@ -414,25 +446,50 @@ def _save_facts(trainer, run):
     "Write what is known about data and machine into the run folder."
     write_json(run.folder/'data.json', trainer.rows()[2])
     _save_touched(trainer, run.folder)
+    write_text(run.folder/TRAINED_ROWS, ''.join(f'{conversation_hash(c)}\n' for c in trainer.data.train))
     dtype = compute_dtype(trainer.config.model.bnb_4bit_compute_dtype, trainer.device)
     device = torch.cuda.get_device_name() if trainer.device.type == 'cuda' else 'cpu'
     facts = environment(device=device, compute_dtype=str(dtype).removeprefix('torch.'))
     write_json(run.folder/'environment.json', facts)
+
+def _save_settings(trainer, run, facts):
+    "Write the settings of this start or resume into the run folder, and into its model card if there is one."
+    if forget_adapter(run, facts):
+        tell(f'{run.name} goes on with other settings, so its published adapter is removed; the weights are in its checkpoints')
+    save_config(absolute_paths(trainer.config), run.folder/'config.yaml')
+    write_json(run.folder/'run.json', facts)
+    if (run.folder/'README.md').is_file(): write_card(run)
+
+@contextmanager
+def _no_trace_of_refusal(trainer, run):
+    "Context manager: remove a new run that is refused, or interrupted before its first step."
+    before = trainer.run
+    try: yield
+    except BaseException as e:
+        kinds = {event['kind'] for event in run.events()}
+        stopped = isinstance(e, KeyboardInterrupt) and not kinds & {'train', 'checkpoint'}
+        if 'start' not in kinds or stopped:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            trainer.run = before
+        raise
 
 # %% ../nbs/72_train.ipynb #4ebf1cf3
 def _prepare(trainer, resume, progress, samples):
     "Check everything that can be checked before the first step, and make or find the run."
     c, t = trainer.config, trainer.config.training
     _check_supported(t, resume, trainer.device)
+    _check_scaled(c)
     rows = trainer.rows()[0]
     _check_disk(trainer)
     with ExitStack() as lock:
-        run = lock.enter_context(exclusive(open_run(c, resume, trainer.run)))
+        run = open_run(c, resume, trainer.run)
+        if not resume: lock.enter_context(_no_trace_of_refusal(trainer, run))
+        lock.enter_context(exclusive(run))
         tell(f'run: {redact(run.folder)}')
         checkpoint = _checkpoint_to_resume(run, resume)
-        size, steps, compiled = _auto_settings(trainer, checkpoint)
+        size, steps, compiled = _auto_settings(trainer, checkpoint or first_facts(run))
         facts = _facts(trainer, size, compiled)
-        check_settings(checkpoint, facts, t.allow_changes)
+        check_settings(checkpoint, facts, t.allow_changes, run)
         trainer.run = run
         _reset_adapter_(trainer)
         if len(rows) <= size*t.gradient_accumulation_steps:
@@ -444,6 +501,7 @@ def _prepare(trainer, resume, progress, samples):
         hf = trainer.hf_trainer = _make_trainer(trainer, run, facts, callbacks, size, steps, compiled)
         trainer._chat = trainer._error = None
         _save_facts(trainer, run)
+        _save_settings(trainer, run, facts)
         run.log('resume' if resume else 'start', step=_step(checkpoint) if checkpoint else 0, total_steps=steps,
                 rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
         interrupt = next(g for g in callbacks if isinstance(g, InterruptGuard))
@@ -582,7 +640,7 @@ def _finish(trainer, p):
 # %% ../nbs/72_train.ipynb #48213259
 def train_run(
     trainer:LLAMATrainer, # What to train
-    resume=False, # `True`, a `Run`, a run folder or a checkpoint: resume from the newest valid checkpoint; on a CPU the result is bit for bit that of an uninterrupted run
+    resume=False, # `True`, a `Run`, a run folder or a checkpoint: resume from the newest valid checkpoint; the result is bit for bit that of an uninterrupted run on a CPU, and with `training.deterministic` on a GPU
     progress:bool|None=None, # Show a live view in a notebook, elsewhere a bar; `None`: if the output is interactive
     samples=None, # Function without arguments that returns sample replies at each evaluation; also called once before the first step
     background:bool=False, # Train in a thread and return at once; see `trainer.stop()`, `trainer.wait()`, `watch(run.folder)`
@@ -622,12 +680,13 @@ def evaluate_run(
     from llama_nb.evaluation import EvaluationFramework
     c, run, validation = trainer.config, trainer.run, trainer.data.validation
     if not len(validation): raise DataError('no conversations were held out; set data.val_size above 0')
-    about = {'run': run.name, 'date': date.today().isoformat()} if run is not None else {}
+    about = {'run': run.name, 'date': date.today().isoformat(), 'step': last_step(run)} if run is not None else {}
     def load_16bit(): return load_model(replace(c.model, use_4bit=False), device=trainer.device)
     in_16bit = load_16bit if c.evaluation.include_16bit and c.model.use_4bit else None
     framework = EvaluationFramework(trainer.model, trainer.tokenizer, c.evaluation, base_16bit=in_16bit,
                                     template=c.data.template, max_length=c.model.max_length,
-                                    on_overflow=c.data.on_overflow, about=about)
+                                    on_overflow=c.data.on_overflow, about=about,
+                                    trained={conversation_hash(x) for x in trainer.data.train})
     report = framework.evaluate(validation, by)
     if run is not None:
         report.save(run.folder/'eval'/name)

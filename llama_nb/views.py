@@ -362,9 +362,13 @@ def _has_listener():
 def tell(
     text:str, # What starts now, e.g. `'loading demo in 4 bits'`
 ):
-    "Write one line about a stage that starts: to the logger if a program listens to it, else to the cell or terminal."
+    """Write one line about a stage that starts: to the logger if a program listens to it, else to the cell or to stderr.
+
+    Silent with `NO_PROGRESS`, or if the package's logger is set to a level above `INFO`."""
     if _has_listener(): logger.info('%s', text)
-    elif can_show_progress(): print(text, file=sys.stdout if 'ipykernel' in sys.modules else sys.stderr, flush=True)
+    elif os.environ.get('NO_PROGRESS') or logger.level > logging.INFO: return
+    elif 'ipykernel' not in sys.modules: print(text, file=sys.stderr, flush=True)
+    elif can_show_progress(): print(text, flush=True)
 
 # %% ../nbs/02_views.ipynb #4b953f63
 @contextlib.contextmanager

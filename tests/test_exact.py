@@ -5,16 +5,19 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from fork_run import Count, finished, fork, make_chats, make_trainer, record, same, train, until, wait
 
+from llama_nb import loop
 from llama_nb.checkpoints import write_manifest
 from llama_nb.errors import ConfigError, DataError, NonFiniteError
 from llama_nb.resume import PARTS
 from llama_nb.runs import Run
+from llama_nb.scaling import LossScaler
 from llama_nb.train import LLAMATrainer
 
 # what makes exact resuming hard: sections of settings, and the step in which the first process is cut off
@@ -31,13 +34,15 @@ SETUPS = {
     'recomputed activations': (dict(gradient_checkpointing=True), 3),
     'another optimizer and schedule': (dict(optim='adafactor', lr_scheduler_type='linear', weight_decay=0.1), 3),
     'float32': (dict(compute='fp32'), 3),
+    'float16 with overflows': (dict(compute='fp16'), 3),
 }
 
 
 @pytest.mark.parametrize('setup', SETUPS)
-def test_resumed_is_uninterrupted(tiny, setup):
+def test_resumed_is_uninterrupted(tiny, setup, monkeypatch):
     "Killed as soon as a checkpoint is there, resumed twice; every logged number and every byte of the adapter."
     training, at = SETUPS[setup]
+    if setup.startswith('float16'): monkeypatch.setattr(loop, 'LossScaler', partial(LossScaler, start=2.**30, interval=2))  # overflows at first, and after each growth
     trainer = make_trainer(tiny[0], warm=False, **{'max_steps': 6, **training})
     name = 'exact-' + setup.replace(' ', '-').replace(',', '')
     whole = finished(trainer, f'{name}-whole')
@@ -50,7 +55,12 @@ def test_resumed_is_uninterrupted(tiny, setup):
         os.kill(child, signal.SIGTERM if setup == 'accumulation 4' else signal.SIGKILL)
         code = wait(child)
         assert code in (-9, 130, 0), f'exit code {code}: {log.read_text()[-2000:]}'  # 0: it had come to its end
-    same(finished(trainer, name, resume=True), whole)
+    run = finished(trainer, name, resume=True)
+    same(run, whole)
+    if setup.startswith('float16'):
+        skipped, scales = (dict(whole.metrics(n)) for n in ('skipped_steps', 'loss_scale'))
+        assert skipped[6] >= 2 and len(set(scales.values())) > 2, (skipped, scales)
+        for name in ('skipped_steps', 'loss_scale'): assert run.metrics(name) == whole.metrics(name)
     record('resumed is uninterrupted', setup=setup, identical=True)
 
 

@@ -87,7 +87,7 @@ def trainer_of(place, name, device, logging_steps=3, **training):
 @pytest.mark.parametrize('compute', ['bf16', 'fp8'])
 def test_no_question_between_logs(place, compute):
     import llama_nb.attention as attention
-    import llama_nb.fastpath as fastpath
+    import llama_nb.loss as loss
     from llama_nb.loop import PackedTrainer
     asking = Asking()
 
@@ -100,7 +100,7 @@ def test_no_question_between_logs(place, compute):
         with asking: return made(self, *args, **kwargs)
     kernel = lambda device, dtype=None, size=0, dropout=0., with_grad=True: 'varlen_attn'
     with patch.object(PackedTrainer, 'train', train), patch.object(attention, 'attention_kernel', kernel), patch.object(attention, '_flash', masked), \
-            patch.object(fastpath, '_where', lambda batch: batch['taught']):
+            patch.object(loss, 'taught_in', lambda batch: batch['taught']):
         run = trainer_of(place, compute, 'cpu', compute=compute).train(progress=False)
     assert len(run.metrics('loss')) == 3
     steps = asking.steps[1:]

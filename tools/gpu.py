@@ -47,6 +47,11 @@ def flagged():
     return [p.relative_to(ROOT).as_posix() for p in sorted((ROOT/'nbs').glob('*.ipynb')) if re.search(r'"#\| gpu', p.read_text(encoding='utf-8'))]
 
 
+def gpu_tests():
+    "Files with tests for a GPU: pytest imports no others, which may need packages that are not here."
+    return [p.relative_to(ROOT).as_posix() for p in sorted((ROOT/'tests').glob('test_*.py')) if re.search(r'mark\.gpu', p.read_text(encoding='utf-8'))]
+
+
 def demo_is_there():
     "Whether the demo model lies in the cache; asking for it would fetch it."
     from llama_nb.sources import DEMO_MODEL, cache_folder
@@ -61,7 +66,7 @@ def commands(step, out, left):
         return [[sys.executable, 'tools/nbcheck.py', *files, '--flags', 'gpu', '--jobs', '2', '--timeout', str(int(left/2))]], None
     if step == 'tests':
         if not has('pytest'): return [], 'pytest not installed: tests marked gpu were not run'
-        return [[sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', 'gpu', '--flags', 'gpu', 'tests']], None
+        return [[sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', 'gpu', '--flags', 'gpu', *gpu_tests()]], None
     return [[sys.executable, '-m', 'bench', 'gpu', *([step] if step in 'ab' else ['--seconds', str(int(left))]), '--out', str(out)]], None
 
 

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     'errors': 'LlamaNbError ConfigError DataError ResourceError CheckpointError NonFiniteError DivergenceError OutOfMemoryError ThresholdError RunInterrupted',
-    'config': 'ModelConfig LoRAConfig DataConfig TrainingConfig EvaluationConfig RunConfig load_config save_config preset PRESETS',
+    'config': 'ModelConfig LoRAConfig DataConfig TrainingConfig EvaluationConfig RunConfig load_config preset PRESETS',
     'views': 'View',
     'quantization': 'nf4_levels fp4_levels quantize_blockwise dequantize_blockwise bits_per_weight bnb_config',
     'lora': 'add_lora trainable_parameters check_adapter',
@@ -35,7 +35,7 @@ _MODULES = {
     'fastpath': 'apply_fast_path_',
     'memory': 'plan MemoryPlan',
     'checkpoints': 'verify_checkpoint',
-    'runs': 'Run list_runs watch',
+    'runs': 'Run list_runs watch save_config',
     'card': '',
     'safe_trainer': 'SafeTrainer Guard',
     'guards': '',

@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 from .errors import redact
-from .runs import last_step, smooth, write_text
+from .runs import last_step, smooth
+from .views import write_text
 
 # %% ../nbs/52_card.ipynb #f13cafd8
 _BEGIN, _END = '<!-- llama_nb: generated, do not edit between these marks -->', '<!-- llama_nb: end -->'

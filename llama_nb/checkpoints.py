@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError, ConfigError, ResourceError, logger, redact
+from .views import write_text
 
 # %% ../nbs/50_checkpoints.ipynb #cb7fa12f
 MANIFEST = 'MANIFEST.json'
@@ -65,7 +66,7 @@ def write_manifest(
     files = [{'path': p.relative_to(folder).as_posix(), 'size': p.stat().st_size, 'sha256': _sha256(p)}
              for p in _files(folder)]
     path = folder/MANIFEST
-    path.write_text(json.dumps({'format': 1, 'run': run_id, 'step': step, 'files': files}, indent=1), encoding='utf-8')
+    write_text(path, json.dumps({'format': 1, 'run': run_id, 'step': step, 'files': files}, indent=1))
     for p in _files(folder): p.chmod(path.stat().st_mode)
     _flush(folder)
     return path

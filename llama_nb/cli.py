@@ -28,7 +28,7 @@ import typer
 from .config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
 from .errors import (ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean,
                              exit_code, logger, one_line, redact, shorten)
-from .views import can_show_color, can_show_progress, Line, plain_text, progress, stage, table, tell, text_lines
+from .views import can_show_color, can_show_progress, Line, plain_json, plain_text, progress, stage, table, tell, text_lines
 
 # %% ../nbs/93_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -36,15 +36,6 @@ class _Answer(NamedTuple):
     data:dict # The one JSON object of `--json`
     text:str # The same as text
     code:int = 0 # Exit code
-
-def _plain(value):
-    "Turn a value into JSON values: NaN becomes `None`, and anything unknown becomes text."
-    if isinstance(value, dict): return {str(k): _plain(v) for k,v in value.items()}
-    if isinstance(value, (list, tuple, set)): return [_plain(v) for v in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type): return _plain(dataclasses.asdict(value))
-    if hasattr(value, 'item') and getattr(value, 'ndim', 1) == 0: value = value.item() # numpy and torch numbers
-    if isinstance(value, float): return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 # %% ../nbs/93_cli.ipynb #7fda9810
 _terminal = contextvars.ContextVar('terminal', default=None)
@@ -126,7 +117,7 @@ def _command(
         token = _terminal.set(sys.stdout)
         try:
             with _clean_streams(): answer = body(*args, **kwargs)
-            text = json.dumps(_plain(answer.data), ensure_ascii=False) if as_json else answer.text
+            text = json.dumps(plain_json(answer.data), ensure_ascii=False) if as_json else answer.text
             if text: _say(text)
             code = answer.code
         except typer.Exit: raise

@@ -22,7 +22,7 @@ from .errors import logger
 from .generate import generate_replies
 from .intervals import share_interval, sign_test
 from .losses import why_no_base, adapter_off, measuring
-from .views import escape, PALETTE, plain_text, side_by_side, View
+from .views import escape, PALETTE, plain_text, side_by_side, View, write_jsonl
 
 # %% ../nbs/66_comparison.ipynb #8433115c
 def _marked(text, tag, color):
@@ -147,10 +147,7 @@ class Votes:
         path, # JSONL file; an existing one is replaced
     )->Path: # The file
         "Write the votes, one per line."
-        path = Path(path)
-        lines = [json.dumps(v, ensure_ascii=False) + '\n' for v in self.votes]
-        path.write_text(''.join(lines), encoding='utf-8')
-        return path
+        return write_jsonl(path, self.votes)
 
     def __len__(self): return len(self.votes)
 

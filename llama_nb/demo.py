@@ -23,8 +23,9 @@ from .memory import MemoryPlan, plan
 from .model import load_model
 from .sources import demo_model
 from .report import load_report, verdict
-from .runs import Run, list_runs, write_json
+from .runs import Run, list_runs
 from .train import LLAMATrainer
+from .views import write_json
 from .views import View, plain_text, table
 
 # %% ../nbs/92_demo.ipynb #a2125e48

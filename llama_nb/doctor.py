@@ -296,13 +296,13 @@ def _trains(made):
 def _evaluates(made):
     "The validation of a run, and what an evaluation counts."
     import torch
-    from llama_nb.loss import token_nlls
-    from llama_nb.losses import adapter_off, measuring, token_scores
+    from llama_nb.loss import token_scores
+    from llama_nb.losses import adapter_off, measuring
     model, _ = made()
     batch = _batch(_examples(vocab_size=model.config.vocab_size), model.device)
     with torch.no_grad():
-        seen = float(token_nlls(model.eval(), batch).sum())
-        with measuring(model): measured = float(token_scores(model, batch)[0].sum())
+        seen = float(token_scores(model.eval(), batch).nll.sum())
+        with measuring(model): measured = float(token_scores(model, batch).nll.sum())
         with adapter_off(model), measuring(model): token_scores(model, batch)
     if not abs(seen - measured) < 0.02*abs(measured): return [('fail', f'validation and evaluation disagree: {seen:.4g} and {measured:.4g} nats', _TESTED_SET)]
     return [('ok', 'validation and evaluation agree')]
@@ -356,10 +356,10 @@ def _tiny(device, lora=True, **kw):
 
 def _packed_is_alone(device):
     import torch
-    from llama_nb.loss import token_nlls
+    from llama_nb.loss import token_scores
     model, rows = _tiny(device), _examples()
-    together = token_nlls(model, _batch(rows, device))[0]
-    alone = torch.cat([token_nlls(model, _batch([row], device))[0] for row in rows])
+    together = token_scores(model, _batch(rows, device)).nll
+    alone = torch.cat([token_scores(model, _batch([row], device)).nll for row in rows])
     gap = float((together - alone).abs().max())
     return [('ok' if gap < 1e-4 else 'fail', f'largest difference of a token: {gap:.0e} nats', '' if gap < 1e-4 else 'set training.packing=false, and report this')]
 
@@ -387,7 +387,8 @@ def _four_bit_gradients(device):
     import torch
     from llama_nb.config import LoRAConfig, ModelConfig
     from llama_nb.fastpath import apply_fast_path_
-    from llama_nb.loss import batch_loss, token_nlls
+    from llama_nb.loss import batch_loss
+    from llama_nb.loss import token_scores
     from llama_nb.model import load_model
     from llama_nb.sources import quiet_transformers
     from llama_nb.shapes import tiny_llama
@@ -407,7 +408,7 @@ def _four_bit_gradients(device):
         return _gradients(m)
     reference = gradients(plain, True)
     gaps = {'trained': _gap(gradients(model, True), reference)}
-    token_nlls(model.eval(), batch) # an evaluation in between
+    token_scores(model.eval(), batch) # an evaluation in between
     gaps['after an evaluation'], gaps['in eval mode'] = _gap(gradients(model, True), reference), _gap(gradients(model, False), reference)
     worst = max(gaps, key=gaps.get)
     return [('ok' if gaps[worst] < 0.1 else 'fail', f'largest relative difference, {worst}: {gaps[worst]:.1%}',

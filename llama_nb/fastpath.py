@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from .attention import causal_lm, set_packed_attention_
+from .attention import causal_lm, PACKED, set_packed_attention_
 from .layers import fuse_layers_
 from .linears import keep_copies_, fuse_lora_, LoRALinear, packed_parts, unpack
 from .loss import batch_loss
@@ -26,6 +26,23 @@ def keep_freed_memory_()->bool: # Whether this system's allocator accepted it
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(-3, 2**30) and mallopt(-1, 2**31 - 1)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
+# %% ../nbs/44_fastpath.ipynb #003dad14
+def _use_stock(decoder, args, kwargs):
+    "Before a call without borders: switch to stock attention."
+    if decoder.config._attn_implementation != PACKED or kwargs.get('cu_seqlens') is not None: return
+    decoder.config._attn_implementation, decoder.stepped_aside = 'sdpa', True
+
+def _use_packed(decoder, args, kwargs, output):
+    "After such a call: switch back."
+    if decoder.__dict__.pop('stepped_aside', False): decoder.config._attn_implementation = PACKED
+
+def _step_aside_(model):
+    "Make packed attention step aside for batches without borders."
+    decoder = causal_lm(model).model
+    if _use_stock in decoder._forward_pre_hooks.values(): return
+    decoder.register_forward_pre_hook(_use_stock, with_kwargs=True)
+    decoder.register_forward_hook(_use_packed, with_kwargs=True, always_call=True)
+
 # %% ../nbs/44_fastpath.ipynb #f8014902
 def apply_fast_path_(
     model:nn.Module, # A causal LM, or a PEFT model around one; changed in place
@@ -34,7 +51,9 @@ def apply_fast_path_(
     layers:bool=True, # Norm, RoPE and SwiGLU as one function each, in training
 )->nn.Module: # The same model
     """Switch on the fast pieces in a model."""
-    if attention: set_packed_attention_(model)
+    if attention:
+        set_packed_attention_(model)
+        _step_aside_(model)
     if lora: fuse_lora_(model)
     if layers: fuse_layers_(model)
     return model

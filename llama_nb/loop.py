@@ -15,9 +15,6 @@ import random
 from contextlib import contextmanager
 from pathlib import Path
 
-# before transformers' trainer: see the note in `guards`
-from .guards import FiniteGuard, is_out_of_memory
-from .safe_trainer import SafeTrainer
 import psutil
 import torch
 from torch.utils.data import Sampler
@@ -27,11 +24,13 @@ from .config import LoRAConfig, ModelConfig, TrainingConfig
 from .conversation import IGNORE_INDEX
 from .errors import CheckpointError, ConfigError, LlamaNbError, logger, one_line
 from .fastpath import compiled_gap, fp8_copies_, fp8_gap, uses_autocast
+from .guards import FiniteGuard, is_out_of_memory
 from .linears import compile_layers_, uncompile_layers_
-from .loss import batch_loss, token_nlls
+from .loss import batch_loss, token_scores
 from .memory import CUDA_CONTEXT_BYTES, decide
-from .packing import PackedCollator, PackedRow, pack
+from .packing import pack, PackedCollator, PackedRow
 from .runs import Run
+from .safe_trainer import SafeTrainer
 from .scaling import LossScaler
 from .views import progress
 
@@ -152,7 +151,7 @@ class PackedTrainer(SafeTrainer, Trainer):
             for i in progress(batches, 'validation', unit='batch') if self.is_shown else batches:
                 batch = collate(rows[i:i+size])
                 batch.pop('rows')
-                with self.autocast(): nlls = token_nlls(self.model, self._prepare_inputs(batch))
+                with self.autocast(): nlls = token_scores(self.model, self._prepare_inputs(batch)).nll
                 total += nlls.double().sum()
                 count += int((batch['labels'] != IGNORE_INDEX).sum())
                 self.run.beat()

@@ -36,7 +36,8 @@ def _quiet()->Iterator[None]:
     finally: logger.setLevel(level)
 
 # %% ../nbs/11_lora.ipynb #01c2011e
-_SAME_NAME = ('r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora')
+_SAME_NAME = ('r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'bias')
+_LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj') # of a Llama's layer
 
 def peft_config(
     lora_config:LoRAConfig, # Our settings
@@ -47,13 +48,17 @@ def peft_config(
     Raises `ConfigError` if peft refuses the settings."""
     with _quiet(): from peft import LoraConfig
     as_list = lambda names: list(names) if isinstance(names, tuple) else names
-    start = lora_config.init_lora_weights
+    start, targets = lora_config.init_lora_weights, lora_config.target_modules
+    if lora_config.layers_to_transform and targets == 'all-linear': targets = _LINEARS # peft takes layers with names only
     try:
         return LoraConfig(
             **{name: getattr(lora_config, name) for name in _SAME_NAME},
             init_lora_weights=True if start == 'loftq' else start,
-            target_modules=as_list(lora_config.target_modules),
-            modules_to_save=as_list(lora_config.modules_to_save), bias='none', task_type='CAUSAL_LM')
+            target_modules=as_list(targets), exclude_modules=as_list(lora_config.exclude_modules),
+            layers_to_transform=as_list(lora_config.layers_to_transform),
+            rank_pattern=dict(lora_config.rank_pattern or {}), alpha_pattern=dict(lora_config.alpha_pattern or {}),
+            trainable_token_indices=as_list(lora_config.trainable_token_indices),
+            modules_to_save=as_list(lora_config.modules_to_save), task_type='CAUSAL_LM')
     except (ValueError, ImportError) as e: raise ConfigError(f'lora: {shorten(e, 150)}') from None
 
 # %% ../nbs/11_lora.ipynb #424770e2
@@ -90,6 +95,32 @@ def _check_targets(model, c):
         near = did_you_mean(wanted, last)
         raise ConfigError(f"lora: no layer is named {wanted!r}{near}; there are {', '.join(last)}")
 
+# %% ../nbs/11_lora.ipynb #867c1cde
+def _check_choice(model, c):
+    "Refuse layers, tokens and biases that this model does not have."
+    layers, vocabulary = model.config.num_hidden_layers, model.get_input_embeddings().weight.shape[0]
+    if too_far := [i for i in c.layers_to_transform or () if i >= layers]:
+        raise ConfigError(f'lora.layers_to_transform: found {too_far[0]}, and this model has the layers 0 to {layers - 1}')
+    if unknown := [i for i in c.trainable_token_indices or () if i >= vocabulary]:
+        raise ConfigError(f'lora.trainable_token_indices: found {unknown[0]}, and this model has the tokens 0 to {vocabulary - 1}')
+    if c.bias != 'none' and not any(name.endswith('.bias') for name, _ in model.named_parameters()):
+        raise ConfigError(f'lora.bias: found {c.bias!r}, and this model has no biases; leave it out')
+    names = {name for name, _ in model.named_modules()}
+    for wanted in c.exclude_modules or ():
+        if not any(name == wanted or name.endswith('.' + wanted) for name in names):
+            last = sorted({name.rpartition('.')[2] for name in names} - {''})
+            near = did_you_mean(wanted, last)
+            raise ConfigError(f'lora.exclude_modules: no layer is named {wanted!r}{near}')
+
+def _check_patterns(tuned, c):
+    "Refuse a pattern for ranks or alphas that matches no adapted layer."
+    adapted = [name for name, module in tuned.get_base_model().named_modules() if hasattr(module, 'lora_A')]
+    for key in ('rank_pattern', 'alpha_pattern'):
+        for pattern in getattr(c, key) or ():
+            if any(re.match(rf'(.*\.)?({pattern})$', name) for name in adapted): continue
+            near = did_you_mean(pattern, {name.rpartition('.')[2] for name in adapted})
+            raise ConfigError(f'lora.{key}: {pattern!r} matches no adapted layer{near}')
+
 # %% ../nbs/11_lora.ipynb #dfaeea7a
 def add_lora(
     model:nn.Module, # A transformers causal language model, its linears in 4 bits or not
@@ -104,6 +135,7 @@ def add_lora(
     if hasattr(model, 'peft_config'): raise ValueError('this model already has a LoRA adapter; load a fresh base')
     _check_start(model, lora_config, full_weight)
     _check_targets(model, lora_config)
+    _check_choice(model, lora_config)
     config = peft_config(lora_config)
     tied = getattr(model.config, 'tie_word_embeddings', False)
     if lora_config.modules_to_save and tied: config.ensure_weight_tying = True
@@ -111,6 +143,7 @@ def add_lora(
         from peft import get_peft_model
         try: tuned = get_peft_model(model, config) # autocast_adapter_dtype=True: adapters in float32
         except ValueError as e: raise ConfigError(f'lora: {shorten(e, 150)}') from None
+    _check_patterns(tuned, lora_config)
     if lora_config.init_lora_weights == 'loftq': _loftq_start_(tuned, full_weight)
     return tuned
 

@@ -183,14 +183,16 @@ def compute_dtype(
 def bnb_config(
     model_config, # A `ModelConfig`
     device:str|torch.device|None=None, # Device of the model; `None`: CUDA if available, else the CPU
-): # A `transformers.BitsAndBytesConfig`, or `None` if the config does not ask for 4 bits
+): # A `transformers.BitsAndBytesConfig`, or `None` if the config asks for neither 4 nor 8 bits
     """The bitsandbytes settings of a model config.
 
     The compute dtype is always set, because bitsandbytes' default is float32.
     Raises `ConfigError` as `compute_dtype` does."""
-    if not model_config.use_4bit: return None
+    in_8bit = getattr(model_config, 'load_in_8bit', False)
+    if not (model_config.use_4bit or in_8bit): return None
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
+    if in_8bit: return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model_config.bnb_4bit_quant_type,

@@ -10,7 +10,6 @@ __all__ = ['STATISTICS', 'LOWER_IS_BETTER', 'LABELS', 'TITLES', 'JUDGED', 'HIGHE
 import copy
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,9 @@ import numpy as np
 from .errors import ConfigError, DataError, did_you_mean, shorten
 from .intervals import bootstrap_interval, Difference, FEW, Interval, paired_difference
 from .metrics import bleu_from_stats, chrf_from_stats, distinct, perplexity, ratio
-from .views import escape, follow_theme_, PALETTE, picture, plain_text, side_by_side, table, View
+from .views import escape, follow_theme_, PALETTE, picture, plain_json, plain_text, side_by_side, table, View
+from .views import write_json
+from .views import write_jsonl
 
 # %% ../nbs/63_report.ipynb #e380c303
 STATISTICS = dict(perplexity=perplexity, perplexity_without_eot=perplexity, word_perplexity=perplexity,
@@ -165,15 +166,11 @@ def _failed_thresholds(scores, thresholds):
     return lines
 
 # %% ../nbs/63_report.ipynb #23d40e8b
-def _clean(x):
-    "Data as JSON can store it: floats of 10 digits, `None` for nan and infinity."
-    if isinstance(x, dict): return {str(k): _clean(v) for k,v in x.items()}
-    if isinstance(x, (list, tuple)): return [_clean(v) for v in x]
-    if isinstance(x, np.generic): x = x.item()
-    if not isinstance(x, float): return x
-    return float(f'{x:.10g}') if math.isfinite(x) else None
+def _rounded(x):
+    "Plain data; floats keep 10 digits."
+    return plain_json(x, digits=10)
 
-def _plain(interval):
+def _interval_dict(interval):
     "An `Interval` or `Difference` as a dictionary."
     keys = ('value', 'low', 'high')
     if isinstance(interval, Difference): keys += ('p_value', 'measurable')
@@ -181,7 +178,7 @@ def _plain(interval):
 
 def _plain_groups(groups):
     "Model or comparison → metric → plain dictionary."
-    def plain(metrics): return {name: _clean(_plain(i)) for name,i in metrics.items()}
+    def plain(metrics): return {name: _rounded(_interval_dict(i)) for name,i in metrics.items()}
     return {group: plain(metrics) for group,metrics in groups.items()}
 
 # %% ../nbs/63_report.ipynb #a575e711
@@ -192,7 +189,7 @@ def _groups_dict(report):
         for name,d in metrics.items():
             base = scores[group.removeprefix('tuned - ')][name]['value']
             d['relative'] = d['value']/base if base and d['value'] is not None else None
-    return _clean(dict(scores=scores, differences=changes))
+    return _rounded(dict(scores=scores, differences=changes))
 
 def _slice_dict(part): return {'n': part.n, 'too_small': part.n < FEW, **_groups_dict(part)}
 
@@ -200,7 +197,7 @@ def _report_dict(report):
     "A report as plain data."
     plain = dict(verdict=report.verdict.text, outcome=report.verdict.word)
     if report.about: plain['about'] = report.about
-    plain |= _groups_dict(report) | _clean(dict(skipped=report.skipped, settings={'n': report.n, **report.settings}))
+    plain |= _groups_dict(report) | _rounded(dict(skipped=report.skipped, settings={'n': report.n, **report.settings}))
     if report.slices: plain['slices'] = {name: _slice_dict(part) for name,part in report.slices.items()}
     return plain
 
@@ -581,23 +578,16 @@ def _report_page(report):
     parts = [f'<h1>{escape(heading)}</h1>', f'<p>{escape(subtitle)}</p>', _first_look(report), everything]
     if chosen: parts.append(f'<h2>{len(chosen)} of {report.n} conversations</h2>')
     parts += [_card(report, i, reasons) for i,reasons in chosen.items()]
-    settings = table(list(_setting_rows(_clean(report.settings))), columns=['setting', 'value'])
+    settings = table(list(_setting_rows(_rounded(report.settings))), columns=['setting', 'value'])
     return View('\n'.join([*parts, _folded('Settings', _scrolled(settings.html))]), _report_text(report))
 
 # %% ../nbs/63_report.ipynb #90c9d94c
-def _write(path, text):
-    "Write a file in one step."
-    stage = path.with_name(f'.{path.name}.tmp')
-    stage.write_bytes(text.encode('utf-8', 'replace'))
-    os.replace(stage, path)
-
 def _save_report(report, folder):
     "Write `metrics.json`, `samples.jsonl` and `report.html`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    samples = [json.dumps(_clean(s), ensure_ascii=False, allow_nan=False) + '\n' for s in report.samples]
-    _write(folder/'metrics.json', json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + '\n')
-    _write(folder/'samples.jsonl', ''.join(samples))
+    write_json(folder/'metrics.json', report.to_dict())
+    write_jsonl(folder/'samples.jsonl', _rounded(report.samples))
     _report_page(report).save(folder/'report.html', _page_title(report))
     return folder
 

@@ -23,6 +23,7 @@ from .config import RunConfig, to_dict
 from .errors import CheckpointError, ConfigError, redact
 from .model import sampled_bytes
 from .runs import Run, create_run, environment, list_runs
+from .views import plain_json
 
 # %% ../nbs/70_resume.ipynb #c45e073f
 def hash_parts(
@@ -71,7 +72,7 @@ def run_facts(
     named = settings['data.dataset_name']
     if Path(named).expanduser().exists(): settings['data.dataset_name'] = Path(named).name # its rows are compared
     packages = environment()['packages']
-    return {'format': 1, 'settings': json.loads(json.dumps({**settings, **derived}, default=str)),
+    return {'format': 1, 'settings': plain_json({**settings, **derived}),
             'versions': {k: packages[k] for k in _NUMERIC if k in packages}}
 
 # %% ../nbs/70_resume.ipynb #b5c957fa

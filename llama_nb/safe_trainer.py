@@ -24,7 +24,8 @@ from transformers import TrainerCallback
 from .checkpoints import rotate_checkpoints, stage_checkpoint
 from .errors import CheckpointError, LlamaNbError, logger, one_line
 from .quantization import import_bitsandbytes
-from .runs import Run, write_json
+from .runs import Run
+from .views import write_json
 
 # %% ../nbs/53_safe_trainer.ipynb #c1ff81f8
 KEEP_LOGS = 2000 # Longest `trainer.state.log_history`; older lines are removed

@@ -7,7 +7,6 @@ __all__ = ['EventLog', 'SampleGuard', 'ProgressBar', 'PaceGuard', 'in_notebook',
            'guards']
 
 # %% ../nbs/55_trackers.ipynb #663748b1
-import json
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from .errors import import_extra, logger, one_line
 from .guards import FiniteGuard, InterruptGuard, SpikeGuard, TrialGuard
 from .runs import cell_number, Run, RunView, spoken_time
 from .safe_trainer import Guard, same_random_state
-from .views import can_show_progress, tell, View
+from .views import can_show_progress, tell, View, write_jsonl
 
 # %% ../nbs/55_trackers.ipynb #8a9743c8
 def _num_tokens(batches):
@@ -76,7 +75,7 @@ class SampleGuard(Guard):
             samples = self.make()
             path = self.run.folder/'samples'/f'step-{state.global_step}.jsonl'
             path.parent.mkdir(exist_ok=True)
-            path.write_text(''.join(json.dumps(s, ensure_ascii=False) + '\n' for s in samples), encoding='utf-8')
+            write_jsonl(path, samples)
             seconds = round(time.monotonic() - since, 4)
             self.run.log('samples', step=state.global_step, count=len(samples), seconds=seconds)
         except Exception as e: logger.warning('no samples at step %s: %s', state.global_step, one_line(e))

@@ -23,7 +23,8 @@ from transformers import PrinterCallback, TrainerState
 
 from .card import write_card
 from .checkpoints import fsync_path, is_disk_full, check_space, disk_full
-from .config import absolute_paths, save_config
+from .config import absolute_paths
+from .runs import save_config
 from .config import DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, RunConfig, TrainingConfig
 from .conversation import conversation_hash
 from .data import DataSplits, read_data
@@ -47,8 +48,10 @@ from .resume import first_facts, forget_adapter
 from .resume import (
     hash_parts, check_settings, data_fingerprint, exclusive, find_checkpoint, open_run, run_facts, settled, sweep,
     weights_fingerprint)
-from .runs import TRAINED_ROWS, last_step, write_text
-from .runs import check_name, environment, Run, write_json
+from .runs import TRAINED_ROWS, last_step
+from .views import write_text
+from .runs import check_name, environment, Run
+from .views import write_json
 from .safe_trainer import save_adapter
 from .segments import get_template
 from .sources import model_shape

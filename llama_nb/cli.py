@@ -457,7 +457,9 @@ def _evaluate(run:_Run, overrides:_Overrides=None, data:_EvalData=None, name:_Ev
     from llama_nb.model import load_model, load_tuned
     from llama_nb.card import write_card
     from llama_nb.runs import Run, last_step, trained_rows
-    trained, about = trained_rows(run), {'run': Path(run).resolve().name, 'date': date.today().isoformat()}
+    trained = trained_rows(run)
+    if trained is None: tell(f'{redact(run)} keeps no list of the rows it was trained on, so this is not checked')
+    about = {'run': Path(run).resolve().name, 'date': date.today().isoformat()}
     cfg, chosen = _conversations(cfg, run, data, overrides or [], set() if allow_trained else trained or set())
     with stage(_loading(cfg.model)): model, tokenizer = load_tuned(run, **_changed_model(cfg, run))
     in_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False))

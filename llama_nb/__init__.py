@@ -47,6 +47,8 @@ _MODULES = {
     'losses': 'PerplexityEvaluator top_losses explain',
     'evaluation': 'QualitativeEvaluator EvaluationFramework run_lm_eval',
     'comparison': 'compare',
+    'stopping': '',
+    'inputs': '',
     'resume': '',
     'loop': '',
     'train': 'LLAMATrainer',

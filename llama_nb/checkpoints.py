@@ -218,6 +218,7 @@ def rotate_checkpoints(
     folder, # A run's folder
     keep:int=2, # Valid checkpoints to keep, at least 2
     run_id:str|None=None, # Run they must belong to; `None` counts any
+    kept_steps=(), # Steps whose checkpoints stay, whatever their age
 )->list: # The folders removed
     "Remove what is older than the `keep` newest valid checkpoints. Raises `ConfigError` for `keep` below 2."
     if keep < 2:
@@ -226,8 +227,9 @@ def rotate_checkpoints(
     newest, valid = checkpoints(folder)[::-1], 0
     for i,checkpoint in enumerate(newest):
         if valid == keep:
-            for old in newest[i:][::-1]: _remove(old)
-            return newest[i:]
+            old = [c for c in newest[i:] if _number(c) not in kept_steps]
+            for c in old[::-1]: _remove(c)
+            return old
         valid += not verify_checkpoint(checkpoint, run_id)
     return []
 

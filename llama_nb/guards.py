@@ -269,8 +269,10 @@ class InterruptGuard(Guard):
     )->bool: # Whether the evaluation of its step must still be done
         "Check whether the step of a checkpoint was evaluated. If so, its result is added to the history, which was saved before."
         step = state.global_step
-        due = step > 0 and (step % (state.eval_steps or step) == 0 or step >= state.max_steps) # the last step is evaluated too
-        if args.eval_strategy != 'steps' or not due or not self.run: return False
+        by_epoch = args.eval_strategy == 'epoch'
+        whole = abs(state.epoch - round(state.epoch)) < 1e-6 if by_epoch and state.epoch else step % (state.eval_steps or step) == 0
+        due = step > 0 and (whole or step >= state.max_steps) # the last step is evaluated too
+        if args.eval_strategy == 'no' or not due or not self.run: return False
         def is_result(event): return event['kind'] == 'eval' and event.get('step') == state.global_step
         result = next((e for e in self.run.events()[::-1] if is_result(e)), None)
         if result is None or state.global_step not in dict(self.run.metrics('eval_loss')): return True
@@ -291,6 +293,10 @@ class InterruptGuard(Guard):
         if not self.requested and stop and stop.exists():
             stop.unlink()
             self.requested = 'STOP file'
+        if self.requested and state.global_step < state.max_steps: control.should_evaluate = False
+        return self._stop(state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs): # a stop in the middle of an epoch ends the epoch too
         if self.requested and state.global_step < state.max_steps: control.should_evaluate = False
         return self._stop(state, control)
 
@@ -353,6 +359,7 @@ class TrialGuard(Guard):
         trainer, spent, since = self.trainer, {}, time.monotonic()
         def note(name): spent[name] = round(time.monotonic() - since - sum(spent.values()), 4)
         rows = trainer.eval_dataset if args.eval_strategy != 'no' else None
+        if isinstance(rows, dict): rows = next(iter(rows.values()))
         tell('trying one validation batch and one save' if rows is not None else 'trying one save')
         with trial_run(trainer) as run:
             if rows is not None:

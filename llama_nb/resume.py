@@ -58,7 +58,10 @@ def data_fingerprint(
 _FREE = { # settings that do not affect the weights
     'model.model_name', 'model.revision', 'data.data_path', 'training.output_dir', 'training.run_name',
     'training.logging_steps', 'training.save_steps', 'training.eval_steps', 'training.save_total_limit',
-    'training.gradient_checkpointing', 'training.allow_changes', 'training.report_to'}
+    'training.gradient_checkpointing', 'training.allow_changes', 'training.report_to', 'training.save_strategy',
+    'training.eval_strategy', 'training.per_device_eval_batch_size', 'training.dataloader_num_workers',
+    'training.save_only_model', 'training.load_best_model_at_end', 'training.early_stopping',
+    'training.early_stopping_delta', 'training.push_to_hub', 'training.hub_model_id', 'training.hub_private_repo'}
 _NUMERIC = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'numpy', 'tokenizers') # can change results
 
 def run_facts(
@@ -175,6 +178,9 @@ def find_checkpoint(
                           'to go back, move the newer checkpoints out of the folder')
     if checkpoint is None: return None
     missing = [name for name in PARTS if not (checkpoint/name).is_file()]
+    if missing and (run.config.get('training') or {}).get('save_only_model'):
+        raise CheckpointError(f'{run.name}/{checkpoint.name} was saved with training.save_only_model, so it holds no optimizer and '
+                              'cannot be resumed; start a new run from its weights: LLAMATrainer(..., adapter=...)')
     if not any(checkpoint.glob('rng_state*.pth')): missing.append('rng_state.pth')
     if missing: raise CheckpointError(f'{run.name}/{checkpoint.name} has no {missing[0]}, so the run cannot be resumed exactly. {_MOVE_AWAY}')
     for name in ('run.json', 'trainer_state.json'): _read_json(checkpoint/name)

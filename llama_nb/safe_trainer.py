@@ -139,7 +139,15 @@ class SafeTrainer(_StepWindow):
             settings = self.run.folder/'config.yaml' # of this start; a later one may allow changes
             if settings.is_file(): shutil.copyfile(settings, stage/settings.name)
         self.saved_step = step
-        rotate_checkpoints(self.run.folder, max(2, self.args.save_total_limit or 2), self.run.id)
+        keep = max(2, self.args.save_total_limit or 2)
+        rotate_checkpoints(self.run.folder, keep, self.run.id, self.kept_steps())
+
+    def kept_steps(self)->set:
+        "Steps whose checkpoints are kept whatever their age: the one with the lowest validation loss."
+        losses = dict(self.run.metrics('eval_loss'))
+        saved = [int(c.name.rpartition('-')[2]) for c in self.run.checkpoints()]
+        scored = [step for step in saved if step in losses]
+        return {min(scored, key=lambda step: (losses[step], step))} if scored else set()
 
     def _get_output_dir(self, *args, **kwargs): # the stock code asks here where to save
         return str(self._stage) if self._stage else super()._get_output_dir(*args, **kwargs)

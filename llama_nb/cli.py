@@ -29,6 +29,7 @@ from .config import PRESETS, RunConfig, config_schema, load_config, preset as na
 from .errors import (ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean,
                              exit_code, logger, one_line, redact, shorten)
 from .views import can_show_color, can_show_progress, Line, plain_json, plain_text, progress, stage, table, tell, text_lines
+from .config import explain_setting
 
 # %% ../nbs/93_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -217,6 +218,17 @@ def _config_presets(as_json:_Json=False):
              'max_length': c.model.max_length} for name,c in found.items()]
     return _Answer({'presets': {name: to_dict(c) for name,c in found.items()}}, table(rows).text)
 
+# %% ../nbs/93_cli.ipynb #8443e5c9
+_Key = Annotated[str, typer.Argument(metavar='KEY', help='A setting, such as training.warmup_steps.')]
+
+@_config_app.command('explain')
+@_command
+def _config_explain(key:_Key, as_json:_Json=False):
+    "Say what a setting means, what it may be, and its default."
+    found = explain_setting(key)
+    lines = [f"{found['setting']}: {found['meaning']}", f"allowed: {found['allowed']}", f"default: {json.dumps(found['default'])}"]
+    return _Answer(found, '\n'.join(lines))
+
 # %% ../nbs/93_cli.ipynb #67fe5152
 def _memory(cfg):
     "The memory plan of a config."
@@ -228,8 +240,8 @@ def _masks(conversations, cfg, show=1):
     from llama_nb.dialogue import encode
     from llama_nb.verification import verify_masks
     from llama_nb.masks import show_mask
-    from llama_nb.model import load_tokenizer
-    tokenizer = load_tokenizer(cfg.model.model_name, revision=cfg.model.revision)
+    from llama_nb.model import run_tokenizer
+    tokenizer = run_tokenizer(cfg)
     counted = progress(conversations, 'proving the masks', unit='conversation')
     proof = verify_masks(counted, tokenizer, template=cfg.data.template)
     views = []
@@ -736,8 +748,8 @@ def _checked(found, cfg, wanted):
     "The data set with the findings in its texts."
     _stage(f'loading the tokenizer of {cfg.model.model_name}')
     from llama_nb.quality import check_data
-    from llama_nb.model import load_tokenizer
-    tokenizer = load_tokenizer(cfg.model.model_name, revision=cfg.model.revision)
+    from llama_nb.model import run_tokenizer
+    tokenizer = run_tokenizer(cfg)
     _stage(f'checking {len(found.train) + len(found.validation):,} conversations')
     return check_data(found, tokenizer, cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix=wanted)
 

@@ -51,15 +51,9 @@ def unpack(
 def _as_rows(x): return x.reshape(-1, x.shape[-1])
 def _scaled_matmul(a, b, alpha): return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
 
-def _fp8_forward(rows, parts, eight=None):
-    "`rows @ W.t()` in fp8; `eight` are the rounded rows if another layer has rounded them already."
-    return fp8_matmul(*(eight or rows_to_fp8(rows)), *parts[:2], rows.dtype, fast=True)
-
-def _forward_product(rows, low, B, bias, scaling, sizes, kind, parts, eight=None):
-    "`rows @ W.t() + bias + scaling*low @ B.t()`. An fp8 product cannot add to a tensor, so there the update is added to it."
-    out = _fp8_forward(rows, parts, eight) if kind == 'fp8' else _scaled_matmul(low, B.t(), scaling)
-    if bias is not None: out += bias.to(rows.dtype)
-    if kind == 'fp8': return out.addmm_(low, B.t(), alpha=scaling)
+def _add_frozen_(rows, sizes, kind, parts, out, eight=None):
+    "Add `rows @ W.t()` to `out` in place; `eight` are the rows in fp8 if they are rounded already."
+    if kind == 'fp8': return out.add_(fp8_matmul(*(eight or rows_to_fp8(rows)), *parts[:2], rows.dtype, fast=True))
     return out.addmm_(rows, unpack(parts, sizes, kind, rows.dtype).t())
 
 def _frozen_backward(grad, sizes, kind, parts, out=None):
@@ -69,13 +63,6 @@ def _frozen_backward(grad, sizes, kind, parts, out=None):
         return product if out is None else out.add_(product)
     W = unpack(parts, sizes, kind, grad.dtype)
     return grad @ W if out is None else out.addmm_(grad, W)
-
-def _input_gradient(grads, low_grads, A, scaling, sizes, kinds, parts):
-    "Sum of `grad @ W` over layers on one input, plus `scaling*low_grads @ A`; that is added to an fp8 product."
-    eight = 'fp8' in kinds
-    out = None if eight else _scaled_matmul(low_grads, A, scaling)
-    for grad, s, kind, p in zip(grads, sizes, kinds, parts): out = _frozen_backward(grad, s, kind, p, out)
-    return out.addmm_(low_grads, A, alpha=scaling) if eight else out
 
 # %% ../nbs/42_linears.ipynb #975223a0
 def lora_forward(
@@ -92,8 +79,9 @@ def lora_forward(
     "Frozen linear plus low-rank update."
     rows = _as_rows(x)
     low = (rows if dropped is None else _as_rows(dropped)) @ lora_A.to(x.dtype).t()
-    out = _forward_product(rows, low, lora_B.to(x.dtype), bias, scaling, sizes, kind, parts)
-    return out.view(*x.shape[:-1], sizes[0]), low
+    out = _scaled_matmul(low, lora_B.to(x.dtype).t(), scaling)
+    if bias is not None: out += bias.to(x.dtype)
+    return _add_frozen_(rows, sizes, kind, parts, out).view(*x.shape[:-1], sizes[0]), low
 
 # %% ../nbs/42_linears.ipynb #7a564430
 def _lora_B_gradient(
@@ -127,7 +115,7 @@ def lora_backward(
     dB = _lora_B_gradient(rows @ A.t() if low is None else low, g, lora_B, scaling)
     if dropped is None:
         if not with_x: return empty, g.new_empty(0), dA, dB
-        return _input_gradient([g], gB, A, scaling, [sizes], [kind], [parts]).view(x.shape), empty, dA, dB
+        return _frozen_backward(g, sizes, kind, parts, _scaled_matmul(gB, A, scaling)).view(x.shape), empty, dA, dB
     dx = _frozen_backward(g, sizes, kind, parts).view(x.shape) if with_x else empty
     return dx, _scaled_matmul(gB, A, scaling).view(x.shape), dA, dB
 
@@ -246,9 +234,9 @@ class _LoRAGroup(torch.autograd.Function):
         ctx.save_for_backward(x, lows, *tensors)
         ctx.settings = scaling, sizes, kinds, counts
         split = lows.split([len(A) for A in As], 1)
+        outs = [_scaled_matmul(low, B.to(x.dtype).t(), scaling) for low, B in zip(split, Bs)]
         eight = rows_to_fp8(rows) if 'fp8' in kinds else None # rounded once for all layers
-        outs = [_forward_product(rows, low, B.to(x.dtype), None, scaling, s, kind, p, eight)
-                for low, B, s, kind, p in zip(split, Bs, sizes, kinds, parts)]
+        for out, p, s, kind in zip(outs, parts, sizes, kinds): _add_frozen_(rows, s, kind, p, out, eight)
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
@@ -264,7 +252,9 @@ class _LoRAGroup(torch.autograd.Function):
         dAs = (gBs.t() @ rows).to(As[0].dtype).mul_(scaling).split(ranks)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _input_gradient(gs, gBs, torch.cat(As).to(x.dtype), scaling, sizes, kinds, parts).view(x.shape)
+            dx = _scaled_matmul(gBs, torch.cat(As).to(x.dtype), scaling)
+            for g, p, s, kind in zip(gs, parts, sizes, kinds): _frozen_backward(g, s, kind, p, dx)
+            dx = dx.view(x.shape)
         return dx, None, None, None, None, *dAs, *dBs, *[None]*sum(counts)
 
 # %% ../nbs/42_linears.ipynb #8894d11f

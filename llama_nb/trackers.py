@@ -7,7 +7,9 @@ __all__ = ['EventLog', 'SampleGuard', 'ProgressBar', 'PaceGuard', 'in_notebook',
            'guards']
 
 # %% ../nbs/55_trackers.ipynb #663748b1
+import json
 import os
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -201,17 +203,27 @@ def _has_wandb_key():
     try: return any('wandb' in host for host in netrc.netrc(os.environ.get('NETRC')).hosts)
     except (OSError, netrc.NetrcParseError): return False
 
+# %% ../nbs/55_trackers.ipynb #e163db6e
+class _TrackedArgs:
+    "`TrainingArguments` for a tracker: its settings are only what `tracked_config` lets out."
+    def __init__(self, args, run): self._args, self._run, self.run_name = args, run, run.name
+    def __getattr__(self, name): return getattr(self._args, name)
+    def to_dict(self)->dict: return tracked_config(self._run.config)
+    def to_sanitized_dict(self)->dict: return self.to_dict()
+    def to_json_string(self)->str: return json.dumps(self.to_dict())
+
 # %% ../nbs/55_trackers.ipynb #3b2f87b4
 class Tracker(Guard):
-    "Sends numbers to TensorBoard or wandb. After a failure it warns once and stops."
+    "Sends numbers to a tracker. After a failure it warns once and stops."
     def __init__(self,
         run:Run, # Whose numbers
-        name:str, # `'tensorboard'` or `'wandb'`
+        name:str, # One of `TRACKERS`
     ): self.run, self.name, self.sink = run, name, None
 
     def _open(self):
         "Functions that write the values of a step, and that close the tracker."
-        return self._open_tensorboard() if self.name == 'tensorboard' else self._open_wandb()
+        own = {'tensorboard': self._open_tensorboard, 'wandb': self._open_wandb}
+        return own.get(self.name, self._open_other)()
 
     def _open_tensorboard(self):
         writer = import_extra('torch.utils.tensorboard', 'dev').SummaryWriter(str(self.run.folder/'tensorboard'))
@@ -223,16 +235,27 @@ class Tracker(Guard):
         wandb, folder = import_extra('wandb', 'dev'), self.run.folder
         mode = os.environ.get('WANDB_MODE') or ('online' if _has_wandb_key() else 'offline')
         if mode == 'offline':
-            logger.warning('wandb: offline; upload later with: wandb sync %s', folder.name + '/wandb/offline-run-*')
+            place = f'{shlex.quote(str(folder.absolute()))}/wandb/offline-run-*'
+            logger.warning('wandb: offline; upload later with: wandb sync %s', place)
         settings = wandb.Settings(console='off', save_code=False, disable_git=True, disable_code=True, x_disable_stats=True,
                                   x_disable_meta=True, silent=True)
         session = wandb.init(project=os.environ.get('WANDB_PROJECT', 'llama_nb'), name=self.run.name, dir=str(folder), mode=mode,
-                             config=tracked_config(self.run.config), settings=settings, reinit='finish_previous')
+                             config=tracked_config(self.run.config), settings=settings, reinit='finish_previous',
+                             id=self.run.id, resume='allow') # a resumed run goes on in the same place
         def finish():
             session.finish()
             # wandb's own log names folders of this machine
             for path in (folder/'wandb').rglob('debug*.log'): path.unlink(missing_ok=True)
         return (lambda values, step: session.log(values, step=step)), finish
+
+    def _open_other(self):
+        "A tracker of transformers. It sees our numbers and `tracked_config`, and neither folders nor the model."
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+        callback = INTEGRATION_TO_CALLBACK[self.name]()
+        args, state, control = _TrackedArgs(self.trainer.args, self.run), self.trainer.state, self.trainer.control
+        callback.on_train_begin(args, state, control, model=None)
+        def write(values, step): callback.on_log(args, self.trainer.state, control, model=None, logs=dict(values))
+        return write, lambda: callback.on_train_end(args, self.trainer.state, control, model=None, processing_class=None)
 
     def _try(self, action):
         "Run `action`; if it fails, warn and stop tracking."

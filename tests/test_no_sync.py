@@ -112,7 +112,7 @@ def test_no_question_between_logs(place, compute):
         if not logs: assert set(step) <= {'guards.take: tolist'} and sum(step.values()) <= 1, (i + 1, step)  # the guard's read of the step before, sent off a step ago
     asks = found[2]
     assert asks.get('trainer._maybe_log_save_evaluate: _local_scalar_dense') == 2, asks  # the stock loop's own: loss and gradient norm of a log line
-    assert set(asks) <= {'trainer._maybe_log_save_evaluate: _local_scalar_dense', 'guards.take: tolist', 'guards.on_log: _local_scalar_dense'}, asks
+    assert set(asks) <= {'trainer._maybe_log_save_evaluate: _local_scalar_dense', 'guards.take: tolist', 'trackers.on_log: _local_scalar_dense'}, asks
 
 
 def test_counter_sees_questions():

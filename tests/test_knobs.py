@@ -89,6 +89,7 @@ def test_fast_and_plain_paths_agree_under_every_adapter(tiny):
     from llama_nb.packing import PackedCollator
     from llama_nb.conversation import Example
     from llama_nb.shapes import tiny_llama
+    from transformers import LlamaForCausalLM
     ids = torch.randint(3, 500, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     batch = PackedCollator(0)([Example(input_ids=ids, labels=ids, spans=(), row=None)])
     choices = [*LORA.values(), dict(bias='all'), dict(modules_to_save=['lm_head']), dict(use_dora=True), dict(layers_to_transform=[0])]
@@ -96,7 +97,9 @@ def test_fast_and_plain_paths_agree_under_every_adapter(tiny):
         found = []
         for fast in (True, False):
             torch.manual_seed(0)
-            model = add_lora(tiny_llama(attention_bias='bias' in choice), LoRAConfig(r=4, **choice)).train()
+            base = tiny_llama()
+            base.config.attention_bias = 'bias' in choice
+            model = add_lora(LlamaForCausalLM(base.config), LoRAConfig(r=4, **choice)).train()
             for name, p in model.named_parameters():
                 if p.requires_grad: p.data += .02*torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
             if fast: loss = batch_loss(apply_fast_path_(model), batch)[0]

@@ -400,6 +400,9 @@ def _training_faults(t):
     if t.eval_strategy == 'no':
         for key in ('load_best_model_at_end', 'early_stopping'):
             if getattr(t, key): yield key, 'needs a validation loss; set eval_strategy to "steps" or "epoch"'
+    if t.early_stopping and t.lr_scheduler_type == 'warmup_stable_decay':
+        yield 'early_stopping', ('warmup_stable_decay gains most in its decay at the end, which a stop would leave out; '
+                                 'choose another schedule')
 
 _ADAM = ('adamw_torch_fused', 'adamw_torch', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit')
 _HAS_BETAS = ('lion_32bit', 'lion_8bit')

@@ -263,12 +263,12 @@ class PackedTrainer(SafeTrainer, Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return EpochOrder(len(train_dataset or self.train_dataset), self.args.seed)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, *args, **kwargs):
         "As stock, with `optim_args` and LoRA+."
         if self.optimizer is None and (self.config.optim_args or self.config.loraplus_lr_ratio):
             self.optimizer_cls_and_kwargs = optimizer_kind(self.args, self.config)
             if self.config.loraplus_lr_ratio: self.optimizer = _loraplus(self.model, self.args, self.config, self.optimizer_cls_and_kwargs)
-        made = super().create_optimizer(model)
+        made = super().create_optimizer(*args, **kwargs)
         self.first_groups = [(g.get('initial_lr', g['lr']), g.get('weight_decay', 0)) for g in self.optimizer.param_groups]
         return made
 

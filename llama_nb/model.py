@@ -113,6 +113,9 @@ def load_tokenizer(
     if chat_template is not None: tokenizer.chat_template = read_template(chat_template)
     if (special_tokens or {}).get('pad_token') is not None: return tokenizer
     pad = _choose_pad(tokenizer, _stop_tokens(tokenizer, source if Path(source).is_dir() else None), vocab_size)
+    if pad is None and vocab_size and len(tokenizer) > vocab_size:
+        raise ConfigError(f'tokenizer of {shorten(redact(name_or_path), 60)}: {len(tokenizer)} tokens, but the vocabulary of the '
+                          f'model has {vocab_size}; use the tokenizer that belongs to the model')
     if pad is None:
         raise ConfigError(f'tokenizer of {shorten(redact(name_or_path))}: every special token ends a reply or has no '
                           'embedding, so there is no pad token; add one to the tokenizer and resize the embeddings')

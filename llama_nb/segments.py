@@ -100,7 +100,7 @@ class TokenizerCopies:
         state = _description(tokenizer)
         self.added = {t['id']: t['content'] for t in state['added_tokens']}
         self.special = {k: v for k,v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        named = {*self.special.values(), *_STOPS}
+        named = {*self.special.values(), *tokenizer.all_special_tokens, *_STOPS}
         self.control = {t['id']: t['content'] for t in state['added_tokens']
                         if t['special'] or t['content'] in named or t['id'] in borders}
         self.eos, self.unk = tokenizer.eos_token_id, tokenizer.unk_token_id
@@ -186,7 +186,7 @@ def _state_of(tokenizer)->tuple:
     "The properties of a tokenizer that our copies depend on and you may change."
     template = tokenizer.chat_template
     template = template.copy() if isinstance(template, dict) else template
-    return len(tokenizer), template, tokenizer.special_tokens_map
+    return len(tokenizer), template, tokenizer.special_tokens_map, tokenizer.all_special_tokens
 
 def tokenizer_copies(
     tokenizer, # A transformers tokenizer

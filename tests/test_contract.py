@@ -34,7 +34,7 @@ def _rows(where, paths, takes=(), **kwargs): return [Row(path, tuple(takes), whe
 TRAINER = 'transformers.Trainer.'
 LLAMA = 'transformers.models.llama.modeling_llama.'
 CACHE = 'transformers.cache_utils.'
-EVENTS = 'on_train_begin on_train_end on_step_begin on_step_end on_pre_optimizer_step on_optimizer_step on_evaluate on_save on_log'
+EVENTS = 'on_train_begin on_train_end on_epoch_end on_step_begin on_step_end on_pre_optimizer_step on_optimizer_step on_evaluate on_save on_log'
 TABLE = [
     # transformers.Trainer: what SafeTrainer and PackedTrainer override, and what they call
     Row(TRAINER + '_save_checkpoint', ('model', 'trial'), 'guards', starts=True),
@@ -46,6 +46,14 @@ TABLE = [
     Row(TRAINER + '_load_optimizer_and_scheduler', ('checkpoint',), 'guards, loop', starts=True),
     Row(TRAINER + '_load_rng_state', ('checkpoint',), 'guards', starts=True),
     Row(TRAINER + '_load_scaler', ('checkpoint',), 'guards', starts=True),
+    Row(TRAINER + '_save_optimizer_and_scheduler', ('output_dir',), 'loop', starts=True),
+    Row(TRAINER + 'create_optimizer', (), 'loop'),
+    Row(TRAINER + 'create_scheduler', ('num_training_steps', 'optimizer'), 'loop', starts=True),
+    Row(TRAINER + 'prediction_step', ('model', 'inputs', 'prediction_loss_only', 'ignore_keys'), 'loop', starts=True),
+    Row('peft.optimizers.create_loraplus_optimizer', ('model', 'optimizer_cls', 'lr', 'loraplus_lr_ratio'), 'loop'),
+    Row('transformers.optimization.TYPE_TO_SCHEDULER_FUNCTION', (), 'loop'),
+    Row('transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK', (), 'trackers'),
+    Row('torch.optim.lr_scheduler.LambdaLR', ('optimizer', 'lr_lambda'), 'loop', starts=True),
     Row(TRAINER + '_get_grad_norm', ('model',), 'guards'),
     Row(TRAINER + '_get_train_sampler', ('train_dataset',), 'loop', starts=True),
     Row(TRAINER + '_prepare_inputs', ('inputs',), 'loop', starts=True),
@@ -212,8 +220,14 @@ def trainer():
     return Trainer(tuned(False), TrainingArguments(tempfile.mkdtemp(), report_to='none', use_cpu=True, disable_tqdm=True), train_dataset=[{'input_ids': [1]}])
 
 
+def scheduler():
+    import torch
+    return torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.), lambda step: 1.)
+
+
 OBJECTS = [  # what makes it, what to call it, the attributes we read or set, where
     (trainer, 'a transformers.Trainer', 'args state control callback_handler optimizer lr_scheduler accelerator model data_collator train_dataset eval_dataset model_accepts_loss_kwargs', 'guards, loop'),
+    (scheduler, 'a LambdaLR', '_last_lr lr_lambdas base_lrs last_epoch', 'loop'),
     (lambda: trainer().args, 'transformers.TrainingArguments', '_n_gpu n_gpu world_size eval_strategy save_total_limit device per_device_eval_batch_size', 'loop, guards'),
     (lambda: trainer().state, 'transformers.TrainerState', 'global_step max_steps epoch log_history', 'guards, train'),
     (lambda: trainer().control, 'transformers.TrainerControl', 'should_save should_evaluate should_log should_training_stop', 'guards'),
@@ -250,7 +264,8 @@ def test_operations():
     import_bitsandbytes()
     expected = {'bitsandbytes::dequantize_4bit': ('A', 'absmax', 'blocksize', 'quant_type', 'shape', 'dtype'), 'bitsandbytes::dequantize_blockwise': ('A', 'absmax', 'code', 'blocksize', 'dtype'),
                 'aten::_softmax_backward_data': ('grad_output', 'output', 'dim', 'input_dtype'), 'aten::silu_backward': ('grad_output', 'self'),
-                'aten::_scaled_mm': ('self', 'mat2', 'scale_a', 'scale_b')}
+                'aten::_scaled_mm': ('self', 'mat2', 'scale_a', 'scale_b'),
+                'aten::_efficient_attention_forward': ('query', 'key', 'value', 'bias', 'cu_seqlens_q', 'cu_seqlens_k', 'max_seqlen_q', 'max_seqlen_k', 'dropout_p', 'custom_mask_type', 'compute_log_sumexp')}
     for name, names in expected.items():
         space, op = name.split('::')
         found = [a.name for a in getattr(getattr(torch.ops, space), op).default._schema.arguments]
@@ -383,7 +398,7 @@ def unknown(trees, names):
 
 
 def test_every_private_name_we_touch_is_in_the_table():
-    schemas = {'_softmax_backward_data', '_scaled_mm'}  # in `test_operations`
+    schemas = {'_softmax_backward_data', '_scaled_mm', '_efficient_attention_forward'}  # in `test_operations`
     missing = unknown(modules(), known() | schemas)
     assert not missing, f'private names of other packages; add them to TABLE or OBJECTS: {missing}'
     made_up = {'x': ast.parse("model._new_secret(1); hasattr(model, '_other_secret'); self._mine = 1; y._mine")}

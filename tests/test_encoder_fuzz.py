@@ -97,8 +97,8 @@ def check(name, messages, train_on, cut=None):
     tok, control = tokenizer(name), tokenizer_copies(tokenizer(name))[0].control
     refused = name == 'llama2' and any(k in m['content'] for m in messages for k in MARKERS) or stripped(name, messages)
     try: e = encode(messages, tok, train_on=train_on)
-    except DataError as error: return '' if refused and ('a tokenizer cannot distinguish them' in str(error) or 'strip its own text' in str(error)) else f'refused: {error}'
-    if refused: return 'let through what the template cannot hold'
+    except DataError as error: return '' if refused and any(why in str(error) for why in ('a tokenizer cannot distinguish them', 'strip its own text', 'cannot be followed')) else f'refused: {error}'
+    if refused and not stripped(name, messages): return 'let through what the template cannot hold'
     ids, labels = e.input_ids, e.labels
     if len(ids) != len(labels): return f'{len(ids)} ids, {len(labels)} labels'
     if any(l not in (IGNORE_INDEX, i) for i,l in zip(ids, labels)): return 'a label is neither its id nor ignored'

@@ -14,7 +14,7 @@ from .conversation import Example, IGNORE_INDEX
 from .dialogue import encode
 from .errors import ConfigError, DataError, shorten
 from .prepared import PreparedRow
-from .segments import get_template
+from .segments import get_template, tokenizer_copies
 from .template import ChatTemplate, TEMPLATES
 
 # %% ../nbs/27_row_faults.ipynb #0911df1c
@@ -76,8 +76,9 @@ def _renamed(words:_Vocabulary, header:list, role:str)->dict[tuple,str]:
     text = words.decode(header)
     if role not in text or header[0] not in words.special: return {}
     found, control = {}, [i for i in header if i in words.special]
+    encode_template = tokenizer_copies(words.tokenizer)[0].full.encode
     for name,meant in _NAMES.items():
-        ids = words.tokenizer(text.replace(role, name), add_special_tokens=False)['input_ids']
+        ids = encode_template(text.replace(role, name), add_special_tokens=False).ids
         if [i for i in ids if i in words.special] == control: found[tuple(ids)] = meant
     return found
 

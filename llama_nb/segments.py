@@ -807,8 +807,8 @@ def written_by_template(enc, conv:Conversation)->WrittenConversation:
         layout = enc.layout(conv)
     unwritten = tuple(_Leaf(i, 'thought', ('reasoning_content',)) for i,m in enumerate(conv.messages)
                       if m.reasoning_content and not enc.thought)
-    texts, blank = _filled(conv, layout.items), any(m.content and not m.content.strip() for m in conv.messages)
-    if not layout.looks and not (blank and enc.asks_empty):
+    texts, blank = _filled(conv, layout.items), any(not m.content.strip() for m in conv.messages)
+    if not layout.looks and not blank: # a template may strip its own text together with an empty message
         return WrittenConversation(conv, layout.items, texts, unwritten + layout.left_out, as_text)
     official = official_text(enc, conv)
     if ''.join(texts) == official: return WrittenConversation(conv, layout.items, texts, unwritten + layout.left_out, as_text)
@@ -819,8 +819,10 @@ def written_by_template(enc, conv:Conversation)->WrittenConversation:
         if texts is None: continue
         cut = [x.leaf for x,a,b in zip(layout.items, whole, texts) if a.strip() != b.strip()]
         return WrittenConversation(other, layout.items, texts, (*unwritten, *layout.left_out, *cut), as_text)
-    raise DataError(f"template '{enc.template.name}' looks into the messages' text ({layout.looks}) and writes this "
-                    'conversation in a way that cannot be followed; choose another one')
+    why, remedy = f"looks into the messages' text ({layout.looks})", 'choose another one'
+    if not layout.looks: why, remedy = 'strips its own text beside an empty message', 'fill that message'
+    raise DataError(f"template '{enc.template.name}' {why} and writes this conversation in a way that cannot be followed; "
+                    + remedy)
 
 def official_text(enc, conv:Conversation)->str:
     "The template's own rendering. Raises `DataError` if it refuses the conversation."

@@ -14,7 +14,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from .errors import import_extra, logger, one_line
+from .errors import import_extra, logger, one_line, redact
 from .guards import FiniteGuard, InterruptGuard, SpikeGuard, TrialGuard
 from .runs import cell_number, Run, RunView, spoken_time
 from .safe_trainer import Guard, same_random_state
@@ -236,7 +236,7 @@ class Tracker(Guard):
         mode = os.environ.get('WANDB_MODE') or ('online' if _has_wandb_key() else 'offline')
         if mode == 'offline':
             place = f'{shlex.quote(str(folder.absolute()))}/wandb/offline-run-*'
-            logger.warning('wandb: offline; upload later with: wandb sync %s', place)
+            logger.warning('wandb: offline; upload later with: wandb sync %s', redact(place))
         settings = wandb.Settings(console='off', save_code=False, disable_git=True, disable_code=True, x_disable_stats=True,
                                   x_disable_meta=True, silent=True)
         session = wandb.init(project=os.environ.get('WANDB_PROJECT', 'llama_nb'), name=self.run.name, dir=str(folder), mode=mode,

@@ -58,7 +58,7 @@ docs: setup ## the documentation site in _docs/
 	@$(BIN)/python tools/docs.py
 
 bench: setup ## the CPU benchmark beside TRL; results in bench/results/
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,data,preference]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,data]' trl
 	@$(BIN)/python -m bench cpu
 
 clean: ## remove what was built (the environment and the model cache stay)

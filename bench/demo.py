@@ -32,7 +32,7 @@ def extras():
     def there(name):
         try: return bool(version(name))
         except PackageNotFoundError: return False
-    return [extra for extra, name in {'dev': 'nbdev', 'data': 'rensa', 'notebooks': 'jupyterlab', 'preference': 'trl'}.items() if there(name)]
+    return [extra for extra, name in {'dev': 'nbdev', 'data': 'rensa', 'notebooks': 'jupyterlab', 'trackers': 'tensorboard'}.items() if there(name)]
 
 
 def main():

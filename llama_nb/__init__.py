@@ -45,7 +45,7 @@ _MODULES = {
     'intervals': 'bootstrap_interval paired_difference',
     'report': 'EvaluationReport load_report',
     'losses': 'PerplexityEvaluator top_losses explain',
-    'evaluation': 'QualitativeEvaluator EvaluationFramework run_lm_eval',
+    'evaluation': 'QualitativeEvaluator EvaluationFramework evaluate_saved run_lm_eval',
     'comparison': 'compare',
     'stopping': '',
     'inputs': '',

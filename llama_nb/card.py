@@ -18,16 +18,33 @@ from .views import write_text
 
 # %% ../nbs/52_card.ipynb #f13cafd8
 _BEGIN, _END = '<!-- llama_nb: generated, do not edit between these marks -->', '<!-- llama_nb: end -->'
-
-def _rows(pairs): return '\n'.join(['| | |', '| --- | --- |', *[f'| {k} | {str(v).replace("|", chr(92) + "|")} |' for k,v in pairs if v not in (None, '', [])]])
-
 DEMO_BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # what `model_name='demo'` is, on the Hub
+
+def _fact_table(facts):
+    "A Markdown table of `(name, value)`; unknown values are left out."
+    def cell(value): return str(value).replace('|', '\\|')
+    lines = [f'| {name} | {cell(value)} |' for name,value in facts if value not in (None, '', [])]
+    return '\n'.join(['| | |', '| --- | --- |', *lines])
 
 def _base_name(name):
     "A base model as others may know it: a Hub id, or a folder's last name; and whether it is on the Hub."
     name = str(name)
     if name == 'demo' and not Path(name).is_dir(): return DEMO_BASE, True
-    return (name, True) if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists() else (Path(name).name, False)
+    if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists(): return name, True
+    return Path(name).name, False
+
+
+# %% ../nbs/52_card.ipynb #a1095a5e
+def _load_json(path):
+    "The object in a file; empty if there is none."
+    try: found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
+
+def _score_text(system, score):
+    "One model's score, with its interval if it has one."
+    interval = f" ({score['low']:.4g} to {score['high']:.4g})" if score.get('low') is not None else ''
+    return f"{system.replace('_', ' ')} {score['value']:.4g}{interval}"
 
 def _not_comparable(saved, step):
     "What a reader of scores must know: they are of another step, or of rows that were trained on."
@@ -41,37 +58,48 @@ def _scores(folder, step):
     "Verdict and main figures of the evaluation reports below `eval/`, as texts by name."
     found = {}
     for path in sorted(Path(folder).glob('eval/*/metrics.json')):
-        try: saved = json.loads(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError): continue
-        if not isinstance(saved, dict): continue
-        systems = saved.get('scores') or {}
+        saved = _load_json(path)
         name = path.parent.name + _not_comparable(saved, step)
         if saved.get('verdict'): found[f'verdict, {name}'] = saved['verdict']
         for metric in ('perplexity', 'bleu', 'rougeL'):
-            parts = [f"{s.replace('_', ' ')} {m['value']:.4g}" + (f" ({m['low']:.4g} to {m['high']:.4g})" if m.get('low') is not None else '')
-                     for s,values in systems.items() if (m := values.get(metric)) and m.get('value') is not None]
-            if parts: found[f'{metric}, {name}'] = '; '.join(parts)
+            scores = {system: values.get(metric) for system,values in (saved.get('scores') or {}).items()}
+            known = {system: s for system,s in scores.items() if s and s.get('value') is not None}
+            if known: found[f'{metric}, {name}'] = '; '.join(_score_text(*item) for item in known.items())
     return found
 
+# %% ../nbs/52_card.ipynb #da71f4b9
+_PACKAGES = ('llama_nb', 'transformers', 'peft', 'bitsandbytes', 'torch')
+
+def _setting_facts(model, lora, training):
+    "The settings that a reader of the card looks for first."
+    quant = f"{model.get('bnb_4bit_quant_type')}, nested {model.get('use_nested_quant')}"
+    adapter = f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}, on {lora.get('target_modules')}"
+    return {'4-bit base': quant if model.get('use_4bit') else None, 'LoRA': adapter if lora else None,
+            'learning rate': training.get('learning_rate'), 'seed': training.get('seed')}
+
+def _curve_facts(run):
+    "Steps, taught tokens and losses."
+    taught = sum(v for _,v in run.metrics('taught_tokens'))
+    def values(name): return [v for _,v in run.metrics(name)]
+    losses, held = values('loss'), values('eval_loss')
+    def span(first, last): return f'{first:.3f} → {last:.3f} nats per token'
+    return {'steps': last_step(run), 'taught tokens': f'{int(taught):,}' if taught else None,
+            'first and last training loss':
+                f'{span(losses[0], smooth(losses)[-1])} (last smoothed)' if losses else None,
+            'validation loss': span(held[0], held[-1]) if held else None}
+
+# %% ../nbs/52_card.ipynb #b2e13110
 def card_facts(
     run, # A `Run`
 )->dict: # Whatever the folder tells, by name
     "Gather the facts for a model card from a run's own files."
-    def load(name):
-        try: return json.loads((run.folder/name).read_text(encoding='utf-8'))
-        except (OSError, ValueError): return {}
-    config, env, data = run.config, load('environment.json'), load('data.json')
-    loss, held = run.metrics('loss'), run.metrics('eval_loss')
-    taught = sum(v for _,v in run.metrics('taught_tokens'))
+    config, env = run.config, _load_json(run.folder/'environment.json')
     model, lora, training = (config.get(k) or {} for k in ('model', 'lora', 'training'))
-    return {'base_model': model.get('model_name', 'unknown'), 'use_4bit': model.get('use_4bit'), 'compute_dtype': env.get('compute_dtype', 'bfloat16'), 'config': config, 'data': data,
-            'settings': {'4-bit base': f"{model.get('bnb_4bit_quant_type')}, nested {model.get('use_nested_quant')}" if model.get('use_4bit') else None,
-                         'LoRA': f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}, on {lora.get('target_modules')}" if lora else None,
-                         'learning rate': training.get('learning_rate'), 'seed': training.get('seed')},
-            'curves': {'steps': last_step(run), 'taught tokens': f'{int(taught):,}' if taught else None,
-                       'first and last training loss': f'{loss[0][1]:.3f} → {smooth([v for _,v in loss])[-1]:.3f} nats per token (last smoothed)' if loss else None,
-                       'validation loss': f'{held[0][1]:.3f} → {held[-1][1]:.3f} nats per token' if held else None},
-            'scores': _scores(run.folder, last_step(run)), 'packages': {k: env.get('packages', {}).get(k) for k in ('llama_nb', 'transformers', 'peft', 'bitsandbytes', 'torch')}}
+    return {'base_model': model.get('model_name', 'unknown'), 'use_4bit': model.get('use_4bit'),
+            'compute_dtype': env.get('compute_dtype', 'bfloat16'), 'config': config,
+            'data': _load_json(run.folder/'data.json'), 'settings': _setting_facts(model, lora, training),
+            'curves': _curve_facts(run), 'scores': _scores(run.folder, last_step(run)),
+            'packages': {name: env.get('packages', {}).get(name) for name in _PACKAGES}}
 
 # %% ../nbs/52_card.ipynb #15682985
 _LOAD = '''```python
@@ -83,7 +111,8 @@ model = AutoPeftModelForCausalLM.from_pretrained(folder, {settings}){layout}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```'''
 
-_ELSEWHERE = '''`adapter_config.json` names the base model as a folder of the computer that trained this adapter. On another computer, load the base first and put the adapter on it{about}:
+_ELSEWHERE = '''`adapter_config.json` names the base model as a folder of the computer that trained this adapter. \
+On another computer, load the base first and put the adapter on it{about}:
 
 ```python
 import torch
@@ -97,36 +126,67 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 # on such CPUs bitsandbytes repacks weights at the first evaluation, with scales rounded to bfloat16
 _LAYOUT = '''
-for m in model.modules():  # on CPUs with AVX512-BF16: keep the weights' layout of training, which is also the one with gradients
+# on CPUs with AVX512-BF16: keep the weights' layout of training, which is also the one with gradients
+for m in model.modules():
     if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False'''
 
+
+# %% ../nbs/52_card.ipynb #ee46f892
+def _load_settings(facts):
+    "Arguments of `from_pretrained` that load the base as it was trained on, and whether that is in 4 bits."
+    dtype = f"torch.{facts['compute_dtype']}"
+    if not facts['use_4bit']: return f'dtype={dtype}', False
+    model = {'bnb_4bit_quant_type': 'nf4', 'use_nested_quant': True, **facts['config'].get('model', {})}
+    return (f'dtype={dtype}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, '
+            f"bnb_4bit_quant_type={model['bnb_4bit_quant_type']!r}, "
+            f"bnb_4bit_use_double_quant={model['use_nested_quant']}, bnb_4bit_compute_dtype={dtype})"), True
+
+def _loading(facts):
+    "How to load the adapter, here and where the base is a folder elsewhere."
+    (base, on_hub), (settings, in_4bit) = _base_name(facts['base_model']), _load_settings(facts)
+    code = dict(settings=settings, more_import=', BitsAndBytesConfig' if in_4bit else '',
+                layout=_LAYOUT if in_4bit else '')
+    parts, is_demo = [_LOAD.format(**code)], on_hub and base != str(facts['base_model'])
+    if is_demo or not on_hub:
+        about = (' (the copy that was trained on was made from a Q4_1 GGUF file, so the numbers differ a little)'
+                 if is_demo else '')
+        parts.append(_ELSEWHERE.format(base=base if on_hub else f'path/to/{base}', about=about, **code))
+    return '\n\n'.join(parts)
+
+# %% ../nbs/52_card.ipynb #4281c4a3
+def _body(run, facts):
+    "The text of a card, below its metadata."
+    base, on_hub = _base_name(facts['base_model'])
+    about = [('base model', f'`{base}`' + ('' if on_hub else ' (a local folder, not a Hub id)')),
+             *facts['settings'].items()]
+    data = [(k.replace('_', ' '), v) for k,v in facts['data'].items() if isinstance(v, (str, int, float))]
+    has_plot = (run.folder/'plots'/'training.png').exists()
+    plot = '\n\n![loss and learning rate](plots/training.png)' if has_plot else ''
+    parts = [f'# {run.name}', f'A LoRA adapter for `{base}`, trained with llama_nb. '
+             'The licence of the base model applies to it too.', _fact_table(about)]
+    if facts['data']: parts.append(f'## Data\n\n{_fact_table(data)}')
+    parts.append(f'## Training\n\n{_fact_table(facts["curves"].items())}{plot}')
+    if facts['scores']: parts.append(f'## Scores\n\n{_fact_table(facts["scores"].items())}')
+    parts += [f'## How to load it\n\n{_loading(facts)}', f'## Made with\n\n{_fact_table(facts["packages"].items())}']
+    return '\n\n'.join(parts)
+
+def _own_text(old):
+    "The text of a card before and after its generated block."
+    text = re.sub(r'\A---\n.*?\n---\n', '', old, flags=re.S)
+    parts = re.split(f'{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?', text, maxsplit=1, flags=re.S)
+    return parts if len(parts) == 2 else ('', '')
+
+# %% ../nbs/52_card.ipynb #ac428721
 def write_card(
     run, # A `Run`
     facts:dict|None=None, # Facts that replace or add to those the folder tells, e.g. `{'scores': {...}}`
 )->Path: # The card
     "Write `README.md` from facts; text outside the generated block is kept."
-    f = {**card_facts(run), **(facts or {})}
-    (base, on_hub), data = _base_name(f['base_model']), f['data']
-    bnb = {'bnb_4bit_quant_type': 'nf4', 'use_nested_quant': True, **f['config'].get('model', {})} if f['use_4bit'] else None
-    dtype = f"torch.{f['compute_dtype']}"
-    quant = (f'dtype={dtype}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, '
-             f"bnb_4bit_quant_type={bnb['bnb_4bit_quant_type']!r}, bnb_4bit_use_double_quant={bnb['use_nested_quant']}, "
-             f'bnb_4bit_compute_dtype={dtype})') if bnb else f'dtype={dtype}'
-    code = dict(settings=quant, more_import=', BitsAndBytesConfig' if bnb else '', layout=_LAYOUT if bnb else '')
-    load, is_demo = [_LOAD.format(**code)], on_hub and base != str(f['base_model'])
-    about = ' (the copy that was trained on was made from a Q4_1 GGUF file, so the numbers differ a little)' if is_demo else ''
-    if is_demo or not on_hub: load.append(_ELSEWHERE.format(base=base if on_hub else f'path/to/{base}', about=about, **code))
-    head = {'base_model': base, 'library_name': 'peft', 'pipeline_tag': 'text-generation', 'tags': ['llama_nb', 'lora', *(['qlora'] if bnb else [])]}
-    facts_of = [('base model', f'`{base}`' + ('' if on_hub else ' (a local folder, not a Hub id)')), *f['settings'].items()]
-    body = [f'# {run.name}', f'A LoRA adapter for `{base}`, trained with llama_nb. The licence of the base model applies to it too.', _rows(facts_of),
-            *([f'## Data\n\n{_rows((k.replace("_", " "), v) for k,v in data.items() if isinstance(v, (str, int, float)))}'] if data else []),
-            f'## Training\n\n{_rows(f["curves"].items())}' + ('\n\n![loss and learning rate](plots/training.png)' if (run.folder/'plots'/'training.png').exists() else ''),
-            *([f'## Scores\n\n{_rows(f["scores"].items())}'] if f['scores'] else []),
-            '## How to load it\n\n' + '\n\n'.join(load),
-            f'## Made with\n\n{_rows(f["packages"].items())}']
-    block = f'{_BEGIN}\n\n' + '\n\n'.join(body) + f'\n\n{_END}\n'
-    path = run.folder/'README.md'
-    old = path.read_text(encoding='utf-8') if path.exists() else ''
-    own = re.split(f'{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?', re.sub(r'\A---\n.*?\n---\n', '', old, flags=re.S), maxsplit=1, flags=re.S)
-    before, after = own if len(own) == 2 else ('', '')
-    return write_text(path, redact(f'---\n{yaml.safe_dump(head, sort_keys=False)}---\n{before or chr(10)}{block}{after}'))
+    facts, path = {**card_facts(run), **(facts or {})}, run.folder/'README.md'
+    tags = ['llama_nb', 'lora', *(['qlora'] if facts['use_4bit'] else [])]
+    head = {'base_model': _base_name(facts['base_model'])[0], 'library_name': 'peft',
+            'pipeline_tag': 'text-generation', 'tags': tags}
+    before, after = _own_text(path.read_text(encoding='utf-8') if path.exists() else '')
+    block = f'{_BEGIN}\n\n{_body(run, facts)}\n\n{_END}\n'
+    metadata = yaml.safe_dump(head, sort_keys=False)
+    return write_text(path, redact(f'---\n{metadata}---\n{before or chr(10)}{block}{after}'))

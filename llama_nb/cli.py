@@ -25,11 +25,12 @@ from typing import Annotated, NamedTuple, Optional
 
 import typer
 
-from .config import PRESETS, RunConfig, config_schema, load_config, preset as named_preset, to_dict, to_yaml
-from .errors import (ConfigError, DataError, LlamaNbError, ResourceError, RunInterrupted, ThresholdError, did_you_mean,
-                             exit_code, logger, one_line, redact, shorten)
-from .views import can_show_color, can_show_progress, Line, plain_json, plain_text, progress, stage, table, tell, text_lines
-from .config import explain_setting
+from .config import (
+    config_schema, explain_setting, load_config, preset as named_preset, PRESETS, RunConfig, to_dict, to_yaml)
+from .errors import (
+    ConfigError, DataError, did_you_mean, exit_code, LlamaNbError, logger, one_line, redact, ResourceError,
+    RunInterrupted, shorten, ThresholdError)
+from .views import can_show_color, Line, plain_json, plain_text, progress, stage, table, tell, text_lines
 
 # %% ../nbs/93_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -311,12 +312,12 @@ def _dry_run(cfg):
     from llama_nb.train import touched_line
     context = {} if trainer.device.type == 'cuda' else {'context_bytes': 0} # there is no CUDA context on a CPU
     planned = plan(cfg.model, cfg.training, cfg.lora, **context)
-    rows, _, facts = trainer.rows() # raises as training would, for bad rows and for conversations that are too long
-    data, steps = trainer.data, _planned_steps(trainer, rows)
+    packed = trainer.rows() # raises as training would, for bad rows and for conversations that are too long
+    data, facts, steps = trainer.data, packed.facts, _planned_steps(trainer, packed.train)
     masks, views = _masks([*data.train, *data.validation], cfg)
     counted, parts = ('conversations', 'rows', 'tokens', 'taught_tokens'), ('train', 'validation')
-    sizes = {part: {k: facts[part][k] for k in counted} for part in parts}
-    touched = {part: {action: facts[part][action] for action in ('shortened', 'dropped', 'bad')} for part in parts}
+    def of_parts(keys): return {part: {k: facts[part][k] for k in keys} for part in parts}
+    sizes, touched = of_parts(counted), of_parts(('shortened', 'dropped', 'bad'))
     lines = [_part_line(part, sizes[part]) for part in parts]
     if line := touched_line(trainer): lines.append(line)
     lines += [f'optimizer steps: {steps:,}', f"masks exact: {masks['exact']} of {masks['total']}"]
@@ -427,12 +428,6 @@ def _evaluated(run, overrides, data, name):
     if name is None: name = 'validation' + ('' if cfg.model.use_4bit == in_training else '-4bit' if cfg.model.use_4bit else '-16bit')
     return cfg, name
 
-def _changed_model(cfg, run):
-    "What `load_tuned` must know of overrides."
-    own = _run_config(run).model
-    changes = {'base': (own.model_name, cfg.model.model_name), 'use_4bit': (own.use_4bit, cfg.model.use_4bit)}
-    return {key: new for key,(old, new) in changes.items() if old != new}
-
 # %% ../nbs/93_cli.ipynb #3a7f28aa
 def _conversations(cfg, run, data, overrides, trained):
     "The settings, and the conversations to measure; raises `DataError` for rows that were trained on."
@@ -464,24 +459,12 @@ def _evaluate(run:_Run, overrides:_Overrides=None, data:_EvalData=None, name:_Ev
     cfg, name = _evaluated(run, overrides or [], data, name)
     _check_thresholds(thresholds, cfg.evaluation.metrics)
     tell(f'evaluating {redact(run)}: reading {redact(data) if data else "its held-out conversations"}') # imports take seconds
-    from datetime import date
-    from llama_nb.evaluation import EvaluationFramework
-    from llama_nb.model import load_model, load_tuned
-    from llama_nb.card import write_card
-    from llama_nb.runs import Run, last_step, trained_rows
+    from llama_nb.evaluation import evaluate_saved
+    from llama_nb.runs import trained_rows
     trained = trained_rows(run)
     if trained is None: tell(f'{redact(run)} keeps no list of the rows it was trained on, so this is not checked')
-    about = {'run': Path(run).resolve().name, 'date': date.today().isoformat()}
     cfg, chosen = _conversations(cfg, run, data, overrides or [], set() if allow_trained else trained or set())
-    with stage(_loading(cfg.model)): model, tokenizer = load_tuned(run, **_changed_model(cfg, run))
-    in_16bit = functools.partial(load_model, dataclasses.replace(cfg.model, use_4bit=False))
-    framework = EvaluationFramework(
-        model, tokenizer, cfg.evaluation, base_16bit=in_16bit if cfg.model.use_4bit else None,
-        template=cfg.data.template, max_length=cfg.model.max_length, on_overflow=cfg.data.on_overflow,
-        about=about | {'step': last_step(Run(run))}, trained=trained)
-    report = framework.evaluate(chosen, by)
-    report.save(Path(run)/'eval'/name, data_text)
-    write_card(Run(run)) # the model card shows the newest scores
+    report = evaluate_saved(run, cfg, chosen, name, by, data_text)
     return _judged(report, thresholds, everything)
 
 # %% ../nbs/93_cli.ipynb #2ffbc28b
@@ -612,10 +595,6 @@ def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_
 # %% ../nbs/93_cli.ipynb #09e2ebf9
 _BLOCKING, _ADVISED = ('not encodable',), ('leak', 'near leak', 'secret', 'empty') # training refuses the first kind
 
-def _stage(text):
-    "A line about the current stage, in a terminal only: the stderr of a script is for errors."
-    if can_show_progress(): tell(text)
-
 def _skip_bad(cfg, **options):
     "The good rows as splits; the report lists the bad rows and keeps the `on_bad` you asked for."
     from llama_nb.data import load_data
@@ -682,6 +661,7 @@ def _train_command(source, typed, cfg, found, bad, output, written, model, prese
         typed.append(f'model.max_length={cfg.model.max_length}')
     return ' '.join(['llama-nb train', *base, *named, *dict.fromkeys(typed)])
 
+# %% ../nbs/93_cli.ipynb #f3b104ea
 def _next(source, overrides, cfg, found, refused, allowed, wanted, output, written, model, preset, config):
     "The command to type next."
     typed = [shlex.quote(w) for w in overrides if not w.startswith('data.on_bad=')]
@@ -746,12 +726,18 @@ def _data_config(source, overrides, model, config, preset):
 
 def _checked(found, cfg, wanted):
     "The data set with the findings in its texts."
-    _stage(f'loading the tokenizer of {cfg.model.model_name}')
+    tell(f'loading the tokenizer of {cfg.model.model_name}', on_screen_only=True)
     from llama_nb.quality import check_data
     from llama_nb.model import run_tokenizer
     tokenizer = run_tokenizer(cfg)
-    _stage(f'checking {len(found.train) + len(found.validation):,} conversations')
+    tell(f'checking {len(found.train) + len(found.validation):,} conversations', on_screen_only=True)
     return check_data(found, tokenizer, cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix=wanted)
+
+# %% ../nbs/93_cli.ipynb #ac72684d
+def _refusal(bad):
+    "Why training refuses a data set with these bad rows."
+    rows = 'its bad rows are' if len(bad) > 1 else 'its bad row is'
+    return f'training refuses this set until {rows} corrected, or left out with data.on_bad=skip'
 
 # %% ../nbs/93_cli.ipynb #ee94bdf4
 def _refusal(bad):
@@ -765,7 +751,7 @@ def _data(source:_Source, overrides:_Overrides=None, show:_Show=1, model:_DataMo
           preset:_Preset=None, check:_Check=True, fix:_Fix=None, output:_Output=None, as_json:_Json=False):
     "Report on a data set: bad rows, findings in the texts, and which tokens would be taught."
     cfg = _data_config(source, overrides, model, config, preset)
-    _stage(f'reading {source}')
+    tell(f'reading {source}', on_screen_only=True)
     from llama_nb.quality import BAD_ROWS, fixes
     wanted = fixes(fix or ())
     found, error = _read_all(cfg)
@@ -812,7 +798,7 @@ def _audit(prepared:_Prepared, conversations:_Chats=None, model:_AuditModel='dem
     if conversations is not None:
         found = llama_nb.load_data(_data_config(conversations, ['data.val_size=0'], model, None, None).data)
         chats = [*found.train, *found.validation]
-    _stage(f'loading the tokenizer of {model}')
+    tell(f'loading the tokenizer of {model}', on_screen_only=True)
     tokenizer = llama_nb.load_tokenizer(model)
     report = llama_nb.audit(prepared, chats, tokenizer, template, train_on, tool)
     code = DataError.exit_code if report.faults else 0

@@ -148,7 +148,7 @@ class DemoResult:
 # %% ../nbs/92_demo.ipynb #a54692db
 def _train(trainer, run, tell):
     "Train, or resume an interrupted run."
-    c, rows = trainer.config, trainer.rows()[0]
+    c, rows = trainer.config, trainer.rows().train
     tell(f'{len(trainer.data.train)} conversations packed into {len(rows)} rows of at most {c.model.max_length} '
          f'tokens; rank {c.lora.r}, learning rate {c.training.learning_rate:g}')
     run = trainer.train(resume=run.folder if run else False)

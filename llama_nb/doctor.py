@@ -38,13 +38,16 @@ class Check:
     def text(self)->str:
         "The row in at most 80 columns; what to do stands on a line of its own."
         first, rest = f'{_SIGNS[self.state]} {plain_text(self.name):<{_NAME_WIDTH}} ', ' '*(_NAME_WIDTH + 3)
-        def lines(text, start): return textwrap.wrap(plain_text(text), 80, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
+        def lines(text, start):
+            return textwrap.wrap(plain_text(text), 80, initial_indent=start, subsequent_indent=rest,
+                                 break_on_hyphens=False)
         return '\n'.join([*lines(self.found or '-', first), *(lines(self.fix, rest + '→ ') if self.fix else [])])
 
 _NAME_WIDTH = 23 # columns
 _SIGNS = {'ok': '✓', 'warn': '!', 'fail': '✗'}
 _COLORS = {'ok': 'green', 'warn': 'orange', 'fail': 'red'}
 
+# %% ../nbs/91_doctor.ipynb #a7085050
 @dataclass(frozen=True)
 class DoctorReport:
     "All findings; a table in a notebook."
@@ -65,7 +68,8 @@ class DoctorReport:
     @property
     def summary(self)->str:
         "One line: how many rows are in which state."
-        count = {state: sum(r.state == state for r in self.rows) for state in _SIGNS}
+        states = [r.state for r in self.rows]
+        count = {state: states.count(state) for state in _SIGNS}
         return f"{self.title}: {count['ok']} ok, {count['warn']} with a note, {count['fail']} failed"
 
     def view(self)->View:
@@ -81,7 +85,9 @@ class DoctorReport:
 _BROKE = 'this check itself broke; see what was found'
 
 def _collect(checks, title, show=None):
-    "Run checks one after the other, and show each row; one that raises becomes a failed row, with the check's own advice if it has one."
+    """Run checks one after the other, and show each row.
+
+    One that raises becomes a failed row, with the check's own advice if it has one."""
     rows = []
     def add(row):
         rows.append(row)
@@ -112,17 +118,23 @@ def _python():
     found, least = f'{platform.python_version()} on {platform.system()} {platform.machine()}', _versions()['python']
     yield ('ok', found) if sys.version_info[:2] >= _version(least) else ('fail', found, f'use Python {least} or newer')
 
+# %% ../nbs/91_doctor.ipynb #7bc9b7e2
 def _package(name, needs):
-    "Whether a package is there and its version one that works; `needs` holds `least` and, where known, `below` and `tested`."
+    "Whether a package has a version that works; `needs` holds `least` and, where known, `below` and `tested`."
     least, below, tested = needs['least'], needs.get('below'), needs.get('tested')
     remedy = f"pip install '{name}>={least}{f',<{below}' if below else ''}'"
     try: found = metadata.version(name)
     except metadata.PackageNotFoundError: return 'fail', 'not installed', remedy
     if _version(found) < _version(least): return 'fail', f'{name} {found} is too old, {least} is the least', remedy
-    if below and _version(found) >= _version(below): return 'fail', f'{name} {found} is too new, it must be below {below}', remedy
+    if below and _version(found) >= _version(below):
+        return 'fail', f'{name} {found} is too new, it must be below {below}', remedy
     if tested and _version(found) > _version(tested):
-        return 'warn', f'{name} {found} is newer than the {tested} this was tested with', f"fine while the checks below are ok; pip install '{name}=={tested}' goes back"
+        return ('warn', f'{name} {found} is newer than the {tested} this was tested with',
+                f"fine while the checks below are ok; pip install '{name}=={tested}' goes back")
     return 'ok', found
+
+# %% ../nbs/91_doctor.ipynb #f0d22f1a
+def _main_package(name): return [_package(name, _versions()['packages'][name])]
 
 def _other_packages():
     "One row for all that are as they should be, one for all that are newer than tested, one for each that is not."
@@ -130,7 +142,10 @@ def _other_packages():
     newer = [name for name,row in found.items() if row[0] == 'warn']
     for name,row in found.items():
         if row[0] == 'fail': yield row[0], row[1] if name in row[1] else f'{name}: {row[1]}', row[2]
-    if newer: yield 'warn', f"newer than tested: {', '.join(f'{n} {metadata.version(n)}' for n in newer)}", 'fine while the checks below are ok; pip install -c constraints.txt . in the clone goes back'
+    if newer:
+        listed = ', '.join(f'{n} {metadata.version(n)}' for n in newer)
+        yield ('warn', f'newer than tested: {listed}',
+               'fine while the checks below are ok; pip install -c constraints.txt . in the clone goes back')
     fit = sum(row[0] == 'ok' for row in found.values())
     if fit: yield 'ok', f'{fit} of {len(found)} as tested or older, and new enough'
 
@@ -141,7 +156,8 @@ def _is_there(name):
 def _extras():
     for extra,packages in _versions()['extras'].items():
         absent = [name for name in packages if not _is_there(name)]
-        yield ('ok', f"{extra}: {'not installed (optional)' if absent else 'installed'}", f"pip install '.[{extra}]' in the clone, if you want it" if absent else '')
+        remedy = f"pip install '.[{extra}]' in the clone, if you want it" if absent else ''
+        yield 'ok', f"{extra}: {'not installed (optional)' if absent else 'installed'}", remedy
 
 # %% ../nbs/91_doctor.ipynb #3972d68e
 def _driver(path='/proc/driver/nvidia/version'):
@@ -156,14 +172,22 @@ def _device():
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         major, minor = torch.cuda.get_device_capability()
-        yield 'ok', (f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {total/2**30:.0f} GiB ({free/2**30:.0f} free), '
+        memory = f'{total/2**30:.0f} GiB ({free/2**30:.0f} free)'
+        yield ('ok', f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {memory}, '
                      f'capability {major}.{minor}, CUDA {torch.version.cuda}, driver {_driver()}')
-        if (major, minor) < (8, 0): yield 'warn', (f'capability {major}.{minor}: FlashAttention and bfloat16 need 8.0; older kernels and '
-                                                   'float16 with scaled gradients run instead'), 'nothing to do, only slower'
+        if (major, minor) < (8, 0):
+            yield ('warn', f'capability {major}.{minor}: FlashAttention and bfloat16 need 8.0; older kernels and '
+                           'float16 with scaled gradients run instead', 'nothing to do, only slower')
     elif shutil.which('nvidia-smi') or Path('/proc/driver/nvidia/version').exists():
-        if torch.version.cuda is None: yield 'fail', 'an NVIDIA driver is here, but this torch is built without CUDA', 'install a CUDA build: see https://pytorch.org/get-started'
-        else: yield 'fail', f'torch is built for CUDA {torch.version.cuda}, but finds no GPU', 'run nvidia-smi: update the driver, or unset CUDA_VISIBLE_DEVICES'
-    else: yield 'warn', f'CPU, torch threads: {torch.get_num_threads()}, no NVIDIA GPU', 'fine for the demo and small models; a 7B model wants a CUDA GPU'
+        if torch.version.cuda is None:
+            yield ('fail', 'an NVIDIA driver is here, but this torch is built without CUDA',
+                   'install a CUDA build: see https://pytorch.org/get-started')
+        else:
+            yield ('fail', f'torch is built for CUDA {torch.version.cuda}, but finds no GPU',
+                   'run nvidia-smi: update the driver, or unset CUDA_VISIBLE_DEVICES')
+    else:
+        yield ('warn', f'CPU, torch threads: {torch.get_num_threads()}, no NVIDIA GPU',
+               'fine for the demo and small models; a 7B model wants a CUDA GPU')
 
 def _number_kind():
     import torch
@@ -171,7 +195,8 @@ def _number_kind():
     dtype = compute_dtype('auto')
     name = str(dtype).removeprefix('torch.')
     runs = 'float16 with scaled gradients' if dtype == torch.float16 else 'float32'
-    yield ('ok', name) if dtype == torch.bfloat16 else ('warn', f'{name}: this chip multiplies no bfloat16', f'nothing to do; training runs in {runs} here')
+    if dtype == torch.bfloat16: yield 'ok', name
+    else: yield 'warn', f'{name}: this chip multiplies no bfloat16', f'nothing to do; training runs in {runs} here'
 
 def _compilers():
     "What compiles kernels on a GPU: Triton, and a C compiler for its launchers."
@@ -181,9 +206,11 @@ def _compilers():
         return
     compiler = os.environ.get('CC') or next(filter(shutil.which, ('gcc', 'clang', 'cc')), None)
     slower = 'float32 training, fp8 and compiled layers take slower ways without it'
-    if util.find_spec('triton') is None: yield 'warn', f'no Triton: {slower}', 'pip install triton, or on Windows triton-windows'
+    has_triton = util.find_spec('triton') is not None
+    if not has_triton: yield 'warn', f'no Triton: {slower}', 'pip install triton, or on Windows triton-windows'
     if compiler is None: yield 'warn', f'no C compiler: {slower}', 'install gcc (Debian, Ubuntu: apt install gcc)'
-    if compiler and util.find_spec('triton'): yield 'ok', f"Triton {metadata.version('triton')} and {Path(compiler).name}"
+    if compiler and has_triton: yield 'ok', f"Triton {metadata.version('triton')} and {Path(compiler).name}"
+
 
 # %% ../nbs/91_doctor.ipynb #41f92b2a
 def _four_bit():
@@ -193,10 +220,12 @@ def _four_bit():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     for nested in (False, True):
-        again = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type='nf4', blocksize=64, compress_statistics=nested))
+        packed = functional.quantize_4bit(weight, quant_type='nf4', blocksize=64, compress_statistics=nested)
+        again = functional.dequantize_4bit(*packed)
         error = float((again - weight).norm()/weight.norm())
         if not 0.05 < error < 0.15: # about 0.09 for Gaussian weights in blocks of 64, whatever the seed
-            yield 'fail', f'an NF4 round trip on {device} loses {error:.3f} instead of 0.1', 'pip install --force-reinstall bitsandbytes'
+            yield ('fail', f'an NF4 round trip on {device} loses {error:.3f} instead of 0.1',
+                   'pip install --force-reinstall bitsandbytes')
             return
     yield 'ok', f'NF4 round trip on {device} loses {error:.3f}, as it should'
 
@@ -225,7 +254,8 @@ def _cache(cache_dir):
 def _demo(cache_dir):
     from llama_nb.sources import DEMO_MODEL, cache_folder
     there = (cache_folder(cache_dir)/DEMO_MODEL['folder']/'config.json').is_file()
-    return [('ok', DEMO_MODEL['folder'])] if there else [('warn', 'not fetched yet', 'llama-nb demo fetches it once (about 100 MB)')]
+    if there: return [('ok', DEMO_MODEL['folder'])]
+    return [('warn', 'not fetched yet', 'llama-nb demo fetches it once (about 100 MB)')]
 
 # %% ../nbs/91_doctor.ipynb #64c8540e
 def _notebook():
@@ -233,7 +263,8 @@ def _notebook():
     if type(shell).__name__ != 'ZMQInteractiveShell': return [('ok', 'no notebook: views are plain text here')]
     marks = {'COLAB_RELEASE_TAG': 'Colab', 'KAGGLE_KERNEL_RUN_TYPE': 'Kaggle', 'VSCODE_PID': 'VS Code'}
     name = next((front for mark,front in marks.items() if mark in os.environ), 'Jupyter')
-    if util.find_spec('ipywidgets') is None: return [('warn', f'{name} without ipywidgets', "pip install 'ipywidgets>=8.1'")]
+    if util.find_spec('ipywidgets') is None:
+        return [('warn', f'{name} without ipywidgets', "pip install 'ipywidgets>=8.1'")]
     return [('ok', f'{name}, with ipywidgets')]
 
 def _hub():
@@ -275,24 +306,30 @@ def _tiny_tuned():
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(0)
         tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-        return apply_fast_path_(load_model(ModelConfig(folder, use_4bit=util.find_spec('bitsandbytes') is not None), LoRAConfig(r=4), pick_device())), tokenizer
+        config = ModelConfig(folder, use_4bit=util.find_spec('bitsandbytes') is not None)
+        return apply_fast_path_(load_model(config, LoRAConfig(r=4), pick_device())), tokenizer
 
+# %% ../nbs/91_doctor.ipynb #ff596dad
 def _trains(made):
     "Forward, backward and an update; every adapter gets a finite gradient."
     import torch
     from llama_nb.loss import batch_loss
+    from llama_nb.lora import is_4bit
     model, _ = made()
     model.train()
     trained = {n: p for n,p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, fused=True)
     batch_loss(model, _batch(_examples(vocab_size=model.config.vocab_size), model.device))[0].backward()
-    lost = [n for n,p in trained.items() if p.grad is None or not p.grad.isfinite().all() or 'lora_B' in n and not p.grad.any()]
-    if lost: return [('fail', f'{len(lost)} of {len(trained)} adapters get no gradient (first: {lost[0]})', _TESTED_SET)]
+    def is_lost(name, grad): return grad is None or not grad.isfinite().all() or 'lora_B' in name and not grad.any()
+    lost = [name for name,p in trained.items() if is_lost(name, p.grad)]
+    if lost:
+        return [('fail', f'{len(lost)} of {len(trained)} adapters get no gradient (first: {lost[0]})', _TESTED_SET)]
     optimizer.step()
     model.zero_grad()
-    weights = '4-bit' if any(type(m).__name__ == 'Linear4bit' for m in model.modules()) else 'plain'
+    weights = '4-bit' if is_4bit(model) else 'plain'
     return [('ok', f'forward, backward and an update on {weights} weights, fast path on')]
 
+# %% ../nbs/91_doctor.ipynb #a39722b6
 def _evaluates(made):
     "The validation of a run, and what an evaluation counts."
     import torch
@@ -304,9 +341,12 @@ def _evaluates(made):
         seen = float(token_scores(model.eval(), batch).nll.sum())
         with measuring(model): measured = float(token_scores(model, batch).nll.sum())
         with adapter_off(model), measuring(model): token_scores(model, batch)
-    if not abs(seen - measured) < 0.02*abs(measured): return [('fail', f'validation and evaluation disagree: {seen:.4g} and {measured:.4g} nats', _TESTED_SET)]
+    if not abs(seen - measured) < 0.02*abs(measured):
+        found = f'validation and evaluation disagree: {seen:.4g} and {measured:.4g} nats'
+        return [('fail', found, _TESTED_SET)]
     return [('ok', 'validation and evaluation agree')]
 
+# %% ../nbs/91_doctor.ipynb #b4bd4f4f
 def _replies(made):
     "Replies side by side, and a chat that reads only what is new; both say the same."
     from llama_nb.generate import ChatSession, generate_replies
@@ -329,17 +369,26 @@ def doctor(
     cache_dir=None, # Where models are kept; `None` as in `demo_model`
     show:Callable[[Check],None]|None=None, # Called with each row as soon as it is known
 )->DoctorReport: # One row per finding
-    "Look at Python, packages, device, disk, notebook and Hub, and take a tiny model all the way; changes nothing but an empty cache folder."
+    """Look at Python, packages, device, disk, notebook and Hub, and take a tiny model all the way.
+
+    Changes nothing, but makes an empty cache folder."""
     hub_cache = os.environ.get('HF_HUB_CACHE') or Path(os.environ.get('HF_HOME') or '~/.cache/huggingface')/'hub'
-    packages, tiny = _versions()['packages'], functools.cache(_tiny_tuned)
+    tiny = functools.cache(_tiny_tuned)
+    main = [(name, functools.partial(_main_package, name)) for name in _MAIN]
     return _collect([
-        ('Python', _python), *((name, lambda name=name: [_package(name, packages[name])]) for name in _MAIN), ('other packages', _other_packages),
-        ('device', _device), ('numbers', _number_kind), ('compilers', _compilers), ('4-bit', _four_bit),
-        ('cache', lambda: _cache(cache_dir)), ('disk for models', lambda: _disk(hub_cache)), ('disk for runs', lambda: _disk(output_dir)),
+        ('Python', _python), *main, ('other packages', _other_packages), ('device', _device),
+        ('numbers', _number_kind), ('compilers', _compilers), ('4-bit', _four_bit), ('cache', lambda: _cache(cache_dir)),
+        ('disk for models', lambda: _disk(hub_cache)), ('disk for runs', lambda: _disk(output_dir)),
         ('demo model', lambda: _demo(cache_dir)), ('notebook', _notebook), ('Hub', _hub), ('extra', _extras),
-        ('training step', lambda: _trains(tiny), _TESTED_SET), ('evaluation pass', lambda: _evaluates(tiny), _TESTED_SET), ('replies', lambda: _replies(tiny), _TESTED_SET)], 'doctor', show)
+        ('training step', lambda: _trains(tiny), _TESTED_SET),
+        ('evaluation pass', lambda: _evaluates(tiny), _TESTED_SET),
+        ('replies', lambda: _replies(tiny), _TESTED_SET)], 'doctor', show)
 
 # %% ../nbs/91_doctor.ipynb #2f134f89
+def _judged(ok, found, remedy):
+    "State, what was found, and what to do if it is not as it must be."
+    return ('ok', found, '') if ok else ('fail', found, remedy)
+
 def _tiny(device, lora=True, **kw):
     "A tiny random Llama with a LoRA that already does something."
     import torch
@@ -361,10 +410,12 @@ def _packed_is_alone(device):
     together = token_scores(model, _batch(rows, device)).nll
     alone = torch.cat([token_scores(model, _batch([row], device)).nll for row in rows])
     gap = float((together - alone).abs().max())
-    return [('ok' if gap < 1e-4 else 'fail', f'largest difference of a token: {gap:.0e} nats', '' if gap < 1e-4 else 'set training.packing=false, and report this')]
+    found = f'largest difference of a token: {gap:.0e} nats'
+    return [_judged(gap < 1e-4, found, 'set training.packing=false, and report this')]
 
 # %% ../nbs/91_doctor.ipynb #99be8efa
-def _gradients(model): return {n: p.grad.detach().clone() for n,p in model.named_parameters() if p.grad is not None}
+def _gradients(model):
+    return {n: p.grad.detach().clone() for n,p in model.named_parameters() if p.grad is not None}
 
 def _gap(a, b):
     "Largest relative difference of two sets of gradients."
@@ -374,33 +425,52 @@ def _gap(a, b):
 def _accumulated_is_one(device):
     from llama_nb.loss import batch_loss
     model, rows = _tiny(device).train(), _examples()
-    found, taught = [], sum(label != -100 for row in rows for label in row.labels[1:])
+    differ, taught = [], sum(label != -100 for row in rows for label in row.labels[1:])
     for groups in ([rows], [rows[:1], rows[1:4], rows[4:]]):
         model.zero_grad()
         for group in groups: batch_loss(model, _batch(group, device), taught)[0].backward()
-        found.append(_gradients(model))
-    gap = _gap(*found)
-    return [('ok' if gap < 1e-4 else 'fail', f'largest relative difference of a gradient: {gap:.0e}', '' if gap < 1e-4 else 'set gradient_accumulation_steps=1, and report this')]
+        differ.append(_gradients(model))
+    gap = _gap(*differ)
+    found = f'largest relative difference of a gradient: {gap:.0e}'
+    return [_judged(gap < 1e-4, found, 'set gradient_accumulation_steps=1, and report this')]
 
 # %% ../nbs/91_doctor.ipynb #048b60b2
-def _four_bit_gradients(device):
+def _tiny_four_bit(device):
+    "A 4-bit model of two layers with a LoRA that already does something, loaded as a run loads it."
     import torch
     from llama_nb.config import LoRAConfig, ModelConfig
     from llama_nb.fastpath import apply_fast_path_
-    from llama_nb.loss import batch_loss
-    from llama_nb.loss import token_scores
     from llama_nb.model import load_model
     from llama_nb.sources import quiet_transformers
     from llama_nb.shapes import tiny_llama
-    from llama_nb.quantization import import_bitsandbytes
-    functional, batch = import_bitsandbytes().functional, _batch(_examples(), device)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
         tiny_llama().save_pretrained(folder)
         model = apply_fast_path_(load_model(ModelConfig(folder), LoRAConfig(r=4), device))
     for name,p in model.named_parameters():
-        if 'lora_B' in name: torch.nn.init.normal_(p, std=0.02, generator=torch.Generator(p.device).manual_seed(0))
-    plain = _with_dequantised(model, functional)
+        if 'lora_B' not in name: continue
+        torch.nn.init.normal_(p, std=0.02, generator=torch.Generator(p.device).manual_seed(0))
+    return model
+
+def _with_dequantised(model, functional):
+    "A copy whose 4-bit layers are plain ones with the same weights."
+    import torch
+    from llama_nb.lora import is_4bit
+    plain = copy.deepcopy(model)
+    adapted = [m for m in plain.modules() if isinstance(getattr(m, 'base_layer', None), torch.nn.Module)]
+    for layer in [m for m in adapted if is_4bit(m.base_layer)]:
+        old = layer.base_layer
+        weight = functional.dequantize_4bit(old.weight.data, old.weight.quant_state).to(old.compute_dtype)
+        layer.base_layer = torch.nn.Linear(old.in_features, old.out_features, False, weight.device, weight.dtype)
+        layer.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return plain
+
+# %% ../nbs/91_doctor.ipynb #91b7f77c
+def _four_bit_gradients(device):
+    from llama_nb.loss import batch_loss, token_scores
+    from llama_nb.quantization import import_bitsandbytes
+    model, batch = _tiny_four_bit(device), _batch(_examples(), device)
+    plain = _with_dequantised(model, import_bitsandbytes().functional)
     def gradients(m, training):
         m.zero_grad()
         m.train(training)
@@ -409,21 +479,11 @@ def _four_bit_gradients(device):
     reference = gradients(plain, True)
     gaps = {'trained': _gap(gradients(model, True), reference)}
     token_scores(model.eval(), batch) # an evaluation in between
-    gaps['after an evaluation'], gaps['in eval mode'] = _gap(gradients(model, True), reference), _gap(gradients(model, False), reference)
+    gaps['after an evaluation'] = _gap(gradients(model, True), reference)
+    gaps['in eval mode'] = _gap(gradients(model, False), reference)
     worst = max(gaps, key=gaps.get)
-    return [('ok' if gaps[worst] < 0.1 else 'fail', f'largest relative difference, {worst}: {gaps[worst]:.1%}',
-             '' if gaps[worst] < 0.1 else 'set model.use_4bit=false, and report this with the versions above')]
-
-def _with_dequantised(model, functional):
-    "A copy whose 4-bit layers are plain ones with the same weights."
-    import torch
-    plain = copy.deepcopy(model)
-    for layer in [m for m in plain.modules() if hasattr(getattr(m, 'base_layer', None), 'quant_state') or type(getattr(m, 'base_layer', None)).__name__ == 'Linear4bit']:
-        old = layer.base_layer
-        weight = functional.dequantize_4bit(old.weight.data, old.weight.quant_state).to(old.compute_dtype)
-        layer.base_layer = torch.nn.Linear(old.in_features, old.out_features, bias=False, device=weight.device, dtype=weight.dtype)
-        layer.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return plain
+    found = f'largest relative difference, {worst}: {gaps[worst]:.1%}'
+    return [_judged(gaps[worst] < 0.1, found, 'set model.use_4bit=false, and report this with the versions above')]
 
 # %% ../nbs/91_doctor.ipynb #f0ce16d2
 def _saved_is_loaded(device):
@@ -440,8 +500,9 @@ def _saved_is_loaded(device):
         again = PeftModel.from_pretrained(_tiny(device, lora=False), folder).eval()
         with plain_attention(model), plain_attention(again):
             gap = float((model(input_ids=ids).logits - again(input_ids=ids).logits).abs().max())
-    return [('ok' if gap == 0 else 'fail', f'largest difference of a score: {gap:.0e}', '' if gap == 0 else 'check the disk, and report this')]
+    return [_judged(gap == 0, f'largest difference of a score: {gap:.0e}', 'check the disk, and report this')]
 
+# %% ../nbs/91_doctor.ipynb #b8c5a4ed
 def _masks_are_exact():
     "Every shipped conversation teaches exactly its answers, with the demo model's tokenizer if it is there."
     from llama_nb.config import DataConfig
@@ -450,11 +511,12 @@ def _masks_are_exact():
     from llama_nb.model import load_tokenizer
     from llama_nb.sources import DEMO_MODEL, cache_folder
     folder = cache_folder()/DEMO_MODEL['folder']
-    if not folder.is_dir(): return [('warn', 'not checked: the demo model is not fetched yet', 'run llama-nb demo, then again')]
+    if not folder.is_dir():
+        return [('warn', 'not checked: the demo model is not fetched yet', 'run llama-nb demo, then again')]
     data = load_data(DataConfig(dataset_name='dailydialog', data_path='sample'))
     proof = verify_masks([*data.train, *data.validation], load_tokenizer(folder))
-    exact = proof.exact == proof.total
-    return [('ok' if exact else 'fail', f'{proof.exact} of {proof.total} shipped conversations exact', '' if exact else 'report this')]
+    found = f'{proof.exact} of {proof.total} shipped conversations exact'
+    return [_judged(proof.exact == proof.total, found, 'report this')]
 
 # %% ../nbs/91_doctor.ipynb #e706270b
 def selfcheck(
@@ -464,5 +526,7 @@ def selfcheck(
     "Train a two-layer model here and compare with what must hold; well under a minute, nothing is left behind."
     from llama_nb.model import pick_device
     device = device or pick_device()
-    checks = {'packed = alone': _packed_is_alone, 'accumulated = one batch': _accumulated_is_one, '4-bit gradients': _four_bit_gradients, 'saved = loaded': _saved_is_loaded}
-    return _collect([*((name, lambda check=check: check(device)) for name,check in checks.items()), ('masks', _masks_are_exact)], f'selfcheck on {device}', show)
+    checks = {'packed = alone': _packed_is_alone, 'accumulated = one batch': _accumulated_is_one,
+              '4-bit gradients': _four_bit_gradients, 'saved = loaded': _saved_is_loaded}
+    here = [(name, functools.partial(check, device)) for name,check in checks.items()]
+    return _collect([*here, ('masks', _masks_are_exact)], f'selfcheck on {device}', show)

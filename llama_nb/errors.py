@@ -172,7 +172,8 @@ def import_extra(
     try: return importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name and e.name.partition('.')[0] != module.partition('.')[0]: raise # the package itself lacks another one
-        raise ImportError(f"{module} is not installed; run in your clone of llama_nb: pip install '.[{extra}]'") from None
+        remedy = f"run in your clone of llama_nb: pip install '.[{extra}]'"
+        raise ImportError(f'{module} is not installed; {remedy}') from None
 
 # %% ../nbs/00_errors.ipynb #3a71b017
 logger = logging.getLogger('llama_nb')

@@ -33,6 +33,13 @@ from .errors import ConfigError, redact, ResourceError, shorten
 from .views import escape, picture, plain_json, table, tell, View, write_json, write_text
 
 # %% ../nbs/51_runs.ipynb #762a996f
+def _is_torn(file):
+    "Whether the last line of an open file has no end; the position is left at the end of the file."
+    file.seek(0, os.SEEK_END)
+    if not file.tell(): return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b'\n'
+
 def append_event(
     path, # The `events.jsonl` to append to; made if absent
     kind:str, # What happened, e.g. `'train'`
@@ -40,17 +47,15 @@ def append_event(
 )->dict: # The event as written, with `kind` and `time` (Unix seconds)
     "Append one event as one flushed line. Raises `ResourceError` if the disk is full."
     event = plain_json({'kind': kind, 'time': round(time.time(), 6), **data}, keep_nan=True)
+    line = redact(json.dumps(event, ensure_ascii=False)).encode() + b'\n'
     try:
-        with open(path, 'ab+') as f:
-            f.seek(0, os.SEEK_END)
-            if f.tell(): f.seek(-1, os.SEEK_END)
-            torn = f.tell() > 0 and f.read(1) != b'\n'
-            f.write((b'\n' if torn else b'') + redact(json.dumps(event, ensure_ascii=False)).encode() + b'\n')  # one write
+        with open(path, 'ab+') as f: f.write(b'\n' + line if _is_torn(f) else line) # one write
     except OSError as e:
         if not is_disk_full(e): raise
         raise disk_full(Path(path).parent, 'the log of this run') from e
     return event
 
+# %% ../nbs/51_runs.ipynb #dc107a8a
 def _parse(block):
     "The complete events among the lines of a block of bytes."
     events = []
@@ -118,7 +123,8 @@ class Run:
     ):
         if folder is None: raise ConfigError('there is no run yet: train() makes one')
         self.folder = Path(getattr(folder, 'folder', folder)).expanduser()
-        if not self.folder.is_dir(): raise ResourceError(f'{redact(self.folder)} is not there; name the folder of a run, such as runs/run-1')
+        if not self.folder.is_dir():
+            raise ResourceError(f'{redact(self.folder)} is not there; name the folder of a run, such as runs/run-1')
         self._beaten, self._id, self._events, self._read = 0.0, None, [], 0
         self.drawn_in = None # Number of the notebook cell in which a live view shows this run already
 
@@ -175,7 +181,9 @@ class Run:
         return _ENDS.get(last) or ('running' if is_alive(self.folder/'.heartbeat') else 'crashed')
 
     def stop(self):
-        "Ask the process that trains this run, wherever it is, to finish its step, save and end. Raises `ConfigError` if none does."
+        """Ask the process that trains this run, wherever it is, to finish its step, save and end.
+
+        Raises `ConfigError` if none does."""
         if self.status != 'running': raise ConfigError(f'{self.name} is {self.status}; there is nothing to stop')
         (self.folder/'STOP').touch()
 
@@ -215,6 +223,8 @@ def last_step(run)->int:
     "Last step a run has logged."
     return max((e.get('step', 0) for e in history(run.events())), default=0)
 
+
+# %% ../nbs/51_runs.ipynb #22c8b98d
 def check_name(
     run_name:str|None, # Name for a new run; `None` is always sound
 ):
@@ -240,18 +250,24 @@ def _make_folder(path):
                             'name a folder you can write to') from None
     return True
 
+def _names(run_name):
+    "Names to try: the one asked for, then with a number."
+    if run_name: yield run_name
+    for i in itertools.count(2 if run_name else 1): yield f'{run_name or "run"}-{i}'
+
+# %% ../nbs/51_runs.ipynb #bfa267f3
 def create_run(
     output_dir, # Folder of all runs; made if absent
-    run_name:str|None=None, # Name of the new folder, counted up if it is taken (`first`, `first-2`, ...); `None` is the next free `run-1`, `run-2`, ...
+    run_name:str|None=None, # Counted up if taken (`first`, `first-2`, ...); `None`: the next free `run-1`, ...
     config=None, # A `RunConfig` to keep as `config.yaml`
 )->Run: # The new run
     "Make a run folder; a folder that exists is never written into. Raises `ConfigError` as `check_name` does."
     output_dir = Path(output_dir).expanduser()
     check_name(run_name)
     _make_parents(output_dir)
-    numbered = (f'{run_name or "run"}-{i}' for i in itertools.count(2 if run_name else 1))
-    name = next(name for name in itertools.chain([run_name] if run_name else [], numbered) if _make_folder(output_dir/name))
-    if run_name and name != run_name: tell(f'{redact(output_dir/run_name)} exists already, so this run is named {name}')
+    name = next(name for name in _names(run_name) if _make_folder(output_dir/name))
+    if run_name and name != run_name:
+        tell(f'{redact(output_dir/run_name)} exists already, so this run is named {name}')
     run = Run(output_dir/name)
     try:
         run.log('created', id=uuid.uuid4().hex[:12])
@@ -272,7 +288,8 @@ def trained_rows(
     return set(path.read_text(encoding='utf-8').split()) if path.is_file() else None
 
 # %% ../nbs/51_runs.ipynb #85fa8ddd
-PACKAGES = ('llama_nb torch transformers peft bitsandbytes accelerate datasets safetensors tokenizers numpy trl').split()
+PACKAGES = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'safetensors',
+            'tokenizers', 'numpy', 'trl')
 
 def environment(
     **more, # Facts only the caller knows, e.g. the device
@@ -297,6 +314,7 @@ def smooth(
         out.append(total/weight if weight else math.nan)
     return out
 
+# %% ../nbs/51_runs.ipynb #ab35a5d3
 def _curves(run):
     "The figure of a run."
     from matplotlib.figure import Figure # no pyplot: no global state, and a light import of this module
@@ -329,7 +347,8 @@ def spoken_time(
 )->str: # As one says it: `8 s`, `12 min`, `3 h 05 min`
     "A duration with as many digits as one needs."
     minutes = round(seconds/60)
-    return f'{round(seconds)} s' if seconds < 90 else f'{minutes} min' if minutes < 90 else f'{minutes//60} h {minutes % 60:02d} min'
+    if seconds < 90: return f'{round(seconds)} s'
+    return f'{minutes} min' if minutes < 90 else f'{minutes//60} h {minutes % 60:02d} min'
 
 def total_steps(run)->int|None:
     "Optimizer steps of the whole run, `None` before it has started."
@@ -346,13 +365,16 @@ def seconds_left(
     (first, since), (last, until) = steps[-50:][:1] + steps[-1:] if len(steps) > 1 else [(0, 0), (0, 0)]
     return (until - since)/(last - first)*max(0, (total_steps(run) or last) - last) if last > first else None
 
+# %% ../nbs/51_runs.ipynb #e2077684
 def summary_line(
     run, # A `Run`
 )->str: # Status, progress and last figures in one line
     "One line that says how a run stands."
     total, status = total_steps(run), run.status
     parts = [f'{run.name}: {status}', f'step {last_step(run)}' + (f' of {total}' if total else '')]
-    if status == 'crashed': parts.append(f'newest is {run.checkpoints()[-1].name}' if run.checkpoints() else 'before its first checkpoint')
+    if status == 'crashed':
+        saved = run.checkpoints()
+        parts.append(f'newest is {saved[-1].name}' if saved else 'before its first checkpoint')
     if status == 'running' and (left := seconds_left(run)): parts.append(f'about {spoken_time(left)} left')
     if loss := run.metrics('loss'): parts.append(f'loss {smooth([v for _,v in loss])[-1]:.3f}')
     if held := run.metrics('eval_loss'): parts.append(f'validation loss {held[-1][1]:.3f}')
@@ -372,7 +394,8 @@ _SAME_EVERYWHERE = {'training.output_dir', 'training.run_name', 'training.allow_
 def _flat(data, prefix=''):
     "Nested dictionaries as one level with dotted names."
     out = {}
-    for k,v in (data or {}).items(): out.update(_flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v})
+    for k,v in (data or {}).items():
+        out.update(_flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v})
     return out
 
 def seconds_trained(
@@ -387,25 +410,52 @@ def seconds_trained(
 
 def _started(run): return next((e['time'] for e in run.events()[:1]), 0)
 
+
+# %% ../nbs/51_runs.ipynb #3d670762
 _WIDTH = 80 # Columns of a terminal
+
+def _number(value): return '' if value is None else f'{value:.3f}'
+
+def _fixed_columns(r):
+    "The columns that every run has, as texts."
+    return {'run': shorten(r['run'], 18), 'date': r['date'][:10], 'model': '', 'status': r['status'],
+            'step': str(r['step']), 'loss': _number(r['loss']), 'time': spoken_time(r['seconds'])}
+
+def _width(shown):
+    "Columns that a table of these texts takes."
+    def column(key): return [key, *(row[key] for row in shown)]
+    widths = [max(map(len, column(key))) for key in shown[0]]
+    return sum(widths) + 2*(len(widths) - 1)
 
 def _narrow(rows, settings):
     "The rows as texts for a table of at most 80 columns, and the settings that had no room."
-    def number(value): return '' if value is None else f'{value:.3f}'
-    shown = [{'run': shorten(r['run'], 18), 'date': r['date'][:10], 'model': '', 'status': r['status'], 'step': str(r['step']), 'loss': number(r['loss']), 'time': spoken_time(r['seconds'])} for r in rows]
-    def width(): return sum(max(len(key), *(len(row[key]) for row in shown)) + 2 for key in shown[0]) - 2
-    room = max(8, _WIDTH - width() + len('model'))
+    shown, left_out = [_fixed_columns(r) for r in rows], []
+    room = max(8, _WIDTH - _width(shown) + len('model'))
     for row,r in zip(shown, rows): row['model'] = shorten(r['model'], min(room, 24))
-    left_out = []
-    for key,column in [('eval_loss', [number(r['eval_loss']) for r in rows]), *((k, ['' if r[k] is None else str(r[k]) for r in rows]) for k in settings)]:
+    more = {'eval_loss': [_number(r['eval_loss']) for r in rows]}
+    for k in settings: more[k] = ['' if r[k] is None else str(r[k]) for r in rows]
+    for key,column in more.items():
         name = {'eval_loss': 'validation'}.get(key, key.partition('.')[2] or key)
         if not any(column): continue
         if name in shown[0]: name = key
-        if width() + 2 + max(len(name), *map(len, column)) > _WIDTH: left_out += [key]*(key in settings)
+        if _width(shown) + 2 + max(len(name), *map(len, column)) > _WIDTH: left_out += [key]*(key in settings)
         else:
             for row,text in zip(shown, column): row[name] = text
     return shown, left_out
 
+# %% ../nbs/51_runs.ipynb #76ae2ac5
+def _run_row(run, flat):
+    "Name, date, model, status, step, losses and seconds of training of one run."
+    def last(name): return round(found[-1][1], 4) if (found := run.metrics(name)) else None
+    return {'run': run.name, 'date': time.strftime('%Y-%m-%d %H:%M', time.localtime(_started(run))),
+            'model': Path(str(flat.get('model.model_name', ''))).name, 'status': run.status, 'step': last_step(run),
+            'loss': last('loss'), 'eval_loss': last('eval_loss'), 'seconds': round(seconds_trained(run))}
+
+def _whole_row(row):
+    "A row for the HTML table: the time in words."
+    return {**{k: v for k,v in row.items() if k != 'seconds'}, 'time': spoken_time(row['seconds'])}
+
+# %% ../nbs/51_runs.ipynb #566832e2
 class RunList(list):
     "Runs with a table of their figures and of the settings in which they differ."
     @property
@@ -413,58 +463,93 @@ class RunList(list):
         "Each run's settings as one level, and the names of those that are not the same everywhere."
         flat = [_flat(run.config) for run in self]
         names = dict.fromkeys(k for f in flat for k in f if k not in _SAME_EVERYWHERE)
-        return flat, [k for k in names if len({json.dumps(plain_json(f.get(k))) for f in flat}) > 1]
+        def values(k): return {json.dumps(plain_json(f.get(k))) for f in flat}
+        return flat, [k for k in names if len(values(k)) > 1]
+
     @property
     def rows(self)->list:
-        "One dictionary per run: name, date, model, status, step, losses, seconds of training, then the settings that differ."
+        "One dictionary per run: name, date, model, status, step, losses, seconds, then the settings that differ."
         flat, differ = self._differ
-        def last(run, name): return round(found[-1][1], 4) if (found := run.metrics(name)) else None
-        def date(run): return time.strftime('%Y-%m-%d %H:%M', time.localtime(_started(run)))
-        return [{'run': run.name, 'date': date(run), 'model': Path(str(f.get('model.model_name', ''))).name, 'status': run.status, 'step': last_step(run), 'loss': last(run, 'loss'),
-                 'eval_loss': last(run, 'eval_loss'), 'seconds': round(seconds_trained(run)), **{k: f.get(k) for k in differ}} for run,f in zip(self, flat)]
-    def view(self)->View:
+        def settings(f): return {k: f.get(k) for k in differ}
+        return [_run_row(run, f) | settings(f) for run,f in zip(self, flat)]
+
+    def view(self)->View: # The HTML has all settings, the text those that fit
+        "The runs as a table."
         rows = self.rows
         if not rows: return table([])
         shown, left_out = _narrow(rows, [k for k in self._differ[1] if k != 'model.model_name'])
-        more = [shorten(f"{len(left_out)} more {'settings differ' if left_out[1:] else 'setting differs'}: {', '.join(left_out)}", _WIDTH)] if left_out else []
-        whole = [{**{k: v for k,v in r.items() if k != 'seconds'}, 'time': spoken_time(r['seconds'])} for r in rows]
-        return View(table(whole).html, '\n'.join([table(shown).text, *more]))
+        lines = [table(shown).text]
+        if left_out:
+            differ = 'settings differ' if len(left_out) > 1 else 'setting differs'
+            lines.append(shorten(f"{len(left_out)} more {differ}: {', '.join(left_out)}", _WIDTH))
+        return View(table(map(_whole_row, rows)).html, '\n'.join(lines))
+
     def __repr__(self): return repr(self.view())
     def _repr_mimebundle_(self, include=None, exclude=None): return self.view()._repr_mimebundle_(include, exclude)
 
+# %% ../nbs/51_runs.ipynb #9699436e
 def list_runs(
     output_dir='runs', # Folder that holds run folders, or one of its runs as a `Run`
 )->RunList: # Its runs, oldest first
     "All runs of a folder. Raises `ResourceError` if the folder is not there."
     output_dir = output_dir.folder.parent if isinstance(output_dir, Run) else Path(output_dir).expanduser()
-    if not output_dir.is_dir(): raise ResourceError(f'{redact(output_dir)} is not there; name the folder that holds the runs of earlier trainings')
+    if not output_dir.is_dir():
+        raise ResourceError(f'{redact(output_dir)} is not there; '
+                            'name the folder that holds the runs of earlier trainings')
     folders = [p for p in output_dir.iterdir() if (p/'events.jsonl').is_file()]
     return RunList(sorted(map(Run, folders), key=lambda run: (_started(run), run.name)))
 
 # %% ../nbs/51_runs.ipynb #2004ebf5
-def _told(kind, step=None, **e):
-    "An event in a user's words, `None` if it is not for users."
-    if kind == 'start': return f"started: {e.get('total_steps')} steps"
-    if kind == 'resume': return f"went on from {e['checkpoint']}" if e.get('checkpoint') else 'started again at step 0: there was no checkpoint yet'
-    if kind == 'trial': return f"tried a validation batch and a save: {spoken_time(e['seconds'])}"
-    if kind == 'checkpoint': return f"saved checkpoint-{step}, {spoken_size(e['bytes'])}"
-    if kind == 'eval': return f"step {step}: validation loss {float(e['eval_loss']):.3f}"
-    if kind == 'samples': return f"step {step}: {e['count']} sample {'replies' if e['count'] != 1 else 'reply'}"
-    if kind == 'spike': return f"step {step}: loss {float(e['spike']):.3g} is far above the usual {float(e['usual']):.3g}"
-    if kind == 'compile': return f"layers could not be compiled: {e['failed']}" if 'failed' in e else f"compiled the layers: {spoken_time(e['seconds'])}"
-    if kind == 'fp8': return f"8-bit products: the loss is off by {float(e['loss_off']):.1%}"
-    if kind == 'memory' and e.get('measured_bytes'): return f"memory: {spoken_size(e['measured_bytes'])} at most, {spoken_size(e['planned_bytes'])} planned"
-    if kind == 'memory' and e.get('resident_growth_bytes'): return f"memory: training took {spoken_size(e['resident_growth_bytes'])}, {spoken_size(e['planned_growth_bytes'])} planned"
-    if kind == 'finished': return f'finished after step {step}'
-    if kind == 'interrupted': return f'stopped after step {step}' + (f", saved in {e['checkpoint']}" if e.get('checkpoint') else ', before its first checkpoint')
-    if kind == 'failed': return f"crashed at step {step} ({e.get('error', 'unknown error')})"
-
 def spoken_size(
     num_bytes:float, # Bytes
 )->str: # As files are measured below a GiB, and memory above: `28 MB`, `5.21 GiB`
     "A size with as many digits as one needs."
     if num_bytes >= 2**30: return f'{num_bytes/2**30:.2f} GiB'
     return f'{num_bytes/1e6:.0f} MB' if num_bytes >= 1e6 else f'{num_bytes/1e3:.0f} kB'
+
+# %% ../nbs/51_runs.ipynb #3786d576
+def _memory_words(e):
+    "Measured and planned memory, if it was measured."
+    if e.get('measured_bytes'):
+        return f"memory: {spoken_size(e['measured_bytes'])} at most, {spoken_size(e['planned_bytes'])} planned"
+    if not e.get('resident_growth_bytes'): return None
+    took, planned = (spoken_size(e[f'{k}_growth_bytes']) for k in ('resident', 'planned'))
+    return f'memory: training took {took}, {planned} planned'
+
+def _resume_words(e):
+    "Where training went on."
+    if e.get('checkpoint'): return f"went on from {e['checkpoint']}"
+    return 'started again at step 0: there was no checkpoint yet'
+
+def _stop_words(e):
+    "Where training stopped."
+    saved = f", saved in {e['checkpoint']}" if e.get('checkpoint') else ', before its first checkpoint'
+    return f"stopped after step {e['step']}{saved}"
+
+# %% ../nbs/51_runs.ipynb #709eac79
+def _sample_words(e):
+    "How many replies were written."
+    return f"step {e['step']}: {e['count']} sample {'replies' if e['count'] != 1 else 'reply'}"
+
+def _spike_words(e):
+    "By how much a loss is too high."
+    return f"step {e['step']}: loss {float(e['spike']):.3g} is far above the usual {float(e['usual']):.3g}"
+
+def _compile_words(e):
+    "Whether the layers could be compiled."
+    if 'failed' in e: return f"layers could not be compiled: {e['failed']}"
+    return f"compiled the layers: {spoken_time(e['seconds'])}"
+
+# %% ../nbs/51_runs.ipynb #4c8faaa5
+_WORDS = { # kind of event: its words, from the event
+    'start': lambda e: f"started: {e.get('total_steps')} steps", 'resume': _resume_words,
+    'trial': lambda e: f"tried a validation batch and a save: {spoken_time(e['seconds'])}",
+    'checkpoint': lambda e: f"saved checkpoint-{e['step']}, {spoken_size(e['bytes'])}",
+    'eval': lambda e: f"step {e['step']}: validation loss {float(e['eval_loss']):.3f}",
+    'samples': _sample_words, 'spike': _spike_words, 'compile': _compile_words, 'memory': _memory_words,
+    'fp8': lambda e: f"8-bit products: the loss is off by {float(e['loss_off']):.1%}",
+    'finished': lambda e: f"finished after step {e['step']}", 'interrupted': _stop_words,
+    'failed': lambda e: f"crashed at step {e['step']} ({e.get('error', 'unknown error')})"}
 
 def event_lines(
     run, # A `Run`
@@ -473,18 +558,20 @@ def event_lines(
     "What happened lately, in a user's words; events that a user cannot use are left out."
     lines = []
     for e in run.events():
-        try: line = _told(**{k: v for k,v in e.items() if k != 'time'})
-        except (KeyError, TypeError, ValueError): continue # of another version, or written by hand
+        try: line = _WORDS[e['kind']](e)
+        except (KeyError, TypeError, ValueError): continue # not for users, of another version, or written by hand
         if line: lines.append(line)
     return lines[-last:]
 
+# %% ../nbs/51_runs.ipynb #14d7a161
 class RunView(View):
-    "How a run stands: status line, curves, latest events. Displayed in a notebook, it stays current until the run ends."
+    "How a run stands: status line, curves, latest events. In a notebook it stays current until the run ends."
     def __init__(self,
         run:Run, # What to look at
     ):
         self.run, drawn, lines = run, plot_run(run), event_lines(run)
-        super().__init__(drawn.html + ''.join(f'<div>{escape(line)}</div>' for line in lines), '\n'.join([drawn.text, *lines]), drawn.figure)
+        html = drawn.html + ''.join(f'<div>{escape(line)}</div>' for line in lines)
+        super().__init__(html, '\n'.join([drawn.text, *lines]), drawn.figure)
 
     def _ipython_display_(self):
         if self.run.status != 'running': raise NotImplementedError # an ended run is shown once, like any other view
@@ -495,6 +582,7 @@ class RunView(View):
             for view in follow(self.run): handle.update(still(view))
         threading.Thread(target=keep, daemon=True, name=f'watch {self.run.name}').start()
 
+# %% ../nbs/51_runs.ipynb #072915f7
 def follow(
     folder, # A run's folder, of this process or another, or a `Run`
     every_s:float=2.0, # Seconds between looks

@@ -226,13 +226,15 @@ class Tracker(Guard):
         return own.get(self.name, self._open_other)()
 
     def _open_tensorboard(self):
-        writer = import_extra('torch.utils.tensorboard', 'dev').SummaryWriter(str(self.run.folder/'tensorboard'))
+        import_extra('tensorboard', 'trackers') # the error of torch's own module names no remedy
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(self.run.folder/'tensorboard'))
         def write(values, step):
             for k,v in values.items(): writer.add_scalar(k, v, step)
         return write, writer.close
 
     def _open_wandb(self):
-        wandb, folder = import_extra('wandb', 'dev'), self.run.folder
+        wandb, folder = import_extra('wandb', 'trackers'), self.run.folder
         mode = os.environ.get('WANDB_MODE') or ('online' if _has_wandb_key() else 'offline')
         if mode == 'offline':
             place = f'{shlex.quote(str(folder.absolute()))}/wandb/offline-run-*'

@@ -82,7 +82,7 @@ samples = {{n: sum(1 for line in (files('llama_nb')/'samples'/n).open() if line.
 print(json.dumps(dict(file=llama_nb.__file__, light=light, version=m.version('llama_nb'), extras=[n for n in {extras!r} if there(n)], names=len(llama_nb.__all__), samples=samples)))''', **there).splitlines()[-1])
     assert facts['file'].startswith(str(bin.parent)) and facts['light']
     assert facts['version'] == SETTINGS['version']
-    assert {'trl', 'rensa', 'py3langid', 'nbdev', 'pytest', 'sacrebleu'} <= set(extras) and facts['extras'] == []
+    assert {'tensorboard', 'rensa', 'py3langid', 'nbdev', 'pytest', 'sacrebleu'} <= set(extras) and facts['extras'] == []
     assert facts['names'] > 50
     assert all(count >= 120 for count in facts['samples'].values()), facts['samples']
 
@@ -99,7 +99,7 @@ def test_the_wheel_offers_every_extra(house):
     wanted = {canonicalize_name(Requirement(r).name) for r in SETTINGS['requirements'].split()}
     told = json.loads(run(bin/'python', '-c', 'import importlib.metadata as m, json; d = m.metadata("llama_nb"); print(json.dumps([d.get_all("Provides-Extra"), d.get_all("Requires-Dist")]))', **there))
     requires = [Requirement(r) for r in told[1]]
-    assert {canonicalize_name(e) for e in told[0]} == {canonicalize_name(e) for e in EXTRAS} >= {'preference', 'export', 'data', 'dev'}
+    assert {canonicalize_name(e) for e in told[0]} == {canonicalize_name(e) for e in EXTRAS} >= {'trackers', 'data', 'dev'}
     assert {canonicalize_name(r.name) for r in requires if r.marker is None} == wanted
     for extra,names in EXTRAS.items():
         offered = {canonicalize_name(r.name) for r in requires if r.marker is not None and r.marker.evaluate({'extra': extra})}

@@ -60,6 +60,20 @@ def test_the_pins_lie_within_the_ranges():
         assert version and asked.specifier.contains(version), f'{word}: constraints.txt says {version}'
 
 
+def test_the_remedy_for_a_missing_package_installs_it():
+    "Each `import_extra(module, extra)` names an extra of settings.ini that brings the module, alone or with the requirements."
+    import ast
+    def names(key): return {re.match(r'[\w.-]+', word)[0].lower().replace('-', '_') for word in settings()[key].split()}
+    calls = []
+    for path in (ROOT/'llama_nb').glob('*.py'):
+        nodes = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+        calls += [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'import_extra']
+    assert len(calls) >= 5
+    for module, extra in [map(ast.literal_eval, call.args) for call in calls]:
+        brought = names('requirements') | names(f'{extra}_requirements')
+        assert module.split('.')[0] in brought, f"import_extra({module!r}, {extra!r}) does not help"
+
+
 def test_upper_bounds_stand_where_the_contract_looks_inside():
     "A package whose inside we use is held below its next major version; no other is."
     sys.path.insert(0, str(ROOT/'tests'))

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from bench.common import RESULTS, save
-from bench.row import ALPHA, COUNT, CPU, MAX_LENGTH, MEDIAN, R, RATE, SECONDS, STEPS, WARM_UP
+from bench.row import ALPHA, COUNT, CPU, EQUAL_ROWS, MAX_LENGTH, MEDIAN, R, RATE, SECONDS, STEPS, WARM_UP
 
 # what is to be reached: name, of which row, of which number, at least (or at most), what it is compared with
 TARGETS = [('tokens/s, of TRL as shipped', 'real_tokens_per_s', ['TRL as shipped'], 6.0), ('tokens/s, of TRL at its best', 'real_tokens_per_s', ['TRL, no checkpointing', 'TRL, no checkpointing, packed'], 3.5),
@@ -20,7 +20,7 @@ def apart(suite, name, timeout=300):
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.json'
         done = subprocess.run([sys.executable, '-m', 'bench.row', suite, name, str(report)], capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'PYTHONPATH': str(RESULTS.parent.parent)})
+                              env={**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'PYTHONPATH': os.pathsep.join(filter(None, [str(RESULTS.parent.parent), os.environ.get('LLAMA_NB_PEER')]))})
         if report.exists(): return json.loads(report.read_text())
         return dict(not_run=(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1][:300])
 
@@ -40,6 +40,35 @@ def compare(rows):
     return {k: {**v, 'reached': v['ratio'] >= v['at_least'] if 'at_least' in v else v['ratio'] <= v['at_most']} for k, v in found.items()}
 
 
+# of the equal work: against whom, which number, at least
+EQUAL_TARGETS = [('TRL as shipped', 'step_tokens_per_s', 5.0), ('TRL as shipped', 'whole_tokens_per_s', 4.0), ('TRL at its best', 'step_tokens_per_s', 3.5), ('TRL at its best', 'whole_tokens_per_s', None)]
+
+
+def compare_equal(rows):
+    "Ours against TRL on the same conversations and the same taught tokens, steps and whole calls apart. Raises `ValueError` if the work was not the same."
+    found, work = {}, ('conversations', 'tokens', 'taught_tokens', 'seen_tokens')
+    for taught in ('every token taught', 'answers taught'):
+        mine = rows.get(f'llama_nb, {taught}', {})
+        for other, key, least in EQUAL_TARGETS:
+            theirs = rows.get(f'{other}, {taught}', {})
+            if 'steps' not in mine or 'steps' not in theirs: continue
+            if different := [w for w in work if mine[w] != theirs[w]]: raise ValueError(f'{other}, {taught}: not the same work: {", ".join(f"{w} {theirs[w]:,} instead of {mine[w]:,}" for w in different)}')
+            ratio = round(mine[key]/theirs[key], 2)
+            found[f"{other}, {taught}, {'a step' if key.startswith('step') else 'the whole call'}"] = dict(ratio=ratio, at_least=least, reached=None if least is None else ratio >= least)
+    return found
+
+
+def equal():
+    "The equal work: each row in a process of its own; about ten minutes on two cores."
+    rows, load = {}, os.getloadavg()[0]
+    for name in EQUAL_ROWS:
+        rows[name] = apart('equal', name, timeout=400)
+        print(f'{name:42}', json.dumps(rows[name])[:300], flush=True)
+    ratios = compare_equal(rows)
+    for name, ratio in ratios.items(): print(f'{name:60}', ratio)
+    return save('cpu_equal', rows, ratios=ratios, load_average_at_start=round(load, 2), model='SmolLM2-135M-Instruct, NF4 nested, bf16 compute', max_length=MAX_LENGTH, lora_r=R, lora_alpha=ALPHA, threads=os.environ.get('OMP_NUM_THREADS', 'all cores'))
+
+
 def draw(rows, path):
     "Bars of real tokens per second."
     import matplotlib
@@ -54,7 +83,12 @@ def draw(rows, path):
     fig.savefig(path, dpi=100, bbox_inches='tight')
 
 
-def main(names=tuple(CPU)):
+def main(part=''):
+    "`python -m bench cpu [equal]`: the rows of one step's speed, or the equal work."
+    return equal() if part == 'equal' else steps()
+
+
+def steps(names=tuple(CPU)):
     "The gate first; then every row; the three that are compared most once more, in turn, to show the noise."
     rows, load = {}, os.getloadavg()[0]  # a busy machine shows here: such a result is worth nothing
     for name in names:

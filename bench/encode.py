@@ -62,7 +62,7 @@ def main(repeats=5):
     "DailyDialog's training part, from the folder named by LLAMA_NB_TEST_DATA."
     from llama_nb.data import DailyDialogDatasetLoader
     from llama_nb.dialogue import encode
-    conversations = DailyDialogDatasetLoader(Path(os.environ['LLAMA_NB_TEST_DATA'])/'data/dailydialog').read('train')
+    conversations = list(DailyDialogDatasetLoader(Path(os.environ['LLAMA_NB_TEST_DATA'])/'data/dailydialog').read('train'))  # made once: both encode what is at hand
     rows = encode_rows(conversations, repeats)
     tokenizer = tokenizers()['demo']
     rows |= pack_rows([len(encode(c, tokenizer)) for c in conversations], 3)

@@ -137,15 +137,45 @@ class Clock:
                     warm_up_steps=Here.warm, tokens_per_step=round(median(tokens)), mean_document=round(s), mfu_of_790_tflops=round(median(rates)*flop/790e12, 3), **memory, **more)
 
 
-def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True, compiled=False):
-    "Our trainer with its guards, as the planner sets it up."
+def set_kernels_(model, on):
+    "One kernel each for RoPE and SwiGLU, or torch's operations."
+    for module in model.modules():
+        if isinstance(getattr(module, 'kernels', None), bool): module.kernels = on
+
+
+def profiled(trainer):
+    "The kernels that take most of the last step, by their own time on the device."
+    import torch
+    from transformers import TrainerCallback
+    kind = torch.profiler.ProfilerActivity
+    watch, found = torch.profiler.profile(activities=[kind.CPU, kind.CUDA] if Here.device == 'cuda' else [kind.CPU]), []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == args.max_steps - 1: watch.start()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step != args.max_steps: return
+            if Here.device == 'cuda': torch.cuda.synchronize()
+            watch.stop()
+            own = lambda e: getattr(e, 'self_device_time_total', 0) if Here.device == 'cuda' else e.self_cpu_time_total
+            events = [e for e in watch.key_averages() if own(e) > 0 and (Here.device == 'cpu' or str(e.device_type).endswith('CUDA'))]
+            whole = sum(map(own, events)) or 1
+            found.extend(dict(kernel=e.key[:120], calls=e.count, ms=round(own(e)/1000, 2), share=round(own(e)/whole, 4)) for e in sorted(events, key=own, reverse=True)[:40])
+    trainer.add_callback(Watch())
+    return found
+
+
+def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True, compiled=False, kernels=True, model=None, profile=False):
+    "Our trainer with its guards, as the planner sets it up; a `model` that is given is trained from its own start and left as it came."
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
     from llama_nb.attention import attention_kernel
     from llama_nb.config import LoRAConfig, ModelConfig, TrainingConfig
     from llama_nb.fastpath import fp8_copies_
-    from llama_nb.linears import compile_layers_, unpack_copies_
+    from llama_nb.layers import recompute_norms_
+    from llama_nb.linears import compile_layers_, uncompile_layers_, unpack_copies_, unpack_scales_
     from llama_nb.trackers import guards
     from llama_nb.memory import decide, measured_layer_bytes
     from llama_nb.packing import pack
@@ -155,14 +185,18 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
     tokens, steps, shape = tokens or Here.tokens, Here.warm + Here.timed, shape_of(size)
     if compute == 'fp8': check_fp8(Here.device)
     made = examples(shape.vocab_size, int(1.2*tokens*steps) + Here.seq)
-    rows, model, lora = pack(made, Here.seq), adapted(shape, started=False), LoRAConfig(r=R, lora_alpha=ALPHA, target_modules='all-linear')
+    rows, lora = pack(made, Here.seq), LoRAConfig(r=R, lora_alpha=ALPHA, target_modules='all-linear')
+    given, model = model is not None, adapted(shape, started=False) if model is None else model
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if given else {}
+    set_kernels_(model, kernels)
     with tempfile.TemporaryDirectory() as folder:
-        t = TrainingConfig(output_dir=folder, per_device_train_batch_size=max(1, tokens//Here.seq), gradient_checkpointing=checkpointing, compute=compute, max_steps=steps, save_steps=10**6, logging_steps=10**6, learning_rate=RATE)
+        t = TrainingConfig(output_dir=folder, per_device_train_batch_size=max(1, tokens//Here.seq), gradient_checkpointing=checkpointing, compute=compute, kernels=kernels, max_steps=steps, save_steps=10**6, logging_steps=10**6, learning_rate=RATE)
         planned = decide(ModelConfig(max_length=Here.seq), room_bytes() if Here.device == 'cuda' else 2**36, t, lora, with_copy=with_copy, shape=shape, layer_bytes=measured_layer_bytes(model))
         s = planned.settings
         set_checkpointing_(model, s['checkpointed_layers'])
-        copies = unpack_copies_(model) if s['dequantised_copy'] else 0
+        copies = unpack_copies_(model) if s['dequantised_copy'] else unpack_scales_(model) if s['decoded_scales'] else 0
         if compute == 'fp8': copies = fp8_copies_(model)
+        recompute_norms_(model, s['recomputed_norms'])
         if compiled:
             torch._dynamo.reset()  # rows of the twin share a process
             compile_layers_(model, backend='aot_eager' if Here.tiny else 'inductor')
@@ -170,17 +204,29 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
         args = training_arguments(t, run.folder, steps, s['rows'], False, Here.device == 'cpu')
         size = s['rows']
         assert len(rows) >= steps*size, 'a second epoch would change the order'
-        trainer = PackedTrainer(model, args, batch_collator(0, size, Here.seq, compiled), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16)
+        trainer = PackedTrainer(model, args, batch_collator(0, size, Here.seq, compiled), rows, callbacks=guards(run, progress=False), run=run, fast_path=True, dtype=torch.bfloat16, config=t)
         trainer.remove_callback(PrinterCallback)
         clock = Clock()
 
         class Steps(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs): clock.step(sum(rows.num_tokens[size*(state.global_step - 1):size*state.global_step]))  # without filling
         trainer.add_callback(Steps())
-        trainer.train()
+        table = profiled(trainer) if profile else []
+        try: trainer.train()
+        finally:
+            if given:
+                for n, p in model.named_parameters():
+                    if n in start: p.data.copy_(start[n])
+                for undo in (unpack_copies_, unpack_scales_, fp8_copies_): undo(model, on=False)
+                uncompile_layers_(model)
+                set_checkpointing_(model, False)
+                set_kernels_(model, True)
+                recompute_norms_(model, False)
+                model.zero_grad()
         head = shape.hidden_size//shape.num_attention_heads
         kernel = attention_kernel(Here.device, torch.bfloat16, (tokens + 128*100)*shape.num_attention_heads*head)
-        return clock.report(shape, made, attention=kernel, recomputed_layers=s['checkpointed_layers'], copies_gib=round(copies/2**30, 2), compute=compute, compiled=compiled, planned_gib=round(planned.total/2**30, 2), loss=trainer.state.log_history[-1].get('train_loss'))
+        more = dict(profile=table) if profile else {}
+        return clock.report(shape, made, **more, kernels=kernels, attention=kernel, recomputed_layers=s['checkpointed_layers'], recomputed_norms=s['recomputed_norms'], copies_gib=round(copies/2**30, 2), compute=compute, compiled=compiled, planned_gib=round(planned.total/2**30, 2), loss=trainer.state.log_history[-1].get('train_loss'))
 
 
 def wanted(*packages):
@@ -335,11 +381,28 @@ def timed(f, repeats=10):
     return best
 
 
+def attention_errors():
+    "Attention with fewer key heads against float32, one conversation at a time: result and gradients."
+    import torch
+
+    from llama_nb.attention import attention_kernel, packed_attention
+    def new(*size): return torch.randn(*size, device=Here.device, dtype=torch.bfloat16)
+    H, K, D, borders = 32 if not Here.tiny else 4, 8 if not Here.tiny else 2, 128 if not Here.tiny else 16, [0, 40, 41, 100, 128] if Here.tiny else [0, 300, 301, 1500, 2048]
+    q, k, v = (new(1, heads, borders[-1], D).requires_grad_() for heads in (H, K, K))
+    out = packed_attention(None, q, k, v, cu_seqlens=torch.tensor(borders, dtype=torch.int32, device=Here.device), max_seqlen=max(b - a for a, b in zip(borders, borders[1:])))[0]
+    back = torch.randn_like(out)
+    ours = [out, *torch.autograd.grad(out, (q, k, v), back)]
+    wide = [t.float().detach().requires_grad_() for t in (q, k, v)]
+    parts = [torch.nn.functional.scaled_dot_product_attention(wide[0][:, :, a:b], *(t[:, :, a:b].repeat_interleave(H//K, 1) for t in wide[1:]), is_causal=True) for a, b in zip(borders, borders[1:])]
+    true = torch.cat(parts, 2).transpose(1, 2)
+    true = [true, *torch.autograd.grad(true, wide, back.float())]
+    return dict(kernel=attention_kernel(Here.device), errors=[float(f'{((a.float() - b).norm()/b.norm()).item():.2g}') for a, b in zip(ours, true)])
+
+
 def machine():
     "What the estimates assume: rates of products in bf16 and fp8, of copying and unpacking, and attention with fewer key heads against one conversation at a time."
     import torch
 
-    from llama_nb.attention import attention_kernel, packed_attention
     from llama_nb.linears import packed_parts, unpack
     from llama_nb.quantization import import_bitsandbytes, check_fp8, fp8_matmul, rows_to_fp8
     shape, found = shape_of('7B'), {}
@@ -364,21 +427,12 @@ def machine():
     seconds = timed(lambda: unpack(*packed, torch.bfloat16))
     found['unpacking NF4, GB/s'] = round(2.5*f*d/seconds/1e9, 2)
     found['unpacking a 7B model once, ms'] = round(1000*seconds*6.476e9/(f*d), 1)
-    H, K, D, borders = 32 if not Here.tiny else 4, 8 if not Here.tiny else 2, 128 if not Here.tiny else 16, [0, 40, 41, 100, 128] if Here.tiny else [0, 300, 301, 1500, 2048]
-    q, k, v = (new(1, heads, borders[-1], D).requires_grad_() for heads in (H, K, K))
-    out = packed_attention(None, q, k, v, cu_seqlens=torch.tensor(borders, dtype=torch.int32, device=Here.device), max_seqlen=max(b - a for a, b in zip(borders, borders[1:])))[0]
-    back = torch.randn_like(out)
-    ours = [out, *torch.autograd.grad(out, (q, k, v), back)]
-    wide = [t.float().detach().requires_grad_() for t in (q, k, v)]
-    parts = [torch.nn.functional.scaled_dot_product_attention(wide[0][:, :, a:b], *(t[:, :, a:b].repeat_interleave(H//K, 1) for t in wide[1:]), is_causal=True) for a, b in zip(borders, borders[1:])]
-    true = torch.cat(parts, 2).transpose(1, 2)
-    true = [true, *torch.autograd.grad(true, wide, back.float())]
-    found['attention with fewer key heads'] = dict(kernel=attention_kernel(Here.device), errors=[float(f'{((a.float() - b).norm()/b.norm()).item():.2g}') for a, b in zip(ours, true)])
+    found['attention with fewer key heads'] = attention_errors()
     return found
 
 
-def planner(size='7B'):
-    "Planned against measured peak of a step, over six settings; every token taught, as the plan assumes."
+def planner(size='7B', model=None):
+    "Planned against measured peak of a step, over eight settings; every token taught, as the plan assumes."
     import torch
 
     from llama_nb.config import LoRAConfig, ModelConfig, TrainingConfig
@@ -386,12 +440,12 @@ def planner(size='7B'):
     from llama_nb.memory import CUDA_CONTEXT_BYTES, measured_layer_bytes, plan
     from llama_nb.loop import set_checkpointing_
     shape = shape_of(size)
-    model, L, rows = adapted(shape, started=False), shape.num_hidden_layers, []
+    model, L, rows = model or adapted(shape, started=False), shape.num_hidden_layers, []
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=True)
     layer_bytes = measured_layer_bytes(model)
     context = CUDA_CONTEXT_BYTES if Here.device == 'cuda' else 0  # 0 plans for a CPU; the allocator does not count it
-    for n, recomputed in ((1, 0), (1, L), (2, L//2), (4, 0), (4, L), (8, L)):
+    for n, recomputed in ((1, 0), (1, L), (2, L//2), (4, 0), (4, L), (8, 0), (8, L//2), (8, L)):
         t = TrainingConfig(per_device_train_batch_size=n)
         planned = [plan(ModelConfig(max_length=Here.seq), t, LoRAConfig(r=R, target_modules='all-linear'), shape=shape, context_bytes=context, checkpointed_layers=recomputed, layer_bytes=b).total - context for b in (None, layer_bytes)]
         set_checkpointing_(model, recomputed)

@@ -195,6 +195,130 @@ def gate():
     return {k: v if isinstance(v, bool) else float(f'{v:.3g}') for k, v in result.items()}
 
 
+EQUAL = 48  # conversations of the equal work: one epoch
+
+
+def real_conversations(count=EQUAL):
+    "The first DailyDialog training conversations that fit, and where they come from: the release in $LLAMA_NB_TEST_DATA, else the sample that is shipped."
+    import os
+
+    from llama_nb.config import DataConfig
+    from llama_nb.data import load_data
+    root = os.environ.get('LLAMA_NB_TEST_DATA')
+    path = Path(root)/'data'/'dailydialog'/'train.zip' if root else None
+    source = str(path) if path and path.exists() else 'sample'
+    found = load_data(DataConfig('dailydialog', data_path=source, val_size=0., on_bad='skip')).train
+    return [[{'role': m.role, 'content': m.content} for m in c.messages] for c in list(found)[:count]], 'DailyDialog, first release' if source != 'sample' else 'DailyDialog, the shipped sample'
+
+
+def equal_examples(taught):
+    "What every row of the equal work trains on: the same ids and the same taught tokens."
+    from llama_nb.dialogue import encode
+    from llama_nb.model import load_tokenizer
+    made, source = real_conversations()
+    tokenizer = load_tokenizer('demo')
+    examples = [encode(m, tokenizer, train_on=taught) for m in made]
+    numbers = dict(conversations=len(made), tokens=sum(map(len, examples)), taught_tokens=sum(label != -100 for e in examples for label in e.labels[1:]), source=source, taught=taught)
+    return made, examples, numbers
+
+
+class Whole:
+    "Seconds of a whole call, and of its steps: each step's real tokens and seconds, the first step left out of the rate."
+    def __init__(self, numbers): self.numbers, self.began, self.marks, self.tokens, self.seen = numbers, time.perf_counter(), [], [], 0
+
+    def watch(self, trainer, pad):
+        from transformers import TrainerCallback
+        inner, mine = trainer.training_step, self
+
+        def training_step(model, inputs, *args, **kwargs):
+            mask, ids = inputs.get('attention_mask'), inputs['input_ids']
+            mine.seen += int(mask.sum()) if mask is not None else ids.numel() - (ids.shape[1] - 1 - int((ids[0] != pad).nonzero()[-1]) if pad is not None else 0)
+            return inner(model, inputs, *args, **kwargs)
+        trainer.training_step = training_step
+
+        class Steps(TrainerCallback):
+            def on_train_begin(self, args, state, control, **kwargs): mine.marks.append(time.perf_counter())
+
+            def on_step_end(self, args, state, control, **kwargs):
+                mine.marks.append(time.perf_counter())
+                mine.tokens.append(mine.seen)
+                mine.seen = 0
+        trainer.add_callback(Steps())
+
+    def report(self, **more):
+        whole, seconds = time.perf_counter() - self.began, [b - a for a, b in zip(self.marks, self.marks[1:])]
+        rate = sum(self.tokens[1:])/sum(seconds[1:]) if len(seconds) > 1 else self.tokens[0]/seconds[0]
+        return {**self.numbers, 'seen_tokens': sum(self.tokens), 'step_tokens_per_s': round(rate, 1), 'steps': len(seconds), 'steps_s': round(sum(seconds), 2), 'whole_s': round(whole, 2),
+                'whole_tokens_per_s': round(self.numbers['tokens']/whole, 1), **more}
+
+
+def equal_trl(taught, **settings):
+    "TRL over the equal work once: loading the model, training, saving the adapter. It gets ids and masks, so it need not encode."
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from llama_nb.model import load_tokenizer
+    _, examples, numbers = equal_examples(taught)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Whole(numbers)
+        args = SFTConfig(folder, num_train_epochs=1, report_to='none', logging_strategy='no', save_strategy='no', disable_tqdm=True, use_cpu=True, **settings)
+        data = Dataset.from_list([{'input_ids': e.input_ids, 'assistant_masks': [int(label != -100) for label in e.labels]} for e in examples])
+        trainer = SFTTrainer(four_bit(torch.bfloat16), args, train_dataset=data, processing_class=load_tokenizer('demo'),
+                             peft_config=LoraConfig(r=R, lora_alpha=ALPHA, target_modules='all-linear', task_type='CAUSAL_LM'))
+        whole.watch(trainer, None)
+        trainer.train()
+        trainer.save_model(folder)
+        return whole.report(settings={k: str(v) for k, v in settings.items()})
+
+
+def equal_ours(taught, **training):
+    "Ours over the equal work once: reading and checking the file, loading the model, training with its checkpoints, the published folder."
+    from bench.chats import write
+    from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
+    from llama_nb.loop import PackedTrainer
+    from llama_nb.train import LLAMATrainer
+    made, _, numbers = equal_examples(taught)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder)/'chats.jsonl', made)
+        whole, train = Whole(numbers), PackedTrainer.train
+        trainer = LLAMATrainer(ModelConfig('demo', max_length=MAX_LENGTH), LoRAConfig(r=R, lora_alpha=ALPHA), DataConfig(str(path), val_size=0., train_on=taught),
+                               TrainingConfig(output_dir=folder, num_train_epochs=1, **training), device='cpu')
+
+        def watched(self, *args, **kwargs):
+            whole.watch(self, trainer.tokenizer.pad_token_id)
+            return train(self, *args, **kwargs)
+        PackedTrainer.train = watched
+        try: trainer.train(progress=False)
+        finally: PackedTrainer.train = train
+        return whole.report(settings=training)
+
+
+def frozen_limit(rows=MAX_LENGTH):
+    "The bound of any method with these weights: every frozen product forwards and once backwards in bf16, at the rate of this machine, and nothing else."
+    import torch
+
+    from llama_nb.config import ModelConfig
+    from llama_nb.shapes import matrix_shapes
+    from llama_nb.sources import model_shape
+    shape = model_shape(ModelConfig('demo'))
+    sizes = [*(s for s in matrix_shapes(shape).values() for _ in range(shape.num_hidden_layers)), (shape.vocab_size, shape.hidden_size)]
+    seconds = 0.
+    for n, k in sorted(set(sizes)):
+        x, W, best = torch.randn(rows, k).bfloat16(), torch.randn(n, k).bfloat16(), []
+        for _ in range(5):
+            began = time.perf_counter()
+            x @ W.t() @ W
+            best.append(time.perf_counter() - began)
+        seconds += min(best)*sizes.count((n, k))
+    return dict(step_tokens_per_s=round(rows/seconds, 1), rows=rows, products=2*len(sizes))
+
+
+BEST = dict(gradient_checkpointing=False, packing=True, per_device_train_batch_size=1, max_length=MAX_LENGTH)
+EQUAL_ROWS = {'limit: the frozen products alone': frozen_limit,
+              **{f'{name}, {label}': (lambda f=f, taught=taught: f(taught)) for taught, label in (('all', 'every token taught'), ('assistant', 'answers taught'))
+                 for name, f in (('TRL as shipped', equal_trl), ('TRL at its best', lambda taught: equal_trl(taught, **BEST)), ('llama_nb', equal_ours))}}
 CPU = {'gate': gate, 'TRL as shipped': trl, 'TRL, no checkpointing': lambda: trl(gradient_checkpointing=False),
        'TRL, no checkpointing, packed': lambda: trl(gradient_checkpointing=False, packing=True, per_device_train_batch_size=1),
        'careful bf16 recipe (row 1)': lambda: careful(True, True), 'row 1 without checkpointing (row 2)': lambda: careful(False, True), 'llama_nb': ours}
@@ -203,6 +327,6 @@ CPU |= {f'{name} again': CPU[name] for name in ('TRL as shipped', 'TRL, no check
 if __name__ == '__main__':
     logging.disable(logging.WARNING)
     warnings.filterwarnings('ignore')
-    rows = {'cpu': CPU}[sys.argv[1]]
+    rows = {'cpu': CPU, 'equal': EQUAL_ROWS}[sys.argv[1]]
     result = rows[sys.argv[2]]()
     Path(sys.argv[3]).write_text(json.dumps(result))

@@ -1,12 +1,19 @@
 """Fine-tune Llama chat models on your own conversations with 4-bit LoRA, in notebooks you can read.
 
-Importing this package loads nothing heavy: each name below is fetched from its module when it is first used."""
+Importing this package loads nothing heavy: each name below is fetched from its module when it is first used. That holds
+for `from llama_nb import *` too, see the chapter on lazy names."""
+import sys
+
+from .lazy import hold, is_existence_check, lazy_name, namespace_of_star
+
 __version__ = "0.1.0"
 
 _MODULES = {
     'errors': 'LlamaNbError ConfigError DataError ResourceError CheckpointError NonFiniteError DivergenceError OutOfMemoryError ThresholdError RunInterrupted',
     'config': 'ModelConfig LoRAConfig DataConfig TrainingConfig EvaluationConfig RunConfig load_config preset PRESETS',
     'views': 'View',
+    'lazy': '',
+    'network': '',
     'quantization': 'nf4_levels fp4_levels quantize_blockwise dequantize_blockwise bits_per_weight bnb_config',
     'lora': 'add_lora trainable_parameters check_adapter',
     'shapes': 'tiny_llama',
@@ -34,12 +41,17 @@ _MODULES = {
     'loss': 'supervised_loss batch_loss',
     'fastpath': 'apply_fast_path_',
     'memory': 'plan MemoryPlan',
+    'shards': '',
+    'ranks': '',
     'checkpoints': 'verify_checkpoint',
     'runs': 'Run list_runs watch save_config',
     'card': '',
     'safe_trainer': 'SafeTrainer Guard',
     'guards': '',
+    'mirror': 'fetch_run',
     'trackers': '',  # a name cannot be a module and a function at once: `from llama_nb.trackers import guards`
+    'launch': 'Machines',
+    'preflight': 'measure_all_reduce',
     'generate': 'generate_replies stream_reply ChatSession samples_timeline',
     'metrics': 'Perplexity Bleu ChrF Rouge corpus_bleu',
     'intervals': 'bootstrap_interval paired_difference',
@@ -52,16 +64,32 @@ _MODULES = {
     'resume': '',
     'loop': '',
     'train': 'LLAMATrainer',
+    'worker': '',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`
     'demo': 'run_demo',
 }
 _OWNER = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = ['__version__', *_OWNER]
+# modules that import no torch; the names of all others wait for their first use after `import *`
+_LIGHT = set('''errors config views shapes conversation template segments dialogue masks verification prepared auditing files
+formats data_report data quality examples memory checkpoints runs'''.split())
+_LAZY = {name: lazy_name(f'{__name__}.{module}', name) for name, module in _OWNER.items() if module not in _LIGHT}
+
+
+def _stand_in(name, frame):
+    "A name as `import *` gets it: a stand-in for one of a heavy module; `None` if the real object is wanted."
+    if name not in _LAZY: return None
+    if is_existence_check(frame): return _LAZY[name]
+    namespace = namespace_of_star(frame)
+    if namespace is None: return None
+    hold(_LAZY[name], namespace)
+    return _LAZY[name]
 
 
 def __getattr__(name):
     "Fetch a public name, or a module, at first use."
     import importlib
+    if (lazy := _stand_in(name, sys._getframe(1))) is not None: return lazy
     if name in _OWNER:
         value = getattr(importlib.import_module(f'{__name__}.{_OWNER[name]}'), name)
     elif name in _MODULES or name == 'cli':

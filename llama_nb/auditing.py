@@ -29,6 +29,7 @@ class _Answer(NamedTuple):
     text:str # As the template writes it
     taught:bool # Whether `encode` teaches it
 
+# %% ../nbs/28_auditing.ipynb #f926e2d8
 def _content_spans(example:Example)->dict[int,Span]:
     "The span of each message's content."
     found, opened = {}, set()
@@ -38,6 +39,7 @@ def _content_spans(example:Example)->dict[int,Span]:
         opened.add(s.message)
     return found
 
+# %% ../nbs/28_auditing.ipynb #8f3a3a84
 class _Book:
     "Conversations, found by their ids or by their first question."
     def __init__(self, g:TurnGrammar, conversations, train_on:str):
@@ -65,10 +67,12 @@ def _first_question(g:TurnGrammar, p:RowPart, turns:list[Turn])->str:
     t = next((t for t in turns if t.role == 'user'), None)
     return g.decode(p.ids[t.begin:t.close if t.close >= 0 else t.end]).strip() if t else ''
 
+# %% ../nbs/28_auditing.ipynb #48318d5b
 def _common_start(a:list, b:list)->int:
     "How many values two lists have in common from their start."
     return next((k for k,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
+# %% ../nbs/28_auditing.ipynb #fc407682
 def _find(book:_Book, p:RowPart, turns:list[Turn])->int|None:
     "The conversation of this part of a row; one that no row has had comes first."
     ids = p.ids[p.start:p.end]
@@ -85,16 +89,19 @@ def _is_exact(p:RowPart, labels:list, e:Example)->bool:
     if size != len(e) or p.ids[p.start:p.end] != e.input_ids: return False
     return labels[p.start+1:p.end] == e.labels[1:]
 
+# %% ../nbs/28_auditing.ipynb #30cb234c
 def _answers(g:TurnGrammar, e:Example)->list[_Answer]:
     "The answers of a conversation as the template writes them."
     return [_Answer(g.decode(e.input_ids[s.start:s.end]).strip(), s.state == 'taught')
             for s in _content_spans(e).values() if s.role == 'assistant']
 
+# %% ../nbs/28_auditing.ipynb #b680c7b9
 def _without_empty_thought(text:str, want:str)->str:
     "An answer without the empty thought that some templates write before it, unless it is wanted."
     head, end, rest = text.partition('</think>')
     return rest.strip() if end and not head.replace('<think>', '').strip() and '</think>' not in want else text
 
+# %% ../nbs/28_auditing.ipynb #4d7a8a6d
 def _compare(book:_Book, p:RowPart, turns:list[Turn], e:Example):
     "Yield what differs between the answers of a row and those of its conversation."
     g, want, got = book.grammar, _answers(book.grammar, e), [t for t in turns if t.role == 'assistant']
@@ -186,6 +193,7 @@ def _summary(r:AuditReport)->str:
     share = f'{r.taught:,} of {r.tokens:,} tokens taught ({r.taught/max(r.tokens, 1):.0%})'
     return f'{r.exact:,} of {r.total:,} rows{packed} teach exactly their answers; {share}; template: {r.template}'
 
+# %% ../nbs/28_auditing.ipynb #4ca48a90
 def _view(r:AuditReport)->View:
     "Summary, table of faults, repairs, and the worst row."
     first = {f.kind: f for f in reversed(r.faults)}
@@ -209,6 +217,7 @@ def _runs(labels:list, a:int, b:int)->list[tuple[int,int]]:
     cuts = [k for k in range(a + 1, b) if (labels[k] == IGNORE_INDEX) != (labels[k-1] == IGNORE_INDEX)]
     return [(x, y) for x,y in zip([a, *cuts], [*cuts, b]) if y > x]
 
+# %% ../nbs/28_auditing.ipynb #d82b8d17
 def _example(row:PreparedRow, p:RowPart, turns:list[Turn], kinds, most:int=500)->Example:
     "A conversation of a row for a picture: its first tokens, with the kinds of fault as its name."
     end = min(p.end, p.start + most)
@@ -239,6 +248,7 @@ _READ = {'input_ids', 'labels', *MASK_FIELDS, *BATCH_FIELDS, 'attention_mask', '
 _NO_END = ('answer cut', 'end of turn missing')
 _OF_ROW = ('nothing taught', 'padding taught', 'neighbours visible') # faults of no single conversation
 
+# %% ../nbs/28_auditing.ipynb #3a9493b5
 class _Audit:
     "What has been found so far."
     def __init__(self, g:TurnGrammar, book:_Book|None, train_on:str='assistant'):
@@ -330,6 +340,7 @@ def _of_trainer(prepared, tokenizer):
         raise ConfigError(f'tokenizer: expected a tokenizer, got a name; use load_tokenizer({tokenizer!r})')
     return prepared, tokenizer
 
+# %% ../nbs/28_auditing.ipynb #34d95072
 def audit(
     prepared, # Rows with `input_ids`: a `Dataset`, a list, a `DataLoader`, a batch, a trainer; or a path
     conversations=None, # The conversations they were made from, in any order; `None`: look at ids and labels alone

@@ -41,11 +41,13 @@ def _load_json(path):
     except (OSError, ValueError): return {}
     return found if isinstance(found, dict) else {}
 
+# %% ../nbs/52_card.ipynb #6ea6312c
 def _score_text(system, score):
     "One model's score, with its interval if it has one."
     interval = f" ({score['low']:.4g} to {score['high']:.4g})" if score.get('low') is not None else ''
     return f"{system.replace('_', ' ')} {score['value']:.4g}{interval}"
 
+# %% ../nbs/52_card.ipynb #7cc4041b
 def _not_comparable(saved, step):
     "What a reader of scores must know: they are of another step, or of rows that were trained on."
     trained = ((saved.get('settings') or {}).get('data') or {}).get('trained')
@@ -54,6 +56,7 @@ def _not_comparable(saved, step):
     notes += [f'{trained} of its rows were trained on']*bool(trained)
     return f" ({'; '.join(notes)})" if notes else ''
 
+# %% ../nbs/52_card.ipynb #649bcff0
 def _scores(folder, step):
     "Verdict and main figures of the evaluation reports below `eval/`, as texts by name."
     found = {}
@@ -74,8 +77,18 @@ def _setting_facts(model, lora, training):
     "The settings that a reader of the card looks for first."
     quant = f"{model.get('bnb_4bit_quant_type')}, nested {model.get('use_nested_quant')}"
     adapter = f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}, on {lora.get('target_modules')}"
+    rope = model.get('rope_scaling')
     return {'4-bit base': quant if model.get('use_4bit') else None, 'LoRA': adapter if lora else None,
+            'RoPE': f'stretched: {rope}' if rope else None,
             'learning rate': training.get('learning_rate'), 'seed': training.get('seed')}
+
+# %% ../nbs/52_card.ipynb #91454d41
+def _published(run):
+    "Which step's weights the adapter holds, where the settings chose one."
+    chosen = next((e for e in run.events()[::-1] if e['kind'] in ('chosen', 'start', 'resume')), {})
+    if chosen.get('kind') != 'chosen': return None
+    loss = f"{float(chosen['eval_loss']):.4f} nats per token"
+    return f"the weights of step {chosen['published']}, validation loss {loss} (lowest at step {chosen['best']})"
 
 def _curve_facts(run):
     "Steps, taught tokens and losses."
@@ -83,7 +96,7 @@ def _curve_facts(run):
     def values(name): return [v for _,v in run.metrics(name)]
     losses, held = values('loss'), values('eval_loss')
     def span(first, last): return f'{first:.3f} → {last:.3f} nats per token'
-    return {'steps': last_step(run), 'taught tokens': f'{int(taught):,}' if taught else None,
+    return {'steps': last_step(run), 'published': _published(run), 'taught tokens': f'{int(taught):,}' if taught else None,
             'first and last training loss':
                 f'{span(losses[0], smooth(losses)[-1])} (last smoothed)' if losses else None,
             'validation loss': span(held[0], held[-1]) if held else None}
@@ -141,9 +154,16 @@ def _load_settings(facts):
             f"bnb_4bit_quant_type={model['bnb_4bit_quant_type']!r}, "
             f"bnb_4bit_use_double_quant={model['use_nested_quant']}, bnb_4bit_compute_dtype={dtype})"), True
 
-def _loading(facts):
+# %% ../nbs/52_card.ipynb #c5cc664f
+def _stretched_rope(folder):
+    "What the base must be loaded with, if its RoPE was stretched; `{}` if not."
+    found = _load_json(Path(folder)/'rope_scaling.json')
+    return {k: found[k] for k in ('rope_parameters', 'max_position_embeddings')} if found else {}
+
+def _loading(folder, facts):
     "How to load the adapter, here and where the base is a folder elsewhere."
     (base, on_hub), (settings, in_4bit) = _base_name(facts['base_model']), _load_settings(facts)
+    settings += ''.join(f', {k}={v!r}' for k,v in _stretched_rope(folder).items())
     code = dict(settings=settings, more_import=', BitsAndBytesConfig' if in_4bit else '',
                 layout=_LAYOUT if in_4bit else '')
     parts, is_demo = [_LOAD.format(**code)], on_hub and base != str(facts['base_model'])
@@ -167,9 +187,10 @@ def _body(run, facts):
     if facts['data']: parts.append(f'## Data\n\n{_fact_table(data)}')
     parts.append(f'## Training\n\n{_fact_table(facts["curves"].items())}{plot}')
     if facts['scores']: parts.append(f'## Scores\n\n{_fact_table(facts["scores"].items())}')
-    parts += [f'## How to load it\n\n{_loading(facts)}', f'## Made with\n\n{_fact_table(facts["packages"].items())}']
+    parts += [f'## How to load it\n\n{_loading(run.folder, facts)}', f'## Made with\n\n{_fact_table(facts["packages"].items())}']
     return '\n\n'.join(parts)
 
+# %% ../nbs/52_card.ipynb #971797aa
 def _own_text(old):
     "The text of a card before and after its generated block."
     text = re.sub(r'\A---\n.*?\n---\n', '', old, flags=re.S)

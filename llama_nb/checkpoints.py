@@ -26,11 +26,13 @@ def _sha256(path):
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _sha256_slow(f)
 
+# %% ../nbs/50_checkpoints.ipynb #a7585a6e
 def _sha256_slow(f):
     digest = hashlib.sha256() # Python 3.10 has no `file_digest`
     while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+# %% ../nbs/50_checkpoints.ipynb #b4a52a8c
 _NO_FSYNC = tuple(getattr(errno, name, None) for name in
                   'EINVAL ENOTSUP EOPNOTSUPP ENOSYS EPERM EACCES EBADF EISDIR'.split())
 
@@ -47,6 +49,7 @@ def fsync_path(
         return False
     return True
 
+# %% ../nbs/50_checkpoints.ipynb #db102f02
 def _flush(folder):
     "Flush a folder and all that is in it; `False` if the file system could not flush every part."
     parts = [p for p in Path(folder).rglob('*') if not p.is_symlink()]
@@ -74,11 +77,13 @@ def write_manifest(
 # %% ../nbs/50_checkpoints.ipynb #88562508
 CODE_FILES = ('.bin', '.pkl', '.pickle', '.joblib', '.npy', '.npz') # pickles, or files whose loader may read one
 
+# %% ../nbs/50_checkpoints.ipynb #41a3bac8
 def _number(folder):
     "Step in a checkpoint folder's name, `-1` for any other name."
     found = re.fullmatch(r'checkpoint-(\d+)', Path(folder).name)
     return int(found[1]) if found else -1
 
+# %% ../nbs/50_checkpoints.ipynb #0c4a3fc5
 def _file_problems(path, entry):
     "What is wrong with one file of a manifest, as a list of at most one sentence."
     if path.is_symlink() or not path.is_file(): return [f"{entry['path']} is missing"]
@@ -114,6 +119,7 @@ def verify_checkpoint(
 # %% ../nbs/50_checkpoints.ipynb #c0c5d1f1
 def _bytes(folder): return sum(p.stat().st_size for p in Path(folder).rglob('*') if p.is_file())
 
+# %% ../nbs/50_checkpoints.ipynb #7e566874
 def _remove(folder):
     "Delete a folder after renaming it, so that a kill in between leaves no half of it under its name."
     trash = Path(folder).with_name(f'.trash-{Path(folder).name.removeprefix("checkpoint-")}')
@@ -122,11 +128,13 @@ def _remove(folder):
     fsync_path(trash.parent)
     shutil.rmtree(trash, ignore_errors=True)
 
+# %% ../nbs/50_checkpoints.ipynb #e9dcecbe
 def _publish(stage, final):
     "Rename a complete stage to its final name, and flush that name to the disk; `False` if it could not be flushed."
     os.rename(stage, final)
     return fsync_path(final.parent)
 
+# %% ../nbs/50_checkpoints.ipynb #750346f0
 def checkpoints(
     folder, # A run's folder
 )->list: # Its `checkpoint-N` folders, oldest first, valid or not
@@ -145,6 +153,7 @@ def check_space(
         raise ResourceError(f'disk full: {what} needs {need_bytes/1e6:,.0f} MB in {folder}, '
                             f'{free/1e6:,.0f} MB are free; earlier checkpoints are untouched; make room, then resume')
 
+# %% ../nbs/50_checkpoints.ipynb #d9089180
 def disk_full(
     folder, # Where the disk is full
     what:str, # What could not be written

@@ -31,6 +31,8 @@ from .errors import (
     ConfigError, DataError, did_you_mean, exit_code, LlamaNbError, logger, one_line, redact, ResourceError,
     RunInterrupted, shorten, ThresholdError)
 from .views import can_show_color, Line, plain_json, plain_text, progress, stage, table, tell, text_lines
+from .store import joined
+from .network import hub_problem
 
 # %% ../nbs/93_cli.ipynb #88a12240
 class _Answer(NamedTuple):
@@ -44,6 +46,7 @@ _terminal = contextvars.ContextVar('terminal', default=None)
 
 def _debug(): return os.environ.get('LLAMA_NB_DEBUG', '0') not in ('0', '')
 
+# %% ../nbs/93_cli.ipynb #d43cd612
 def _say(text='', end='\n'):
     "Write to the real stdout from inside a command."
     out = _terminal.get() or sys.stdout
@@ -58,6 +61,7 @@ def _settings():
         for f in dataclasses.fields(getattr(config, section)): found.setdefault(f.name, []).append(section)
     return {name: sections[0] for name,sections in found.items() if len(sections) == 1}
 
+# %% ../nbs/93_cli.ipynb #d7497ff3
 def _as_typed(text):
     "Advice as you would type it: `on_bad='skip'` becomes `data.on_bad=skip`."
     sections = _settings()
@@ -77,6 +81,7 @@ def _error_text(error, faults):
     text = _as_typed(one_line(DataError(error.message) if faults else error, 400))
     return text if isinstance(error, LlamaNbError) else f'{text} (for a traceback, set LLAMA_NB_DEBUG=1)'
 
+# %% ../nbs/93_cli.ipynb #62d77a23
 def _fail(error, as_json=False):
     "Report an error on stderr (and as an object on stdout); returns the exit code."
     if _debug(): traceback.print_exception(error)
@@ -134,17 +139,20 @@ _ABOUT = 'Fine-tune Llama chat models on your own conversations with 4-bit LoRA.
 _CODES = """Exit codes: 0 ok, 1 error while running, 2 wrong usage or setting, 3 model or device missing or too small,
 4 bad data, 5 a threshold is not met, 130 interrupted (training: with a checkpoint)."""
 
+# %% ../nbs/93_cli.ipynb #851dae45
 def _examples(*lines):
     "Text below the help of a command: examples and exit codes."
     shown = '\n'.join(['Example:' if len(lines) == 1 else 'Examples:', *(f'  {line}' for line in lines)])
     return f'\b\n{shown}\n\n\b\n{_CODES}' # click keeps the lines after a \\b
 
+# %% ../nbs/93_cli.ipynb #7b44f344
 app = typer.Typer(name='llama-nb', help=_ABOUT, epilog=_examples('llama-nb demo', 'llama-nb train --preset llama3-8b '
                   'data.dataset_name=chats.jsonl'), context_settings=_HELP, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False)
 _config_app = typer.Typer(rich_markup_mode=None, help='Show, check and explain configs.', invoke_without_command=True)
 app.add_typer(_config_app, name='config')
 
+# %% ../nbs/93_cli.ipynb #3b166c98
 def _version(wanted:bool):
     if not wanted: return
     from llama_nb import __version__
@@ -186,6 +194,7 @@ def _resolve(config=None, preset=None, overrides=None, needed='')->RunConfig:
                           f'known presets: {", ".join(PRESETS)}')
     return load_config(config, [*([f'preset={preset}'] if preset else []), *(overrides or [])])
 
+# %% ../nbs/93_cli.ipynb #8aee5169
 @_config_app.command('show', epilog=_examples('llama-nb config show --preset demo'))
 @_command
 def _config_show(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Preset=None, as_json:_Json=False):
@@ -193,6 +202,7 @@ def _config_show(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Pre
     cfg = _resolve(config, preset, overrides)
     return _Answer(to_dict(cfg), to_yaml(cfg).rstrip())
 
+# %% ../nbs/93_cli.ipynb #b805b353
 _CheckedFile = Annotated[Path, typer.Argument(metavar='FILE', help='YAML file with the settings of a run.')]
 
 @_config_app.command('check', epilog=_examples('llama-nb config check run.yaml'))
@@ -210,6 +220,7 @@ def _config_schema(as_json:_Json=False):
     "Print the JSON schema of the config file, for editors."
     return _Answer(config_schema(), json.dumps(config_schema(), indent=2))
 
+# %% ../nbs/93_cli.ipynb #1deb0775
 @_config_app.command('presets', epilog=_examples('llama-nb config presets'))
 @_command
 def _config_presets(as_json:_Json=False):
@@ -236,6 +247,7 @@ def _memory(cfg):
     from llama_nb.memory import plan
     return plan(cfg.model, cfg.training, cfg.lora)
 
+# %% ../nbs/93_cli.ipynb #379c2934
 def _masks(conversations, cfg, show=1):
     "Proof of the masks of all conversations, and the first few as text."
     from llama_nb.dialogue import encode
@@ -280,9 +292,10 @@ def _check_model(model_config):
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
         raise ResourceError(f'model {shorten(redact(name))}: no such folder, and not a Hub id (owner/name){near}; '
                             "use a folder, a .gguf file, 'demo', or a Hub id")
-    if constants.HF_HUB_OFFLINE and not _in_cache(name):
-        raise ResourceError(f'model {shorten(redact(name))} is not in the cache, and HF_HUB_OFFLINE is set, so it '
-                            f"cannot be downloaded{near}; unset it, or use a local folder, a .gguf file, or 'demo'")
+    if not _in_cache(name) and (problem := hub_problem()):
+        undo = 'unset it' if constants.HF_HUB_OFFLINE else 'go online'
+        raise ResourceError(f'model {shorten(redact(name))} is not in the cache, and {problem}, so it '
+                            f"cannot be downloaded{near}; {undo}, or use a local folder, a .gguf file, or 'demo'")
 
 # %% ../nbs/93_cli.ipynb #6687bae2
 def _trainer(cfg):
@@ -302,6 +315,7 @@ def _planned_steps(trainer, rows):
     if size == 'auto': size = auto_batch_size(len(rows), cfg.model, cfg.training, cfg.lora, trainer.device)
     return num_steps(len(rows), size, cfg.training)
 
+# %% ../nbs/93_cli.ipynb #61289f9d
 def _part_line(part, sizes): return f'{part}: ' + ', '.join(f"{v:,} {k.replace('_', ' ')}" for k,v in sizes.items())
 
 # %% ../nbs/93_cli.ipynb #a857cde8
@@ -314,7 +328,7 @@ def _dry_run(cfg):
     planned = plan(cfg.model, cfg.training, cfg.lora, **context)
     packed = trainer.rows() # raises as training would, for bad rows and for conversations that are too long
     data, facts, steps = trainer.data, packed.facts, _planned_steps(trainer, packed.train)
-    masks, views = _masks([*data.train, *data.validation], cfg)
+    masks, views = _masks(joined(data.train, data.validation), cfg)
     counted, parts = ('conversations', 'rows', 'tokens', 'taught_tokens'), ('train', 'validation')
     def of_parts(keys): return {part: {k: facts[part][k] for k in keys} for part in parts}
     sizes, touched = of_parts(counted), of_parts(('shortened', 'dropped', 'bad'))
@@ -336,21 +350,44 @@ def _run_config(run, overrides=None):
         raise ResourceError(f'{redact(run)}: no run here ({why}); `llama-nb runs FOLDER` lists the runs of a folder')
     return load_config(path, overrides or [])
 
-_Resume = _option(Optional[Path], '--resume', metavar='RUN', help='Resume this run from its newest valid checkpoint.')
+_Resume = _option(Optional[str], '--resume', metavar='RUN',
+                  help='Resume this run from its newest valid checkpoint; an address such as s3://bucket/runs is a mirror.')
+
+def _resumed_folder(resume, overrides):
+    "The run folder to resume, and its config; of an address, the newest valid copy is fetched first."
+    folder, more = Path(resume).expanduser(), []
+    if '://' in resume:
+        with stage('starting PyTorch'): from llama_nb.mirror import fetch_run
+        folder = fetch_run(resume, load_config(overrides=overrides or []).training.output_dir).folder
+        more = [f'training.output_dir={json.dumps(str(folder.parent.absolute()))}'] # it may name a folder of the other machine
+    run = folder.parent if folder.name.startswith('checkpoint-') else folder
+    return folder, _run_config(run, [*(overrides or []), *more])
 _DryRun = _option(bool, '--dry-run', help='Check config, data and masks, and plan the memory; do not train.')
 _EvaluateAfter = _option(bool, '--evaluate', help='Evaluate the base and the tuned model after training.')
+_Processes = _option(Optional[int], '--num-processes', min=1, help='Processes, one per GPU, on all machines together.')
+_NumMachines = _option(int, '--num-machines', min=1, help='Machines of the run; start the same command on each.')
+_MachineRank = _option(int, '--machine-rank', min=0, help='Number of this machine, from 0.')
+_MainIp = _option(Optional[str], '--main-process-ip', help='Address of machine 0 that all machines can reach.')
+_MainPort = _option(int, '--main-process-port', min=1, max=65535, help='A free port of machine 0.')
 
 @app.command('train', epilog=_examples("llama-nb train --preset llama3-8b data.dataset_name=chats.jsonl", "llama-nb train --resume runs/run-1"))
 @_command
 def _train(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Preset=None, resume:_Resume=None,
-           dry_run:_DryRun=False, evaluate_after:_EvaluateAfter=False, as_json:_Json=False):
+           dry_run:_DryRun=False, evaluate_after:_EvaluateAfter=False, num_processes:_Processes=None,
+           num_machines:_NumMachines=1, machine_rank:_MachineRank=0, main_process_ip:_MainIp=None,
+           main_process_port:_MainPort=29500, as_json:_Json=False):
     "Train a model on conversations, from a config file or a preset."
+    if num_processes: overrides = [*(overrides or []), f'training.num_processes={num_processes}']
     if resume is None: cfg = _resolve(config, preset, overrides, needed='train')
     elif config or preset: raise ConfigError('--resume uses the settings of the run; leave out --config and --preset')
-    else: cfg = _run_config(resume.parent if resume.name.startswith('checkpoint-') else resume, overrides)
+    else: resume, cfg = _resumed_folder(resume, overrides)
     if dry_run: return _dry_run(cfg)
     trainer = _trainer(cfg)
-    run = trainer.train(resume=resume or False)
+    from llama_nb.launch import Machines
+    machines = Machines(num_machines, machine_rank, main_process_ip, main_process_port)
+    run = trainer.train(resume=resume or False, machines=machines)
+    if run is None: # the run folder is on machine 0
+        return _Answer({'machine': machine_rank, 'status': 'finished'}, f'trained: machine {machine_rank} of {num_machines} is done')
     data, text = {'run': str(run.folder), 'status': run.status}, [f'trained: {redact(run.folder)}']
     if evaluate_after:
         report = trainer.evaluate()
@@ -361,6 +398,7 @@ def _train(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Preset=No
 # %% ../nbs/93_cli.ipynb #16e0d4af
 def _loading(model_config): return f"loading {model_config.model_name}{' in 4 bits' if model_config.use_4bit else ''}"
 
+# %% ../nbs/93_cli.ipynb #11542e44
 def _thresholds(fail_under=None, max_perplexity=None):
     "Options as metric → worst score allowed; raises `ConfigError` for a text that is not `METRIC=VALUE`."
     found = {} if max_perplexity is None else {'perplexity': max_perplexity}
@@ -372,6 +410,7 @@ def _thresholds(fail_under=None, max_perplexity=None):
         if not math.isfinite(found[name.strip()]): raise ConfigError(f'--fail-under {text}: the value must be finite')
     return found
 
+# %% ../nbs/93_cli.ipynb #1dce8eb4
 _SCORES = {'perplexity': 'perplexity perplexity_without_eot word_perplexity bits_per_byte token_accuracy', 'bleu': 'bleu',
            'chrf': 'chrf', 'rouge': 'rouge1 rouge2 rougeL rougeLsum'} # metric of the settings → scores it gives
 _OF_REPLIES = 'ended length_ratio mean_length repetition distinct1 distinct2'
@@ -385,6 +424,7 @@ def _check_thresholds(thresholds, metrics):
         if name not in known: raise ConfigError(f"--fail-under: {shorten(name, 40)!r} is no score{did_you_mean(name, known)}; known: {', '.join(known)}")
         raise ConfigError(f'--fail-under: {name} is not measured by evaluation.metrics={list(metrics)}; measured: {", ".join(measured)}')
 
+# %% ../nbs/93_cli.ipynb #3b172de4
 def _judged(report, thresholds=None, everything=False):
     "A report as an answer; its exit code is that of `ThresholdError` if a threshold is not met."
     missed = report.misses(thresholds) if thresholds else []
@@ -479,6 +519,7 @@ def _adapter_of(model):
     holds = (folder/'config.yaml').is_file() or (folder/'adapter_config.json').is_file()
     return folder if holds or any(folder.glob('*/adapter_config.json')) else None
 
+# %% ../nbs/93_cli.ipynb #9a8314b8
 _CHAT_READS = {True: ('model.model_name=', 'model.use_4bit=', 'data.template='), False: ('model.', 'data.template=')}
 
 def _chat_config(model, folder, overrides):
@@ -490,6 +531,7 @@ def _chat_config(model, folder, overrides):
     saved = next((place/'config.yaml' for place in (folder, folder.parent) if (place/'config.yaml').is_file()), None)
     return load_config(saved, overrides)
 
+# %% ../nbs/93_cli.ipynb #7cbb9e75
 def _load_chat(model, folder, cfg, overrides):
     "Model and tokenizer of a folder with an adapter, or of a base model by name."
     named = {text.partition('=')[0].strip() for text in overrides}
@@ -500,12 +542,14 @@ def _load_chat(model, folder, cfg, overrides):
         return load_tuned(folder, use_4bit=cfg.model.use_4bit if 'model.use_4bit' in named else None,
                           base=cfg.model.model_name if 'model.model_name' in named else None)
 
+# %% ../nbs/93_cli.ipynb #bb7cc810
 def _trained_system(run):
     "The system message that the training data of a run share; `None` if its folder records none."
     for folder in (Path(run), Path(run).parent): # of a checkpoint: its run
         try: return json.loads((folder/'data.json').read_text(encoding='utf-8'))['chat']['system']
         except (OSError, ValueError, KeyError, TypeError): pass
 
+# %% ../nbs/93_cli.ipynb #5788fbd3
 def _reply(session, text):
     "Stream a reply to stdout; one that was cut ends with ` …`."
     for piece in session.stream(text): _say(plain_text(piece), end='')
@@ -517,6 +561,7 @@ def _reply(session, text):
 _COMMANDS = {'/help': 'list these commands', '/reset': 'forget the conversation',
              '/exit': 'end the chat, as /quit and the end of the input do'}
 
+# %% ../nbs/93_cli.ipynb #4798c0f1
 def _read_line():
     "The next line of the input, empty at its end; `None` for a line that is not text."
     raw = getattr(sys.stdin, 'buffer', None)
@@ -524,6 +569,7 @@ def _read_line():
     try: return raw.readline().decode('utf-8')
     except UnicodeDecodeError: return None
 
+# %% ../nbs/93_cli.ipynb #a5ef7b0a
 def _turn(session, text):
     "One turn of a chat; an error in it does not end the chat."
     try: _reply(session, text)
@@ -533,6 +579,7 @@ def _turn(session, text):
         _say()
         print(f'llama-nb: {one_line(e)}; the chat continues', file=sys.stderr)
 
+# %% ../nbs/93_cli.ipynb #534341f7
 def _talk(session):
     "Chat line by line until the input ends."
     _say('/help lists the commands, /exit ends the chat')
@@ -567,6 +614,7 @@ _TopP = _option(Optional[float], '--top-p', min=1e-3, max=1.0,
 _ChatSeed = Annotated[int, typer.Option('--seed', min=0, max=2**32 - 1, help='Random seed of sampling.')]
 _In16bit = _option(bool, '--16bit', help='Hold the base in 16 bits, as model.use_4bit=false does.')
 
+# %% ../nbs/93_cli.ipynb #bace3e5a
 @app.command('chat', epilog=_examples("llama-nb chat runs/run-1", "llama-nb chat runs/run-1 --prompt 'How was your day?' --json"))
 @_command
 def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_System=None,
@@ -620,6 +668,7 @@ def _read_all(cfg):
         return DataSplits(none, none, data_report([], [], [none])), e
     finally: logger.removeFilter(below_warning)
 
+# %% ../nbs/93_cli.ipynb #21230cda
 def _write(found, folder, complete):
     "Write the data set, or only its accounts if it has bad rows that you did not choose to skip; returns the paths."
     from llama_nb.data import save_accounts, save_data
@@ -633,11 +682,13 @@ def _assigned(key, value):
     except ConfigError: same = False
     return shlex.quote(f'{key}={value if same else json.dumps(value)}')
 
+# %% ../nbs/93_cli.ipynb #165f1b90
 def _free_folder(source):
     "A folder for the cleaned data set: `clean`, unless that holds something else."
     ours = not Path('clean').exists() or (Path('clean')/'accounts'/'report.json').exists()
     return 'clean' if ours else f'{Path(source).stem}_clean'
 
+# %% ../nbs/93_cli.ipynb #cdbb09dc
 def _start(cfg, model, preset, config):
     "The options of `train` that choose the model (file, preset, or the preset of this model), and their config."
     if config: return ['--config', shlex.quote(str(config))], cfg
@@ -694,6 +745,7 @@ def _as_object(found, bad, code, refused):
             'exit_code': code}
     return data if not code else data | {'error': _as_typed(refused), 'faults': [redact(b) for b in bad]}
 
+# %% ../nbs/93_cli.ipynb #7425717d
 def _as_text(report, refused, views, end, go_on):
     "The answer of `data` as text, in color if the terminal supports it."
     out = _terminal.get() or sys.stdout
@@ -716,6 +768,7 @@ _Fix = _option(Optional[list[str]], '--fix', metavar='KIND',
 _Output = _option(Optional[Path], '--output', '-o', metavar='FOLDER',
                   help='Write the data set to this folder, with its report and every row left out.')
 
+# %% ../nbs/93_cli.ipynb #03475043
 def _data_config(source, overrides, model, config, preset):
     "The config of `data`."
     named = [f'data.dataset_name={json.dumps(source)}']
@@ -724,6 +777,7 @@ def _data_config(source, overrides, model, config, preset):
     if model or not (preset or config): named.append(f'model.model_name={json.dumps(model or "demo")}')
     return _resolve(config, preset, [*named, *(overrides or [])])
 
+# %% ../nbs/93_cli.ipynb #af2baa0e
 def _checked(found, cfg, wanted):
     "The data set with the findings in its texts."
     tell(f'loading the tokenizer of {cfg.model.model_name}', on_screen_only=True)
@@ -760,7 +814,7 @@ def _data(source:_Source, overrides:_Overrides=None, show:_Show=1, model:_DataMo
     if not allowed and not refused: refused = _refusal(bad)
     if (check or fix) and found.train: found = _checked(found, cfg, wanted)
     written = _write(found, output, allowed) if output else []
-    masks, views = _masks([*found.train, *found.validation], cfg, show) if show and found.train else ({}, [])
+    masks, views = _masks(joined(found.train, found.validation), cfg, show) if show and found.train else ({}, [])
     go_on = _next(source, overrides or [], cfg, found, error, allowed, wanted, output,
                   written if allowed else [], model, preset, config)
     code = 0 if allowed else DataError.exit_code
@@ -797,7 +851,7 @@ def _audit(prepared:_Prepared, conversations:_Chats=None, model:_AuditModel='dem
     chats = None
     if conversations is not None:
         found = llama_nb.load_data(_data_config(conversations, ['data.val_size=0'], model, None, None).data)
-        chats = [*found.train, *found.validation]
+        chats = joined(found.train, found.validation)
     tell(f'loading the tokenizer of {model}', on_screen_only=True)
     tokenizer = llama_nb.load_tokenizer(model)
     report = llama_nb.audit(prepared, chats, tokenizer, template, train_on, tool)
@@ -843,6 +897,7 @@ def _runs(folder:_RunsFolder=Path('runs'), as_json:_Json=False):
     text = repr(found) if found else f'no runs in {redact(folder)}'
     return _Answer({'folder': str(folder), 'runs': found.rows}, text)
 
+# %% ../nbs/93_cli.ipynb #416232c8
 @app.command('watch', epilog=_examples("llama-nb watch runs/run-1"))
 @_command
 def _watch(run:_Run, once:_Once=False, as_json:_Json=False):
@@ -884,16 +939,21 @@ def _demo(output_dir:_OutputDir=Path('runs'), again:_Again=False, as_json:_Json=
     result = run_demo(output_dir, again=again, tell=logger.info if as_json else _say)
     return _Answer(result.to_dict(), '')
 
+
+# %% ../nbs/93_cli.ipynb #126a8c7a
+_Gpus = _option(bool, '--gpus', help='Start two processes as well, and time a sum between them.')
+
 def _say_row(row): _say(row.text)
 
 @app.command('doctor', epilog=_examples("llama-nb doctor --json"))
 @_command
-def _doctor(as_json:_Json=False):
+def _doctor(gpus:_Gpus=False, as_json:_Json=False):
     "Check the installation, and say how to fix what is wrong."
     from llama_nb.doctor import doctor as examine
-    report = examine(show=None if as_json else _say_row)
+    report = examine(show=None if as_json else _say_row, gpus=gpus)
     return _Answer(report.to_dict(), report.summary, report.exit_code)
 
+# %% ../nbs/93_cli.ipynb #400a8401
 @app.command('selfcheck', epilog=_examples("llama-nb selfcheck"))
 @_command
 def _selfcheck(as_json:_Json=False):
@@ -926,6 +986,7 @@ def _usage(error, as_json=False):
     print(f'llama-nb: {text}', file=sys.stderr)
     return code
 
+# %% ../nbs/93_cli.ipynb #15269a28
 def main(
     args=None, # Words after `llama-nb`; `None`: those of the process
 ):

@@ -31,6 +31,7 @@ def _marked(text, tag, color):
     html = f'<{tag} style="background:{PALETTE[color]}2e;text-decoration:none">{escape(text)}</{tag}>'
     return html, f'[{plain}]{space}'
 
+# %% ../nbs/66_comparison.ipynb #ef6c74cb
 def _diff(first:str, second:str): # Two `(html, text)` pairs, one for each text
     "Two texts, each with the words marked that the other lacks."
     a, b = (re.findall(r'\S+\s*|\s+', t) for t in (first, second))
@@ -57,6 +58,7 @@ def _comparison_block(row):
         lines.append(f'reference: {plain_text(want)}')
     return side_by_side(columns), lines
 
+# %% ../nbs/66_comparison.ipynb #e6499840
 def _row_dict(row):
     "Row and replies as plain data."
     def plain(reply): return dict(text=reply.text, ended=reply.ended, num_tokens=len(reply.token_ids))
@@ -110,6 +112,7 @@ def _comparison_row(conversation, base, tuned):
     return dict(row=conversation.row, prompt=messages[:-1] if answered else messages,
                 reference=messages[-1].content if answered else None, base=base, tuned=tuned)
 
+# %% ../nbs/66_comparison.ipynb #eee59541
 def compare(
     base:nn.Module|None, # The base model; `None`, or `tuned` itself: `tuned` with its adapter off
     tuned:nn.Module, # The tuned model
@@ -167,6 +170,7 @@ def _blind_order(rows, seed):
     return [(i, ('tuned', 'base') if flips[i] else ('base', 'tuned')) for i in order
             if rows[i]['base'].text != rows[i]['tuned'].text]
 
+# %% ../nbs/66_comparison.ipynb #772128bd
 def _read_votes(path, key):
     "The votes in a file that carry this key."
     if path is None or not path.exists(): return []
@@ -239,6 +243,7 @@ def _cached_answers(cache):
     answers = [json.loads(line) for line in lines if line.endswith('}')]
     return path, {a['asked']: a['verdict'] for a in answers}
 
+# %% ../nbs/66_comparison.ipynb #04cb5398
 def _ask(fn, messages, first, second, path, known):
     "A judge's answer, from the cache if it is there."
     key = hashlib.sha256(json.dumps([messages, first, second]).encode()).hexdigest()

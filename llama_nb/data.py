@@ -18,7 +18,7 @@ import random
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.resources import files
@@ -30,14 +30,17 @@ from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import DataError, did_you_mean, redact, shorten
 from .files import (
     BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, part_of,
-    save_bad_rows, source_rows)
+    save_bad_rows, sheet_names, source_rows)
 from .formats import check_rows, Conversations
+from .store import changed, joined, select
 from .views import progress, tell
+from .network import offline_if_unreachable
 
 # %% ../nbs/33_data.ipynb #4c9fec5c
 class TooFewError(DataError):
     "There are too few conversations to hold one out."
 
+# %% ../nbs/33_data.ipynb #130e5b58
 def _by_key(conversations)->dict[str, list[int]]:
     "Indices of the conversations, grouped by `conversation_key`."
     groups = {}
@@ -47,13 +50,13 @@ def _by_key(conversations)->dict[str, list[int]]:
 
 # %% ../nbs/33_data.ipynb #4aa693e4
 def split_conversations(
-    conversations:list[Conversation], # All conversations
+    conversations:Sequence[Conversation], # All conversations
     val_size:float=0.05, # Share held out, in [0, 1); at least one conversation if positive
     seed:int=42, # Another seed gives another split
-)->tuple[list[Conversation], list[Conversation]]: # Train and validation, each in the given order
+)->tuple[Sequence, Sequence]: # Train and validation, each in the given order; views that copy no text
     "Hold out whole conversations; equal ones stay on the same side. Raises `DataError` if there are too few to split."
     if not 0 <= val_size < 1: raise ValueError(f'val_size must be in [0, 1), got {val_size}')
-    if not val_size: return list(conversations), []
+    if not val_size: return conversations, []
     groups, n = _by_key(conversations), len(conversations)
     if len(groups) < 2:
         raise TooFewError(f'{n} conversation{"s"[:n != 1]}, {len(groups)} of them distinct: '
@@ -63,8 +66,7 @@ def split_conversations(
         if len(held) + len(groups[key]) <= wanted: held.update(groups[key])
         if len(held) == wanted: break
     if not held: held.update(min(groups.values(), key=len)) # every group is larger than the share
-    train = [c for i,c in enumerate(conversations) if i not in held]
-    return train, [c for i,c in enumerate(conversations) if i in held]
+    return select(conversations, (i for i in range(n) if i not in held)), select(conversations, sorted(held))
 
 # %% ../nbs/33_data.ipynb #15f79a75
 @dataclass(frozen=True, repr=False)
@@ -89,9 +91,8 @@ def selected(read, items):
 
 def _sample(conversations, count, seed):
     "`count` of the conversations in their order, or all of them."
-    if count is None or count >= len(conversations): return list(conversations)
-    chosen = random.Random(seed).sample(range(len(conversations)), count)
-    return [conversations[i] for i in sorted(chosen)]
+    if count is None or count >= len(conversations): return conversations
+    return select(conversations, sorted(random.Random(seed).sample(range(len(conversations)), count)))
 
 # %% ../nbs/33_data.ipynb #7062b6c1
 class DatasetLoader:
@@ -163,20 +164,21 @@ class DatasetLoader:
 
     def _without_shared(self, train, validation):
         "Train without what is also in validation; raises `DataError` if that is not allowed."
-        keys = {conversation_key(c): c for c in reversed(validation)}
-        shared = [c for c in train if conversation_key(c) in keys]
-        if not shared: return list(train)
+        held, shared = {}, {} # key -> row; index -> rows
+        for c in validation: held.setdefault(conversation_key(c), c.row)
+        for i,c in enumerate(train):
+            if (key := conversation_key(c)) in held: shared[i] = c.row, held[key]
+        if not shared: return train
         if self.shared == 'on_bad':
-            def held_row(c): return keys[conversation_key(c)].row
-            faults = [BadRow(c.row, '', f'is also in validation: {held_row(c)}', 'remove it from one of the two')
-                      for c in shared]
+            faults = [BadRow(row, '', f'is also in validation: {other}', 'remove it from one of the two')
+                      for row,other in shared.values()]
             if self.on_bad == 'raise':
-                many = count_of(len(shared), 'are also in validation', 'training row')
-                raise DataError(f"{self.name}: {many}, such as {shared[0].row} and {held_row(shared[0])} "
+                many, (row, other) = count_of(len(shared), 'are also in validation', 'training row'), [*shared.values()][0]
+                raise DataError(f"{self.name}: {many}, such as {row} and {other} "
                                 "(on_bad='skip' removes them from train)", faults)
             train.bad.extend(faults)
         self.notes['training rows dropped: also in validation'] = len(shared)
-        return [c for c in train if conversation_key(c) not in keys]
+        return select(train, (i for i in range(len(train)) if i not in shared))
 
     def load(self,
         split:str='train', # 'train', 'validation', or another split of the source
@@ -205,8 +207,11 @@ def _file_parts(path, folder, by_name):
     name = file_name(path, folder)
     words = [*reversed(Path(name).parts)] if by_name else []
     own = next(filter(None, map(part_of, words)), 'train')
-    try: lists, _ = json_sections(path, name)
-    except DataError: lists = () # the reader will say why
+    try: lists, sheets = json_sections(path, name)[0], sheet_names(path, name)
+    except DataError: lists, sheets = (), () # the reader will say why
+    for k,sheet in enumerate(sheets):
+        yield part_of(sheet) or (own if k == 0 else 'other'), (path, sheet), f'{name}[{sheet}]'
+    if sheets: return
     if not lists: yield own, path, name
     for section in lists: yield part_of(section) or own, (path, section), f'{name}[{section}]'
 
@@ -226,16 +231,19 @@ def _hub(hub_id, name, choices=_SAMPLE_OR_PATH, place=None):
     "Splits of a Hub data set; raises `DataError` in one line if it cannot be downloaded."
     import huggingface_hub
     options = {'name' if k == 'subset' else k: v for k,v in (place or {}).items()}
+    problem = ''
     try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE: huggingface_hub.HfApi().dataset_info(hub_id, timeout=10)
-        return _load_hub(hub_id, **options)
+        import datasets.config # before its switch is set
+        with offline_if_unreachable() as problem:
+            if not problem: huggingface_hub.HfApi().dataset_info(hub_id, timeout=10)
+            return _load_hub(hub_id, **options)
     except Exception as e: # the libraries below raise dozens of types, and each means that it cannot be downloaded
         subsets = re.search(r"[Cc]onfig.*\[('.*?')\]", str(e), re.S)
         if subsets:
             found = shorten(subsets[1].replace("'", ''), 100)
             problem = f'{shorten(hub_id, 50)} has several subsets: {found}'
             raise DataError(f'{name}: {problem} (choose one with subset=<name>)') from None
-        raise DataError(f'{name}: could not download {shorten(hub_id, 50)} from the Hub ({type(e).__name__}); '
+        raise DataError(f'{name}: could not download {shorten(hub_id, 50)} from the Hub ({problem or type(e).__name__}); '
                         f'use {choices}, or go online') from None
 
 # %% ../nbs/33_data.ipynb #e4dbb4e7
@@ -345,6 +353,7 @@ ACTS = ('', 'inform', 'question', 'directive', 'commissive') # The release count
 EMOTIONS = ('no emotion', 'anger', 'disgust', 'fear', 'happiness', 'sadness', 'surprise')
 _SPLITS = ('train', 'validation', 'test')
 
+# %% ../nbs/33_data.ipynb #ddee8270
 def _release(path):
     "Split -> the release's text file, inside an archive or a folder."
     archives = [path] if path.suffix == '.zip' else [p for s in _SPLITS if (p := path/f'{s}.zip').exists()]
@@ -355,6 +364,7 @@ def _release(path):
     except (zipfile.BadZipFile, OSError):
         raise DataError(f'{path.name}: the archive is incomplete or damaged (copy it again)') from None
 
+# %% ../nbs/33_data.ipynb #d1e7bbe4
 def _text_lines(place, name):
     "Lines of a text file of the release."
     try: text = place.read_bytes().decode('utf-8')
@@ -369,6 +379,7 @@ def _turn_labels(lines, i, turns):
     labels = [int(n) for n in lines[i].split() if n.isdigit()] if i < len(lines) else []
     return labels if len(labels) == len(turns) else None
 
+# %% ../nbs/33_data.ipynb #70154cb0
 def _release_rows(place, notes):
     "One row per line of the release, with acts and emotions if they match the turns; `notes` counts dropped labels."
     sides = {k: place.parent/place.name.replace('dialogues_', f'dialogues_{k}_') for k in ('act', 'emotion')}
@@ -428,6 +439,7 @@ def _source_name(source):
     if hasattr(source, 'column_names'): return 'dataset'
     return 'dataframe' if is_dataframe(source) else 'list'
 
+# %% ../nbs/33_data.ipynb #b64f9a0a
 def _is_hub_id(source, path):
     "Whether a source that is no file here looks like the id of a data set on the Hub."
     return (isinstance(source, str) and _HUB_ID.fullmatch(source) and not path.parent.exists()
@@ -478,6 +490,28 @@ def mix_counts(
     for k in by_remainder[:total - sum(counts.values())]: counts[k] += 1
     return counts
 
+# %% ../nbs/33_data.ipynb #d0ab57d4
+def _rounds(num, count, seed):
+    "`count` of `num` indices: all of them as often as they fit, then a sample."
+    whole, rest = divmod(count, max(1, num))
+    return [*range(num)]*whole + sorted(random.Random(seed).sample(range(num), rest))
+
+def _named(conversation, name, train_on=None):
+    "The conversation with the name of its set, and with what the set teaches if it says so."
+    own = {} if train_on is None or conversation.train_on else dict(train_on=train_on)
+    return replace(conversation, meta={**conversation.meta, 'dataset': name}, **own)
+
+def _interleaved(parts, counts, seed, train_on=None):
+    "The conversations of all sets in mixed order, each with the name of its set."
+    chosen, start = {}, 0
+    for k,n in counts.items():
+        chosen[k] = iter([start + i for i in _rounds(len(parts[k]), n, seed)])
+        start += len(parts[k])
+    order = [k for k,n in counts.items() for _ in range(n)]
+    random.Random(seed).shuffle(order)
+    named = [changed(parts[k], partial(_named, name=k, train_on=(train_on or {}).get(k))) for k in counts]
+    return select(joined(*named), (next(chosen[k]) for k in order))
+
 # %% ../nbs/33_data.ipynb #638bf29b
 class CombinedDatasetLoader(DatasetLoader):
     "Several loaders as one: mixed in exact shares, then split by conversation. `meta['dataset']` names the data set."
@@ -497,45 +531,14 @@ class CombinedDatasetLoader(DatasetLoader):
     @cached_property
     def _parts(self): return {k: loader.read('train') for k,loader in self.loaders.items()}
 
-    def _mixed(self):
-        "The conversations of all sets in mixed order, each with the name of its set."
-        counts = mix_counts({k: len(p) for k,p in self._parts.items()}, self.mix_weights, self.max_samples)
-        chosen = {k: iter(_sample(p, counts[k], self.seed)) for k,p in self._parts.items()}
-        order = [k for k,n in counts.items() for _ in range(n)]
-        random.Random(self.seed).shuffle(order)
-        for k in order:
-            c = next(chosen[k])
-            yield replace(c, meta={**c.meta, 'dataset': k})
-
     def read(self, split='train'):
-        mixed, read = list(self._mixed()), self._parts.values()
+        read = self._parts.values()
+        counts = mix_counts({k: len(p) for k,p in self._parts.items()}, self.mix_weights, self.max_samples)
+        mixed = _interleaved(self._parts, counts, self.seed)
         self.notes = sum((loader.notes for loader in self.loaders.values()), Counter())
         source, format = ' + '.join(p.source for p in read), ' + '.join(p.format for p in read)
         bad, notes = [b for p in read for b in p.bad], sum((p.notes for p in read), Counter())
         return Conversations(mixed, source, format, bad, sum(p.num_rows for p in read), notes)
-
-# %% ../nbs/33_data.ipynb #c556b7d5
-def _rounds(conversations, count, seed):
-    "`count` of the conversations: all of them as often as they fit, then a sample."
-    whole, rest = divmod(count, max(1, len(conversations)))
-    return [*conversations]*whole + (_sample(conversations, rest, seed) if rest else [])
-
-def _interleaved(parts, counts, seed):
-    "The conversations of all sets in mixed order, each with the name of its set."
-    chosen = {k: iter(_rounds(parts[k], n, seed)) for k,n in counts.items()}
-    order = [k for k,n in counts.items() for _ in range(n)]
-    random.Random(seed).shuffle(order)
-    for k in order:
-        c = next(chosen[k])
-        yield replace(c, meta={**c.meta, 'dataset': k})
-
-def _teach(conversation, train_on):
-    "The conversation with a flag on each message that has none: only what `train_on` names is taught."
-    answers = [i for i,m in enumerate(conversation.messages) if m.role == 'assistant']
-    chosen = answers[-1:] if train_on == 'last' else answers
-    messages = tuple(m if m.taught is not None else replace(m, train=i in chosen)
-                     for i,m in enumerate(conversation.messages))
-    return replace(conversation, messages=messages)
 
 # %% ../nbs/33_data.ipynb #77d170e9
 class MixedDatasetLoader(DatasetLoader):
@@ -546,7 +549,7 @@ class MixedDatasetLoader(DatasetLoader):
         loaders:dict[str, DatasetLoader], # Loaders by name
         weights:dict[str, float]|None=None, # Share per name; `None`: all conversations of each
         stopping_strategy:str='first_exhausted', # Or 'all_exhausted': use all conversations, repeat small sets
-        train_on:dict[str, str]|None=None, # 'assistant' or 'last' per name, for sets that differ from the config
+        train_on:dict|None=None, # As in `encode`, per name, for sets that differ from the config
         **options, # As in `DatasetLoader`, except `data_path`
     ):
         super().__init__(None, **options)
@@ -561,7 +564,8 @@ class MixedDatasetLoader(DatasetLoader):
         data = {k: loader.data for k,loader in self.loaders.items()}
         held = {k: d.validation for k,d in data.items()}
         keys = {conversation_key(c) for part in held.values() for c in part}
-        train = {k: [c for c in d.train if conversation_key(c) not in keys] for k,d in data.items()}
+        def others(part): return select(part, (i for i,c in enumerate(part) if conversation_key(c) not in keys))
+        train = {k: others(d.train) for k,d in data.items()}
         lost = sum(len(d.train) for d in data.values()) - sum(map(len, train.values()))
         if lost: self.notes['training rows dropped: also in validation of another set'] = lost
         return data, train, held
@@ -578,7 +582,7 @@ class MixedDatasetLoader(DatasetLoader):
         counts = self._counts(train, total, self.stopping_strategy == 'all_exhausted')
         self.mix = dict(stopping_strategy=self.stopping_strategy, weights=self.weights,
                         mix=', '.join(f'{k} {n:,} of {sizes[k]:,}' for k,n in counts.items()))
-        both = [self._taught(_interleaved(*part, self.seed)) for part in ((train, counts), (held, held_counts))]
+        both = [_interleaved(*part, self.seed, self.train_on) for part in ((train, counts), (held, held_counts))]
         read = [Conversations((), d.report.source, d.report.format, d.report.bad, d.report.num_rows, d.report.notes)
                 for d in data.values()]
         self.files = self._named_files(data)
@@ -607,10 +611,6 @@ class MixedDatasetLoader(DatasetLoader):
             if n < sizes[k]: self.notes[f'{k}: conversations left out by the mix'] = sizes[k] - n
             if n > sizes[k]: self.notes[f'{k}: repetitions'] = n - sizes[k]
 
-    def _taught(self, conversations):
-        asked = self.train_on
-        return [_teach(c, asked[c.meta['dataset']]) if c.meta['dataset'] in asked else c for c in conversations]
-
     def read(self, split='train'): return self.load(split)
 
 # %% ../nbs/33_data.ipynb #6f5e19a2
@@ -638,6 +638,7 @@ def _entry_loader(entry, options):
     if name in LOADERS and not Path(name).exists(): return LOADERS[name](entry.get('data_path'), **options)
     return ChatDatasetLoader(name, **options)
 
+# %% ../nbs/33_data.ipynb #be8420f1
 def _mixed_loader(config, options):
     "The loader of a config with `datasets`."
     loaders, weights, train_on = {}, {}, {}
@@ -709,6 +710,7 @@ def _scalar(value):
     text = value.isoformat() if hasattr(value, 'isoformat') else str(value)
     return text.encode('utf-8', 'replace').decode()
 
+# %% ../nbs/33_data.ipynb #4ab889fd
 def _writable(value):
     "A field as plain values that our reader takes back."
     if hasattr(value, 'tolist'): value = value.tolist() # of numpy

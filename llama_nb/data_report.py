@@ -11,13 +11,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from .conversation import Conversation, Source
 from .errors import redact, shorten
 from .formats import Conversations
+from .store import joined
 from .views import escape, Line, PALETTE, progress, table, text_lines, View
 
 # %% ../nbs/32_data_report.ipynb #81997036
@@ -25,6 +26,7 @@ def _beyond_content(m):
     "What a message says besides its content: its thoughts and its calls, as texts."
     return [m.reasoning_content or '', *(f'{c.name}{c.arguments}' for c in m.tool_calls or ())]
 
+# %% ../nbs/32_data_report.ipynb #e477990f
 def conversation_key(
     conversation:Conversation, # A conversation
 )->str: # Equal for conversations that differ only in letter case and white space
@@ -36,8 +38,9 @@ def conversation_key(
 # %% ../nbs/32_data_report.ipynb #dd486ed8
 def _canonical(c)->bytes:
     "A conversation as JSON: its tools, and role, content, flags, thoughts and calls of every message."
-    messages = [[m.role, m.content, m.train, m.weight, *filter(None, _beyond_content(m))] for m in c.messages]
-    if c.tools: messages.append(c.tools)
+    messages = [[m.role, m.content, m.train, m.weight, *filter(None, (*_beyond_content(m), m.train_parts))]
+                for m in c.messages]
+    messages += [x for x in (c.tools, c.train_on) if x]
     return json.dumps(messages, ensure_ascii=False, separators=(',', ':')).encode() + b'\n'
 
 def fingerprint(
@@ -97,6 +100,7 @@ def count_of(
 def _bad_cells(b):
     return f'{shorten(b.source.file, 60)}:{b.source.line}', shorten(b.field, 40), redact(b.problem), b.fix
 
+# %% ../nbs/32_data_report.ipynb #902f4091
 def _bad_title(bad, num_rows):
     are = 'is' if len(bad) == 1 else 'are'
     return f'{len(bad):,} of {num_rows:,} row{"s"[:num_rows != 1]} {are} bad and left out'
@@ -233,6 +237,7 @@ class DataReport:
 # %% ../nbs/32_data_report.ipynb #c234f32f
 def _finding_rows(report, kind): return [f'{f.row}: {f.detail}' for f in report.findings if f.kind == kind]
 
+# %% ../nbs/32_data_report.ipynb #5faa5f3a
 def _counted_warnings(report):
     "Yield warnings from the counts that `data_report` makes, without `check_data`."
     n, repeated = sum(report.num_conversations.values()), report.duplicates
@@ -242,6 +247,7 @@ def _counted_warnings(report):
         yield count_of(report.duplicates_across_split, 'are also in train', 'validation conversation')
     if report.control_strings: yield count_of(report.control_strings, CHECKS['control token'])
 
+# %% ../nbs/32_data_report.ipynb #2ef209c8
 def _remarks(report):
     "Yield remarks about the data set as a whole."
     train, t = report.num_conversations['train'], report.tokens
@@ -265,12 +271,14 @@ def _finding_rows_and_notes(report):
 # %% ../nbs/32_data_report.ipynb #445c6833
 def _spread(q): return f"{q['min']:,} to {q['max']:,}, median {q['median']:,}, 95 % under {q['p95']:,}"
 
+# %% ../nbs/32_data_report.ipynb #0dda6e4f
 def _part_files(part, names):
     "The files of one part in words; only train and validation are used."
     more = f' and {len(names) - 5:,} more' if len(names) > 5 else ''
     unused = '' if part in ('train', 'validation') else ' (not used)'
     return f'{part}{unused}: {", ".join(shorten(name, 60) for name in names[:5])}{more}'
 
+# %% ../nbs/32_data_report.ipynb #93f22a1b
 def _number_rows(report):
     "Yield pairs of a label and its numbers."
     roles = ', '.join(f'{role} {count:,}' for role,count in report.roles.items())
@@ -333,6 +341,7 @@ def quantiles(
     shares = dict(min=0, median=.5, p95=.95, max=1)
     return {k: ordered[min(len(ordered) - 1, int(share*len(ordered)))] for k,share in shares.items()}
 
+# %% ../nbs/32_data_report.ipynb #2ae98637
 def _text_counts(both, num_train, across):
     "Counts over train and validation together; if `across`, also the `conversation_key`s of train (the first `num_train`), else no keys."
     digest, rows, keys, words, roles, characters, control = hashlib.sha256(), set(), set(), [], Counter(), 0, 0
@@ -351,15 +360,15 @@ def _text_counts(both, num_train, across):
 
 # %% ../nbs/32_data_report.ipynb #12b975fc
 def data_report(
-    train:list[Conversation], # Conversations to train on
-    validation:list[Conversation]=(), # Held-out conversations
+    train:Sequence[Conversation], # Conversations to train on
+    validation:Sequence[Conversation]=(), # Held-out conversations
     read:Iterable[Conversations]=(), # What they were selected from; has the number of rows read, the bad rows and the notes
     settings:dict|None=None, # How it was read and split
     notes:dict|None=None, # More counts of what was dropped
     files:dict|None=None, # Names of the files, lists or splits by part
 )->DataReport: # The report
     "Count what is in a data set and what was done to it."
-    both = [*train, *validation]
+    both = joined(train, validation)
     read = list(read) or [Conversations(train, 'list', '', num_rows=len(both))]
     counts, keys = _text_counts(both, len(train), bool(validation))
     bad = tuple(b for r in read for b in r.bad)

@@ -43,11 +43,13 @@ def _settings(config):
     def relevant(values): return {k: v for k,v in values.items() if k not in ('output_dir', 'run_name')}
     return {name: relevant(values) for name,values in sections.items() if isinstance(values, dict)}
 
+# %% ../nbs/92_demo.ipynb #a115199c
 def _is_usable(run, config):
     "Whether a run is this demo, and finished or resumable."
     return (run.name.startswith('demo') and run.status in ('finished', 'interrupted', 'crashed')
             and _settings(run.config) == _settings(config))
 
+# %% ../nbs/92_demo.ipynb #43d827f7
 def find_demo(
     config:RunConfig, # Settings as the trainer resolved them
 )->tuple[Run|None,str]: # The newest usable run with these settings, and a free name for a new one
@@ -93,6 +95,7 @@ def three_replies(
 # %% ../nbs/92_demo.ipynb #a9e85ae8
 def _interval(score): return f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
 
+# %% ../nbs/92_demo.ipynb #a6ebc631
 def scores_table(
     evaluation:dict, # As `EvaluationReport.to_dict()`
 )->View: # One row per model
@@ -106,6 +109,7 @@ def scores_table(
     return table(rows, caption=f"{settings['n']} held-out conversations, {settings['num_tokens']:,} taught tokens; "
                                f"{settings['confidence']:.0%} intervals by conversation")
 
+# %% ../nbs/92_demo.ipynb #a5f6dbc4
 def headline(
     evaluation:dict, # As `EvaluationReport.to_dict()`
 )->str: # One sentence
@@ -159,6 +163,7 @@ def _train(trainer, run, tell):
     tell(f'loss {first:.2f} → {last:.2f} nats per token in {loss[-1][0]} steps{held_out}')
     return run
 
+# %% ../nbs/92_demo.ipynb #5fdd3d97
 def _measure(trainer, run):
     "Evaluate, ask the question, and store the replies in the run."
     trainer.run = run
@@ -167,6 +172,7 @@ def _measure(trainer, run):
     write_json(run.folder/'demo.json', asked)
     return evaluation, asked
 
+# %% ../nbs/92_demo.ipynb #1148c6a7
 def _stored(run):
     "Evaluation and replies that an earlier demo stored; `None` if it did not finish."
     names = ('eval/validation/metrics.json', 'demo.json')
@@ -179,11 +185,13 @@ def _replies_text(result):
     replies = [f'{title}: {plain_text(result.replies[name])}' for name,title in MODELS.items()]
     return '\n'.join([f'asked: {plain_text(result.question)}', *replies])
 
+# %% ../nbs/92_demo.ipynb #60664e85
 def _next_steps(folder):
     "What to look at after the demo."
     return (f'loss plot:   {folder}/plots/training.png\nmodel card:  {folder}/README.md\n'
             f'full report: {folder}/eval/validation/report.html\nchat:        llama-nb chat {folder}')
 
+# %% ../nbs/92_demo.ipynb #e63859df
 def run_demo(
     output_dir='runs', # Folder for the run
     again:bool=False, # Train again even if a finished demo exists

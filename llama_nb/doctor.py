@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata, resources, util
 from pathlib import Path
 
-from .errors import one_line, redact
+from .errors import one_line, redact, ResourceError
 from .views import View, plain_text, table
 
 # %% ../nbs/91_doctor.ipynb #019d36e1
@@ -108,12 +108,14 @@ def _versions():
     "What the package needs and was tested with: `python`, `packages`, `extras`."
     return json.loads((resources.files('llama_nb')/'versions.json').read_text(encoding='utf-8'))
 
+# %% ../nbs/91_doctor.ipynb #62c39a2e
 def _version(text):
     "The numbers of a version, without zeros at its end."
     numbers = [int(n) for n in re.findall(r'\d+', text.split('+')[0])[:3]]
     while numbers and not numbers[-1]: numbers.pop()
     return tuple(numbers)
 
+# %% ../nbs/91_doctor.ipynb #47207e4a
 def _python():
     found, least = f'{platform.python_version()} on {platform.system()} {platform.machine()}', _versions()['python']
     yield ('ok', found) if sys.version_info[:2] >= _version(least) else ('fail', found, f'use Python {least} or newer')
@@ -136,6 +138,7 @@ def _package(name, needs):
 # %% ../nbs/91_doctor.ipynb #f0d22f1a
 def _main_package(name): return [_package(name, _versions()['packages'][name])]
 
+# %% ../nbs/91_doctor.ipynb #cebb0731
 def _other_packages():
     "One row for all that are as they should be, one for all that are newer than tested, one for each that is not."
     found = {name: _package(name, needs) for name,needs in _versions()['packages'].items() if name not in _MAIN}
@@ -149,6 +152,7 @@ def _other_packages():
     fit = sum(row[0] == 'ok' for row in found.values())
     if fit: yield 'ok', f'{fit} of {len(found)} as tested or older, and new enough'
 
+# %% ../nbs/91_doctor.ipynb #aec71c2b
 def _is_there(name):
     try: return bool(metadata.version(name))
     except metadata.PackageNotFoundError: return False
@@ -167,6 +171,7 @@ def _driver(path='/proc/driver/nvidia/version'):
     found = re.search(r'\b\d{3}\.\d+(\.\d+)?\b', text)
     return found[0] if found else 'unknown'
 
+# %% ../nbs/91_doctor.ipynb #84f4003a
 def _device():
     import torch
     if torch.cuda.is_available():
@@ -189,6 +194,7 @@ def _device():
         yield ('warn', f'CPU, torch threads: {torch.get_num_threads()}, no NVIDIA GPU',
                'fine for the demo and small models; a 7B model wants a CUDA GPU')
 
+# %% ../nbs/91_doctor.ipynb #1421f491
 def _number_kind():
     import torch
     from llama_nb.quantization import compute_dtype
@@ -198,6 +204,7 @@ def _number_kind():
     if dtype == torch.bfloat16: yield 'ok', name
     else: yield 'warn', f'{name}: this chip multiplies no bfloat16', f'nothing to do; training runs in {runs} here'
 
+# %% ../nbs/91_doctor.ipynb #f2d67717
 def _compilers():
     "What compiles kernels on a GPU: Triton, and a C compiler for its launchers."
     import torch
@@ -210,7 +217,6 @@ def _compilers():
     if not has_triton: yield 'warn', f'no Triton: {slower}', 'pip install triton, or on Windows triton-windows'
     if compiler is None: yield 'warn', f'no C compiler: {slower}', 'install gcc (Debian, Ubuntu: apt install gcc)'
     if compiler and has_triton: yield 'ok', f"Triton {metadata.version('triton')} and {Path(compiler).name}"
-
 
 # %% ../nbs/91_doctor.ipynb #41f92b2a
 def _four_bit():
@@ -235,6 +241,7 @@ def _existing(folder):
     folder = Path(folder).expanduser().absolute()
     return next(p for p in [folder, *folder.parents] if p.exists())
 
+# %% ../nbs/91_doctor.ipynb #c36daa76
 def _disk(folder, need_gb=1, want_gb=20):
     "Free space where a folder is or will be."
     place = _existing(folder)
@@ -244,6 +251,7 @@ def _disk(folder, need_gb=1, want_gb=20):
     state = 'fail' if free < need_gb else 'warn' if free < want_gb else 'ok'
     return [(state, f'{free:.0f} GB free', '' if state == 'ok' else remedy)]
 
+# %% ../nbs/91_doctor.ipynb #87d78693
 def _cache(cache_dir):
     "Whether our cache can be made and written."
     from llama_nb.sources import cache_folder
@@ -251,6 +259,7 @@ def _cache(cache_dir):
     with tempfile.NamedTemporaryFile(dir=folder): pass
     return [('ok', redact(folder))]
 
+# %% ../nbs/91_doctor.ipynb #84324ebf
 def _demo(cache_dir):
     from llama_nb.sources import DEMO_MODEL, cache_folder
     there = (cache_folder(cache_dir)/DEMO_MODEL['folder']/'config.json').is_file()
@@ -267,6 +276,7 @@ def _notebook():
         return [('warn', f'{name} without ipywidgets', "pip install 'ipywidgets>=8.1'")]
     return [('ok', f'{name}, with ipywidgets')]
 
+# %% ../nbs/91_doctor.ipynb #be3f2c53
 def _hub():
     from huggingface_hub import constants, get_token
     if constants.HF_HUB_OFFLINE: return [('ok', 'offline by HF_HUB_OFFLINE: only local folders and what is cached')]
@@ -285,6 +295,7 @@ def _examples(n=6, seed=0, vocab_size=512):
         rows.append(PackedRow(ids, [-100]*(length//2) + ids[length//2:], (length,), (None,)))
     return rows
 
+# %% ../nbs/91_doctor.ipynb #1fb5e3b8
 def _batch(rows, device):
     from llama_nb.packing import PackedCollator
     batch = PackedCollator(0)(rows)
@@ -363,11 +374,38 @@ def _replies(made):
     if said != again: return [('fail', 'a chat and a batch reply differently', _TESTED_SET)]
     return [('ok', 'a chat and a batch reply alike')]
 
+# %% ../nbs/91_doctor.ipynb #885115d0
+def _measured(device, count, remedy):
+    "A row with the speed of a sum."
+    from llama_nb.preflight import measure_all_reduce, speed_text
+    try: return 'ok', speed_text(measure_all_reduce(count, device)), ''
+    except ResourceError as e: return 'fail', one_line(e), remedy
+
+def _several():
+    yield _measured('cpu', 2, 'check that programs may open ports on this machine (firewall, container)')
+
+def _between_gpus():
+    from llama_nb.preflight import gpu_facts
+    facts = gpu_facts()
+    count = len(facts.get('gpus', ()))
+    if count < 2:
+        yield 'ok', f"{count} GPU{'s'*(count != 1)} here: nothing to measure between them"
+        return
+    yield 'ok', f"NCCL {facts['nccl']}, driver {_driver()}, {count} GPUs"
+    if facts['no_peer_access']:
+        yield ('warn', f"{len(facts['no_peer_access'])} pairs of GPUs without direct access (P2P)",
+               'nothing to do, only slower: gradients go through the memory of the host')
+    if facts['shared_memory_bytes'] is not None and facts['shared_memory_bytes'] < 2**28:
+        yield ('warn', f"/dev/shm has {facts['shared_memory_bytes']/2**20:.0f} MiB free",
+               'in a container, start it with --shm-size=1g')
+    yield _measured('cuda', count, 'set NCCL_DEBUG=INFO and run it again; NCCL_P2P_DISABLE=1 avoids direct access')
+
 # %% ../nbs/91_doctor.ipynb #68b15b64
 def doctor(
     output_dir='runs', # Where runs will be written
     cache_dir=None, # Where models are kept; `None` as in `demo_model`
     show:Callable[[Check],None]|None=None, # Called with each row as soon as it is known
+    gpus:bool=False, # Start two processes as well (one per GPU if there are several), and time a sum between them
 )->DoctorReport: # One row per finding
     """Look at Python, packages, device, disk, notebook and Hub, and take a tiny model all the way.
 
@@ -382,13 +420,15 @@ def doctor(
         ('demo model', lambda: _demo(cache_dir)), ('notebook', _notebook), ('Hub', _hub), ('extra', _extras),
         ('training step', lambda: _trains(tiny), _TESTED_SET),
         ('evaluation pass', lambda: _evaluates(tiny), _TESTED_SET),
-        ('replies', lambda: _replies(tiny), _TESTED_SET)], 'doctor', show)
+        ('replies', lambda: _replies(tiny), _TESTED_SET),
+        *([('several processes', _several), ('between GPUs', _between_gpus)] if gpus else [])], 'doctor', show)
 
 # %% ../nbs/91_doctor.ipynb #2f134f89
 def _judged(ok, found, remedy):
     "State, what was found, and what to do if it is not as it must be."
     return ('ok', found, '') if ok else ('fail', found, remedy)
 
+# %% ../nbs/91_doctor.ipynb #6dc83442
 def _tiny(device, lora=True, **kw):
     "A tiny random Llama with a LoRA that already does something."
     import torch
@@ -403,6 +443,7 @@ def _tiny(device, lora=True, **kw):
             if 'lora_B' in name: torch.nn.init.normal_(p, std=0.02)
     return apply_fast_path_(model.to(device))
 
+# %% ../nbs/91_doctor.ipynb #10745b0d
 def _packed_is_alone(device):
     import torch
     from llama_nb.loss import token_scores
@@ -417,11 +458,13 @@ def _packed_is_alone(device):
 def _gradients(model):
     return {n: p.grad.detach().clone() for n,p in model.named_parameters() if p.grad is not None}
 
+# %% ../nbs/91_doctor.ipynb #495c1421
 def _gap(a, b):
     "Largest relative difference of two sets of gradients."
     if a.keys() != b.keys() or not a: return float('inf')
     return max(float((a[n] - b[n]).norm()/(b[n].norm() + 1e-12)) for n in a)
 
+# %% ../nbs/91_doctor.ipynb #d854251e
 def _accumulated_is_one(device):
     from llama_nb.loss import batch_loss
     model, rows = _tiny(device).train(), _examples()
@@ -452,6 +495,7 @@ def _tiny_four_bit(device):
         torch.nn.init.normal_(p, std=0.02, generator=torch.Generator(p.device).manual_seed(0))
     return model
 
+# %% ../nbs/91_doctor.ipynb #45078bb0
 def _with_dequantised(model, functional):
     "A copy whose 4-bit layers are plain ones with the same weights."
     import torch

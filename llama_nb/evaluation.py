@@ -39,6 +39,7 @@ from .report import EvaluationReport, LABELS, STATISTICS
 from .runs import last_step, Run, trained_rows
 from .segments import get_template
 from .views import stage, tell
+from .store import changed
 
 # %% ../nbs/65_evaluation.ipynb #dc2b55f2
 def _with_reference(conversation):
@@ -59,12 +60,14 @@ def _text_tables(predictions, references):
     chrf = np.stack([chrf_stats(p, r) for p,r in zip(predictions, references)])
     return dict(bleu=bleu, chrf=chrf, **rouge, length_ratio=bleu[:, :2])
 
+# %% ../nbs/65_evaluation.ipynb #0079e879
 def _reply_tables(replies):
     "Sums per reply for the metrics that need no reference."
     return dict(ended=np.array([[r.ended, 1] for r in replies], dtype=float),
                 mean_length=np.array([[len(r.token_ids), 1] for r in replies], dtype=float),
                 repetition=np.stack([repetition_stats(r.text) for r in replies]))
 
+# %% ../nbs/65_evaluation.ipynb #beb00479
 def _signatures(): return dict(bleu=bleu_signature(), chrf=chrf_signature(), rouge=rouge_signature())
 
 def _score(tables):
@@ -128,6 +131,7 @@ def _fingerprint(conversations):
     text = json.dumps([c.to_dicts() for c in conversations], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
+# %% ../nbs/65_evaluation.ipynb #d14b8af7
 def _model_facts(model):
     "What a report says about a model."
     name = str(getattr(causal_lm(model).config, '_name_or_path', '') or '')
@@ -146,6 +150,7 @@ def _loss_tables(losses):
                 word_perplexity=pair('nll_without_eot', 'num_words'), bits_per_byte=bits,
                 token_accuracy=pair('num_correct', 'num_tokens'))
 
+# %% ../nbs/65_evaluation.ipynb #84deb82b
 class Measured(NamedTuple):
     "Results of one model on the conversations."
     tables:dict # metric → sums per conversation
@@ -158,6 +163,7 @@ _REPLY_METRICS = {'bleu', 'chrf', 'rouge'} # those that need replies
 
 def _slice_name(conversation, by): return str(by(conversation) if callable(by) else conversation.meta.get(by, '(none)'))
 
+# %% ../nbs/65_evaluation.ipynb #57a92fc0
 def _groups(conversations, by):
     "Indices of conversations by slice, in the order of the slices' names."
     if by is None: return {}
@@ -233,7 +239,7 @@ class EvaluationFramework:
         """Choose at most `num_samples` conversations by the seed; one that is too long is replaced by the next.
 
         Raises `DataError` if none is left."""
-        chosen, _, dropped = self._choose([as_conversation(x) for x in conversations])
+        chosen, _, dropped = self._choose(changed(conversations, as_conversation))
         return chosen, dropped
 
     def measure(self,
@@ -264,7 +270,7 @@ class EvaluationFramework:
         """Measure every model there is. Each conversation is encoded once, not for each model.
 
         Raises `DataError` if a conversation or an answer is missing, `ConfigError` for an unknown key."""
-        chosen, encoded, dropped = self._choose([as_conversation(x) for x in conversations], examples)
+        chosen, encoded, dropped = self._choose(changed(conversations, as_conversation), examples)
         seen = self._trained_on(chosen)
         groups = _groups(chosen, by) # a wrong key fails before the slow part
         first = 'tuned' if has_adapter(self.model) else 'model'
@@ -323,6 +329,7 @@ def _decoding(c):
     sampling = dict(temperature=c.temperature, top_p=c.top_p) if c.do_sample else {}
     return dict(max_new_tokens=c.max_new_tokens, do_sample=c.do_sample, batch_size=c.batch_size) | sampling
 
+# %% ../nbs/65_evaluation.ipynb #1ac8b032
 def _settings(framework, chosen, choice, found):
     "Everything the numbers depend on."
     import peft, transformers
@@ -340,6 +347,7 @@ def _settings(framework, chosen, choice, found):
 # %% ../nbs/65_evaluation.ipynb #25b42aca
 def _reply_dict(reply): return dict(text=reply.text, ended=bool(reply.ended), num_tokens=len(reply.token_ids))
 
+# %% ../nbs/65_evaluation.ipynb #0e190785
 def _sample(i, conversation, found):
     "One conversation of the report: prompt, reference, and each model's reply and loss."
     replied = {k: m.replies[i] for k,m in found.items() if m.replies}
@@ -351,6 +359,7 @@ def _sample(i, conversation, found):
                 replies={k: _reply_dict(r) for k,r in replied.items()},
                 loss={k: l.nll/l.num_tokens for k,l in scored.items()})
 
+# %% ../nbs/65_evaluation.ipynb #243c2734
 def _make_report(framework, chosen, choice, found, skipped, by, groups):
     "Tables, samples and settings of what was measured, as an `EvaluationReport`."
     samples = [_sample(i, conversation, found) for i,conversation in enumerate(chosen)]
@@ -394,6 +403,7 @@ def _changes(own, asked):
     changes = {'base': (own.model_name, asked.model_name), 'use_4bit': (own.use_4bit, asked.use_4bit)}
     return {key: new for key,(old, new) in changes.items() if old != new}
 
+# %% ../nbs/65_evaluation.ipynb #a192a37c
 def evaluate_saved(
     folder, # Folder of a finished run, or a `Run`
     config:RunConfig|None=None, # Settings to use, e.g. with another base; `None`: those of the run
@@ -418,6 +428,7 @@ def _numbers(metrics):
     "The numbers among a task's results."
     return {k: v for k,v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
+# %% ../nbs/65_evaluation.ipynb #b5e7658b
 def run_lm_eval(
     model:nn.Module, # A causal LM, or a PEFT model around one
     tokenizer, # Its tokenizer

@@ -40,10 +40,12 @@ def _lost(rows):
     return dict(conversations=len(rows), messages=sum(r.messages for r in rows),
                 taught_tokens=sum(r.taught_tokens for r in rows))
 
+# %% ../nbs/35_examples.ipynb #e568c6e3
 def _first_three(action, places):
     more = ', …' if len(places) > 3 else ''
     return f'{len(places):,} {action} ({", ".join(places[:3])}{more})'
 
+# %% ../nbs/35_examples.ipynb #aef86637
 def _ledger_json(r):
     "One touched row as a JSON line, without the row's text."
     values = {k: v for k,v in r._asdict().items() if k != 'row'} | {'reason': redact(r.reason)}
@@ -99,6 +101,7 @@ def _schema():
     return pa.schema([('input_ids', ints), ('labels', ints), ('spans', ints), ('taught', one), ('largest', one),
                       ('dropped', one), ('file', pa.string()), ('line', pa.int64())])
 
+# %% ../nbs/35_examples.ipynb #02972927
 def _span_numbers(s:Span):
     "A span as five numbers."
     return s.start, s.end, ROLES.index(s.role) if s.role else -1, s.message, _STATES.index(s.state)

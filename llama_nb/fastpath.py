@@ -49,13 +49,14 @@ def apply_fast_path_(
     attention:bool=True, # Packed attention, by the borders in the batch
     lora:bool=True, # LoRA linears as one operation that saves only packed weights
     layers:bool=True, # Norm, RoPE and SwiGLU as one function each, in training
+    kernels:bool=True, # On a GPU: RoPE and SwiGLU as one kernel each; False: torch's own operations
 )->nn.Module: # The same model
     """Switch on the fast pieces in a model."""
     if attention:
         set_packed_attention_(model)
         _step_aside_(model)
     if lora: fuse_lora_(model)
-    if layers: fuse_layers_(model)
+    if layers: fuse_layers_(model, kernels)
     return model
 
 # %% ../nbs/44_fastpath.ipynb #8e5b6060
@@ -78,6 +79,7 @@ def _loss_and_gradients(model, batch):
         grads = torch.autograd.grad(loss, trained, allow_unused=True)
         return loss.item(), torch.cat([t.flatten() for t in grads if t is not None])
 
+# %% ../nbs/44_fastpath.ipynb #5a3af0a0
 def _relative_gap(found, expected):
     "Relative differences of two results of `_loss_and_gradients`."
     (loss, grads), (true_loss, true_grads) = found, expected
@@ -93,6 +95,7 @@ def _uncompiled(model):
     finally:
         for layer, call in calls: layer._compiled_call_impl = call
 
+# %% ../nbs/44_fastpath.ipynb #7665adf6
 def compiled_gap(
     model:nn.Module, # A model with `compile_layers_`, in training mode
     batch:dict, # A flat batch from `PackedCollator`, on the model's device
@@ -130,6 +133,7 @@ def _without_fp8(model):
     finally:
         for m, parts in copies: m.__dict__['_fp8'] = parts
 
+# %% ../nbs/44_fastpath.ipynb #eecaaf8b
 def fp8_gap(
     model:nn.Module, # A PEFT model with `fp8_copies_`
     batch:dict, # A flat batch from `PackedCollator`, on the model's device

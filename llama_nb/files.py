@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['MAX_ROW_BYTES', 'SURROGATES', 'RowFault', 'BadRow', 'quoted', 'save_bad_rows', 'strict_json', 'part_of',
-           'json_sections', 'data_folder', 'look_into', 'data_files', 'file_name', 'files_rows', 'is_dataframe',
-           'numbered_rows', 'source_rows']
+           'json_sections', 'sheet_names', 'data_folder', 'look_into', 'data_files', 'file_name', 'files_rows',
+           'is_dataframe', 'numbered_rows', 'source_rows']
 
 # %% ../nbs/30_files.ipynb #ff9243a8
 import codecs, csv, gzip, io, json, math, os, re, zlib
 from collections import Counter
 from contextlib import contextmanager
+from datetime import datetime, time
 from functools import partial
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
-from .errors import DataError, logger, redact, shorten
+from .errors import DataError, import_extra, logger, one_line, redact, shorten
 from .conversation import Source
 from .views import progress
 
@@ -159,11 +160,13 @@ _NO_DATA = {b'version https://git-lfs': ('a Git LFS pointer, not the data',
             b'<!doctype html': ('a web page, not the data', 'download the file itself'),
             b'<html': ('a web page, not the data', 'download the file itself'),
             b'pk\x03\x04': ('an Excel workbook or a zip archive', 'save it as CSV UTF-8, or unpack it'),
-            b'\xd0\xcf\x11\xe0': ('an old Excel workbook', 'save it as CSV UTF-8')}
+            b'\xd0\xcf\x11\xe0': ('an old Excel workbook, or one with a password', 'save it as CSV UTF-8')}
+_WORKBOOKS = ('.xlsx', '.xlsm')
 
 def _refuse_no_data(path, name):
     "Raise `DataError` for a file that starts like something else than data."
     with open(path, 'rb') as f: start = f.read(64).lstrip().lower()
+    if name.lower().endswith(_WORKBOOKS) and start.startswith(b'pk'): return
     for sign,(problem,fix) in _NO_DATA.items():
         if start.startswith(sign): raise _file_fault(name, problem, fix)
 
@@ -551,11 +554,69 @@ def _arrow_rows(f, path, name):
         return (file.get_batch(i) for i in range(file.num_record_batches))
     return _batch_rows(batches, name)
 
+# %% ../nbs/30_files.ipynb #93975ced
+@contextmanager
+def _workbook(f, name):
+    "An open workbook. Raises `DataError` if it cannot be read."
+    try: openpyxl = import_extra('openpyxl', 'data')
+    except ImportError as e: raise _file_fault(name, f'an Excel workbook, and {e}', 'or save it as CSV UTF-8') from None
+    try: book = openpyxl.load_workbook(f, read_only=True, data_only=True)
+    except OSError: raise
+    except Exception as e: # zip, XML and key errors of a damaged file
+        problem = f'not a readable Excel workbook: {shorten(one_line(e), 60)}'
+        raise _file_fault(name, problem, 'save it again, or as CSV UTF-8') from None
+    try: yield book
+    finally: book.close()
+
+def sheet_names(
+    path, # A file
+    name:str|None=None, # Its name in messages; `None`: the file's own
+)->tuple: # Names of its sheets with cells, in order; empty if it is no Excel workbook
+    "The sheets of an Excel workbook. Raises `DataError` if it cannot be read."
+    path, name = _stored(Path(path)), name or Path(path).name
+    if not name.lower().endswith(_WORKBOOKS): return ()
+    with _open(path, name) as f, _workbook(f, name) as book: return tuple(s.title for s in book.worksheets)
+
+# %% ../nbs/30_files.ipynb #b8801c32
+def _cell_text(value)->str:
+    "A cell as a CSV export writes it."
+    if value is None: return ''
+    if isinstance(value, bool): return str(value).lower()
+    if isinstance(value, float): return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    if isinstance(value, datetime) and value.time() == time(): value = value.date()
+    return value.isoformat(' ') if isinstance(value, datetime) else str(value)
+
+def _workbook_rows(f, path, name, section=None):
+    "Rows of one sheet of a workbook: of the first one, or of the sheet with this name."
+    with _workbook(f, name) as book:
+        sheets = {s.title: s for s in book.worksheets}
+        if not sheets: raise _file_fault(name, 'the workbook has no sheet with cells', 'save it again')
+        sheet, others = sheets[section] if section else book.worksheets[0], [*sheets][1:]
+        if others and not section:
+            logger.warning('%s: read the sheet %s; not read: %s', name, quoted(sheet.title), ', '.join(map(quoted, others)))
+        sheet.reset_dimensions() # some programs write a wrong size
+        names, place = None, f'{name}[{section}]' if section else name
+        for number,row in enumerate(sheet.iter_rows(values_only=True), 1):
+            cells = [_cell_text(v) for v in row]
+            if not any(c.strip() for c in cells): continue
+            if names is None: names = _sheet_header(cells, name, number)
+            else: yield _table_row(Source(place, number), names, cells + ['']*(len(names) - len(cells)))
+
+def _sheet_header(cells, name, number):
+    "The column names of a sheet."
+    names = [cell.strip() or f'Unnamed: {i}' for i,cell in enumerate(cells)]
+    while names and names[-1] == f'Unnamed: {len(names) - 1}': names.pop()
+    twice = next((k for k,n in Counter(names).items() if n > 1), None)
+    if twice is not None:
+        raise _file_fault(name, 'two columns have the same name', f'rename one {quoted(twice)}', number)
+    return names
+
 # %% ../nbs/30_files.ipynb #00180c24
 _READERS = {'.jsonl': _jsonl_rows, '.ndjson': _jsonl_rows, '.json': _json_rows, '.csv': _csv_rows, '.tsv': _csv_rows,
-            '.tab': _csv_rows, '.parquet': _parquet_rows, '.arrow': _arrow_rows, '.feather': _arrow_rows}
-_KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, or one of these with .gz'
-_EXCEL = ('.xlsx', '.xlsm', '.xls', '.ods')
+            '.tab': _csv_rows, '.parquet': _parquet_rows, '.arrow': _arrow_rows, '.feather': _arrow_rows,
+            **dict.fromkeys(_WORKBOOKS, _workbook_rows)}
+_KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, or one of these with .gz; .xlsx'
+_EXCEL = ('.xls', '.xlsb', '.ods')
 
 def _reader(path): return _READERS.get(Path(path.name.removesuffix('.gz')).suffix.lower())
 
@@ -597,6 +658,9 @@ def data_folder(
 # %% ../nbs/30_files.ipynb #a87e6fe4
 _METADATA = re.compile(r'(?:data(?:set)?[_-])?(?:info|infos|dict|state|meta|metadata|config|schema|stats|statistics'
                        r'|manifest|package|version|license|citation|croissant|index|report)\.json', re.I)
+# beside the conversations.json of an export of ChatGPT or Claude
+_OF_EXPORT = re.compile(r'(?:users?|user_settings|message_feedback|shared_conversations|model_comparisons|projects'
+                        r'|group_chats|memories|shopping)\.json')
 _NO_FILES, _MAX_LEVELS = ('accounts', '__MACOSX', '__pycache__'), 5
 _DOCUMENTS = re.compile(r'(?:readme|licen[sc]e|citation|changelog|contributing|makefile)'
                         r'|.*\.(?:md|py|ipynb|png|jpe?g|svg|lock)', re.I)
@@ -622,7 +686,8 @@ def look_into(
     if (saved := _saved_files(folder)): return saved, {}
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
     found = [p for p in entries if _reader(p) and not p.is_dir()]
-    metadata = [p for p in found if _is_metadata(p)]
+    of_export = [p for p in found if _OF_EXPORT.fullmatch(p.name) and folder/'conversations.json' in found]
+    metadata = [p for p in found if p in of_export or _is_metadata(p)]
     files = [p for p in found if p not in metadata]
     aside = {p: 'unknown kind' for p in entries if not p.is_dir() and p not in found and not _DOCUMENTS.match(p.name)}
     folders = [p for p in entries if p.is_dir() and p.name not in _NO_FILES]

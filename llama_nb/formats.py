@@ -11,13 +11,14 @@ import re
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
-from typing import Iterable, NamedTuple
+from typing import Iterable, NamedTuple, Sequence
 
 from .conversation import (
-    as_fault, as_tools, CALL_ROLES, carries_meaning, Conversation, may_be_mask, Message, MessageFault,
+    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, may_be_mask, Message, MessageFault,
     read_message, ROLE_KEYS, ROLES, Source, THOUGHTS, train_flag, TRAIN_FLAGS)
 from .errors import ConfigError, DataError, did_you_mean, logger, shorten
 from .files import BadRow, numbered_rows, quoted, RowFault, source_rows, strict_json, SURROGATES
+from .store import LazySequence, select, StoredConversations
 
 # %% ../nbs/31_formats.ipynb #c1bf7b89
 def _empty_fix(role):
@@ -48,7 +49,7 @@ _PAIRS = { # question -> its answers, in order of preference
 _ANSWERS = tuple(dict.fromkeys(a for answers in _PAIRS.values() for a in answers))
 _LABELS = ('label', 'kto_tag')
 FIELDS = tuple(dict.fromkeys((*_LISTS, *_PAIRS, *_ANSWERS, *_SYSTEMS, 'text', 'context', 'history', 'tools',
-                              'functions', *THOUGHTS, 'mapping', 'current_node', *_LABELS, *TRAIN_FLAGS,
+                              'functions', *THOUGHTS, 'mapping', 'current_node', *_LABELS, *TRAIN_FLAGS, 'train_on',
                               'role', 'content')))
 _INNER = ('role', 'content') # keys of a message, inside a list
 _KNOWN = frozenset(FIELDS) - {*_INNER}
@@ -452,10 +453,11 @@ def _joined(a, b):
     if x.role != y.role or x.role not in ('user', 'assistant'): return None
     text = '\n\n'.join(filter(None, (x.content, y.content)))
     if x.role == 'user':
-        if x.taught != y.taught: return None
+        if x.taught != y.taught or x.train_parts or y.train_parts: return None
         return a._replace(message=replace(x, content=text)), 'user turns in a row joined'
     if b.is_broken_call:
-        return a._replace(message=replace(x, content=text, train=False, weight=None)), 'text and call joined'
+        unread = replace(x, content=text, train=False, weight=None, train_parts=None)
+        return a._replace(message=unread), 'text and call joined'
     if not y.tool_calls or y.content or y.reasoning_content or x.taught != y.taught: return None
     calls = (x.tool_calls or ()) + y.tool_calls
     note = 'calls in a row joined' if x.tool_calls else 'text and call joined'
@@ -502,8 +504,7 @@ def _finish(turns, field='messages'):
     kept = [t.message for t in turns]
     while kept and kept[-1].role != 'assistant': notes.append(f'trailing {kept.pop().role} turn dropped')
     if not kept: raise RowFault(field, 'no assistant turn', 'nothing to train on; give at least one answer')
-    in_part = any('train_detail' in t.keys for t in turns) # counted, and `encode` refuses it if nothing else is taught
-    if not in_part and not any(m.role == 'assistant' and m.taught is not False for m in kept):
+    if not any(m.role == 'assistant' and m.taught is not False for m in kept):
         raise RowFault(field, 'no taught assistant turn', 'every answer has train false or weight 0')
     if any('\0' in m.content for m in kept): notes.append('NUL character kept')
     return tuple(kept), notes
@@ -644,6 +645,14 @@ def _tools(row):
         except DataError as e: raise _row_fault(as_fault(e, row.spelt(k))) from None
     return ()
 
+def _own_train_on(row):
+    "What the row says about what is taught of it; `None` if it says nothing."
+    value = row.take('train_on')
+    if isinstance(value, str) and value.lstrip().startswith('['): value = strict_json(value) # JSON in a cell
+    if value is None or value == '': return None
+    try: return as_train_on(value)
+    except DataError as e: raise _row_fault(as_fault(e, row.spelt('train_on'))) from None
+
 def _unused(row):
     "Notes about fields that are not used and hold a text, a list, a truth value or a mask."
     notes, masks = [], {*_LABELS, *TRAIN_FLAGS}
@@ -700,10 +709,10 @@ def _convert(row, source, format, options):
     if out: return None, shape, out
     turns, more = _beside(fields, shape, turns, options)
     messages, last = _finish(turns, fields.spelt(field) if isinstance(field, str) else '')
-    tools = _tools(fields)
+    tools, train_on = _tools(fields), _own_train_on(fields)
     if tools: notes = [*notes, 'with tools']
     meta = {k: v for k,v in fields.row.items() if k not in fields.used and v is not None}
-    return Conversation(messages, source, meta, tools), shape, notes + more + last + _unused(fields)
+    return Conversation(messages, source, meta, tools, train_on), shape, notes + more + last + _unused(fields)
 
 def row_to_conversation(
     row, # A dict in one of the `FORMATS`, a list of messages or of utterances, or a `Conversation`
@@ -795,19 +804,39 @@ class ConversationStream:
         raise DataError(f'{name}: {none}', bad)
 
 # %% ../nbs/31_formats.ipynb #4777ca78
-class Conversations(list):
-    "Checked conversations in order, with their source, format, bad rows and notes."
+class Conversations(LazySequence, list):
+    """Checked conversations in order, with their source, format, bad rows and notes.
+
+    It is read like a list, and it cannot be changed. Indexing and iterating make conversations from Arrow columns."""
     def __init__(self,
-        items=(), # `Conversation`s
+        items=(), # `Conversation`s: a sequence, or an iterable that is stored in Arrow
         source:str='', # Name of the source
         format:str='', # One of `FORMATS`; several are joined by '+'
         bad=(), # `BadRow`s that were skipped
         num_rows:int=0, # Rows read, including bad ones
         notes=None, # Counts of what was dropped, or is odd but kept
     ):
-        super().__init__(items)
+        if isinstance(items, Conversations): items = items.items
+        self.items = items if isinstance(items, Sequence) else StoredConversations.collect(items)
         self.source, self.format, self.num_rows = source, format, num_rows
         self.bad, self.notes = list(bad), Counter(notes)
+
+    def __len__(self): return len(self.items)
+    def __iter__(self): return iter(self.items)
+    def item(self, i): return self.items[i]
+    def __reduce__(self):
+        return type(self), (self.items, self.source, self.format, self.bad, self.num_rows, self.notes)
+
+    def _fixed(self, *args, **kwargs): raise TypeError('conversations cannot be changed in place; take list(...) first')
+    append = extend = insert = pop = remove = clear = sort = reverse = _fixed
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _fixed
+    def copy(self): return self.select(range(len(self)))
+
+    def select(self,
+        indices:Iterable[int], # Which conversations, in any order
+    ): # `Conversations` with the same facts
+        "Some of the conversations; no text is copied."
+        return Conversations(select(self.items, indices), self.source, self.format, self.bad, self.num_rows, self.notes)
 
     def __repr__(self):
         more = [f'{len(self.bad)} bad row{"s"[:len(self.bad) > 1]} skipped'] if self.bad else []
@@ -827,7 +856,7 @@ def check_rows(
 )->Conversations: # Checked conversations
     "Turn rows into checked conversations; raises `DataError` with one line per fault, or if no row is usable."
     stream = ConversationStream(lambda: rows, format, on_bad, assistant_speaker, name, columns, roles)
-    items = list(islice(stream, limit))
+    items = StoredConversations.collect(islice(stream, limit))
     if limit is not None and len(items) == limit and stream.bad: stream._end() # faults before the limit count
     return Conversations(items, name, stream.format, stream.bad, stream.num_rows, stream.notes)
 
@@ -854,6 +883,6 @@ def read_conversations(
     columns:dict|None=None, # Your names of fields, as in `check_columns`
     roles:dict|None=None, # Your names of roles, as in `role_map`
 )->Conversations: # Checked conversations, with `.format`, `.bad`, `.notes`
-    "Read chat data of any known format into a list; raises `DataError` with one line per fault."
+    "Read chat data of any known format; raises `DataError` with one line per fault."
     name, rows = source_rows(source)
     return check_rows(rows, format, on_bad, limit, assistant_speaker, name, columns, roles)

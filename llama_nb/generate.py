@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -120,9 +121,11 @@ def _new_cache(model):
     if all(type(layer) is DynamicLayer for layer in cache.layers): cache.layers = [_Roomy() for _ in cache.layers]
     return cache
 
+# %% ../nbs/60_generate.ipynb #54390648
 def _is_plain(cache): # no sliding window, no recurrent state
     return all(type(layer) is _Roomy for layer in cache.layers)
 
+# %% ../nbs/60_generate.ipynb #ba71976f
 @functools.cache
 def _cache_name(kind:type)->str: # `'cache'` since transformers 5.24, `'past_key_values'` before
     "Name of the cache argument in the forward of a class of models."
@@ -135,6 +138,7 @@ def _close_up(keep:list[int])->list[int]: # The same indices; those behind the n
     there, behind = {i for i in keep if i < len(keep)}, iter([i for i in keep if i >= len(keep)])
     return [i if i in there else next(behind) for i in range(len(keep))]
 
+# %% ../nbs/60_generate.ipynb #fbc77c0d
 def _common(a:list, b:list)->int:
     "Length of the common beginning."
     return next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -236,15 +240,18 @@ def _stops(model:nn.Module, tokenizer, template)->set: # Ids
     own = [] if own is None else [own] if isinstance(own, int) else own
     return {*stop_ids(tokenizer, template), *own}
 
+# %% ../nbs/60_generate.ipynb #1974e816
 def _text(tokenizer, token_ids:list[int], stops:set)->str:
     "Generated ids as text."
     ids = token_ids[:-1] if token_ids and token_ids[-1] in stops else token_ids
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
+# %% ../nbs/60_generate.ipynb #1c313ca3
 def _room(model:nn.Module)->int: # Tokens
     "How many tokens the model's positions allow."
     return getattr(model.config, 'max_position_embeddings', None) or 1 << 30
 
+# %% ../nbs/60_generate.ipynb #4ba53853
 def _check_room(model, prompt, max_new_tokens, row=None):
     "Raise an error if prompt and reply do not fit in the model's context."
     if max_new_tokens < 1: raise ConfigError(f'max_new_tokens: must be at least 1, got {max_new_tokens}')
@@ -295,12 +302,14 @@ def _adapter_state(module):
     "Whether the adapters of a module are off, which ones are active, and which are merged."
     return module._disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters)
 
+# %% ../nbs/60_generate.ipynb #d7755a4a
 def _state(model):
     "What a cache depends on: address and version of every weight, and the state of every adapter."
     weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
     adapters = tuple(_adapter_state(m) for m in model.modules() if hasattr(m, '_disable_adapters'))
     return hash((id(model), weights, adapters))
 
+# %% ../nbs/60_generate.ipynb #e4858919
 class _Memory:
     "The tokens that a chat has read, with their keys and values; valid while the model does not change."
     def __init__(self): self.ids, self.cache, self.state, self.known = [], None, None, 0
@@ -490,12 +499,12 @@ def reply_sampler(
     max_new_tokens:int=48, # Maximum length of a reply, in tokens
 )->Callable[[],list[dict]]: # Each call: `row`, `prompt` (the last question), `reply`, `ended` for each
     "Make the function that `SampleGuard` calls. Raises `DataError` for no prompt, or one that is trained on."
-    chosen = [as_conversation(c) for c in list(conversations)[:num]]
+    chosen = [as_conversation(c) for c in islice(conversations, num)]
     if not chosen: raise DataError('no held-out conversation to ask; set data.val_size above 0')
-    known = {_question(c): c.row for c in map(as_conversation, train)}
-    for c in chosen:
-        if _question(c) not in known: continue
-        place = known[_question(c)] or 'a training conversation'
+    asked = {_question(c): c for c in chosen}
+    for t in map(as_conversation, train):
+        if (c := asked.get(_question(t))) is None: continue
+        place = t.row or 'a training conversation'
         raise DataError(f'{c.row or "a sample prompt"} is also trained on ({place}); its reply would show memory')
     def sample(c, reply):
         row = str(c.row) if c.row else None
@@ -512,6 +521,7 @@ def _sample_step(path):
     step = path.stem.split('-')[1]
     return int(step) if step.isdigit() else -1
 
+# %% ../nbs/60_generate.ipynb #3dfa7e97
 def _read_samples(folder):
     "Samples by prompt, in the order of steps: `(index, prompt)` → `(step, sample)`."
     found = {}
@@ -523,6 +533,7 @@ def _read_samples(folder):
             found.setdefault((i, s.get('prompt')), []).append((path.stem.removeprefix('step-'), s))
     return found
 
+# %% ../nbs/60_generate.ipynb #95ffee1c
 def _timeline_rows(prompt, seen):
     "One prompt's replies; each says whether it changed."
     before = seen[0][1]['reply']

@@ -24,9 +24,11 @@ from .checkpoints import is_disk_full, verify_checkpoint
 from .errors import (
     CheckpointError, DivergenceError, LlamaNbError, logger, NonFiniteError, one_line, OutOfMemoryError, shorten)
 from .memory import cheapest_changes, GiB
+from .ranks import all_values, from_main, is_main, meet, num_ranks, rank, summed
 from .runs import Run
 from .scaling import LEAST_SCALE
-from .safe_trainer import Guard, SafeTrainer, same_random_state
+from .shards import is_shard
+from .safe_trainer import Guard, SafeTrainer, same_random_state, SilentRun
 from .views import tell
 
 # %% ../nbs/54_guards.ipynb #3794500a
@@ -100,10 +102,11 @@ class FiniteGuard(Guard):
         device, norm = window['losses'][0].device, window['grad_norm']
         if norm is None: # without clipping the trainer computes no norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainer.model.parameters() if p.grad is not None])
-        numbers = (*window['losses'], torch.as_tensor(norm))
+        shared = window['step_loss'] # bad on every rank if a loss is on one
+        numbers = (*window['losses'], torch.as_tensor(norm), *([] if shared is None else [shared]))
         values = torch.stack([x.detach().float().to(device) for x in numbers])
         bad = ~values.isfinite().all()
-        if args.world_size > 1: # all processes skip, or none
+        if args.world_size > 1 and shared is None: # all processes skip, or none
             shared = bad.float()
             torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
             bad = shared > 0
@@ -134,9 +137,10 @@ class FiniteGuard(Guard):
         found = self.readback.take()
         if found is None: return
         values, (step, window) = found
+        total = sum(values[:-1]) if window['step_loss'] is None else values.pop()
         bad = [i for i,x in enumerate(values) if not np.isfinite(x)]
-        if bad and not self._is_overflow(bad, values, step): raise self._error(values, bad[0], step, window)
-        for guard in self.trainer.guards: guard.on_step_loss(step, sum(values[:-1]), window)
+        if bad and not (np.isfinite(total) and self._is_overflow(bad, values, step)): raise self._error(values, bad[0], step, window)
+        for guard in self.trainer.guards: guard.on_step_loss(step, total, window)
 
     def _is_overflow(self, bad, values, step):
         "Whether only scaled gradients overflowed, which a smaller scale avoids; such a step is counted and logged."
@@ -148,17 +152,19 @@ class FiniteGuard(Guard):
 
     def _error(self, values, i, step, window):
         "The error for number `i` of a step: a loss, or the gradient norm at the end."
-        n, rows = len(values) - 1, window['rows']
-        if i < n:
-            what = f'loss is {values[i]} in micro-batch {i + 1} of {n}'
-            where = describe_rows(window['batches'][i], rows[i], self.tokenizer)
-        else:
-            what = f'gradient norm is {values[i]}'
-            where = describe_rows(window['batches'][0], [r for part in rows for r in part or ()], self.tokenizer)
-        broken = [name for name,p in self.trainer.model.named_parameters() if not p.isfinite().all()]
+        n, rows, what = len(values) - 1, window['rows'], ''
+        if i < n: # the rank that has this loss tells all others
+            what = f'loss is {values[i]} in micro-batch {i + 1} of {n}' + f' of process {rank() + 1}'*(num_ranks() > 1)
+            what += f'; {describe_rows(window["batches"][i], rows[i], self.tokenizer)}'
+        told = all_values([what, [str(r) for part in rows for r in part or () if r is not None]], leaving=True)
+        what = next((text for text,_ in told if text), '')
+        if not what:
+            of_all = [r for _,names in told for r in names]
+            what = f'gradient norm is {values[-1]}; {describe_rows(window["batches"][0], of_all, self.tokenizer)}'
+        broken = [name for name,p in self.trainer.model.named_parameters() if not is_shard(p) and not p.isfinite().all()]
         state = f'the update was skipped, weights are those of step {step - 1}'
         if broken: state = f'{broken[0]} was already NaN or inf before this update'
-        return NonFiniteError(f'step {step}: {what}; {where}; {state}; '
+        return NonFiniteError(f'step {step}: {what}; {state}; '
                               'lower training.learning_rate or check these rows, then resume')
 
 # %% ../nbs/54_guards.ipynb #b622c9ac
@@ -241,16 +247,21 @@ def out_of_memory(
     return OutOfMemoryError(f'out of memory during {phase}; {what}; {action}', table, advice)
 
 # %% ../nbs/54_guards.ipynb #0b9098fd
+_ASKING = ('SIGINT', 'SIGTERM', 'STOP file')
+
 class InterruptGuard(Guard):
     "Turns an interrupt into: finish the step, save, stop. `requested` says what asked for it, or is `None`."
     def __init__(self,
         run:Run|None=None, # Whose `STOP` file to look for
-    ): self.run, self.requested, self.pending_evaluation = run, None, False
+    ):
+        self.run, self.requested, self.pending_evaluation = run, None, False
+        self.signalled = None # what asked this process; with several ranks all ask one another before they stop
 
     def _handle(self, signum, frame):
-        if self.requested: raise KeyboardInterrupt('second interrupt: stopped at once')
-        self.requested = signal.Signals(signum).name
-        logger.warning('%s: finishing this step, then saving; interrupt again to stop at once', self.requested)
+        if self.signalled: raise KeyboardInterrupt('second interrupt: stopped at once')
+        self.signalled = signal.Signals(signum).name
+        if num_ranks() == 1: self.requested = self.signalled
+        logger.warning('%s: finishing this step, then saving; interrupt again to stop at once', self.signalled)
 
     @contextmanager
     def installed(self):
@@ -282,7 +293,7 @@ class InterruptGuard(Guard):
         return False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.pending_evaluation = self.has_pending_evaluation(args, state)
+        self.pending_evaluation = from_main(self.has_pending_evaluation(args, state))
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.pending_evaluation: self.trainer.evaluate()
@@ -290,19 +301,28 @@ class InterruptGuard(Guard):
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.run and self.run.folder/'STOP'
-        if not self.requested and stop and stop.exists():
+        if is_main() and not self.signalled and stop and stop.exists():
             stop.unlink()
-            self.requested = 'STOP file'
+            self.signalled = 'STOP file'
+        self._ask_all()
         if self.requested and state.global_step < state.max_steps: control.should_evaluate = False
         return self._stop(state, control)
+
+    def _ask_all(self):
+        "Set `requested` if any rank was asked to stop."
+        asked = summed(self.signalled == name for name in _ASKING)
+        self.requested = next((name for name,n in zip(_ASKING, asked) if n), self.requested)
 
     def on_epoch_end(self, args, state, control, **kwargs): # a stop in the middle of an epoch ends the epoch too
         if self.requested and state.global_step < state.max_steps: control.should_evaluate = False
         return self._stop(state, control)
 
-    def on_evaluate(self, args, state, control, **kwargs): return self._stop(state, control) # interrupted meanwhile
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._ask_all()
+        return self._stop(state, control) # interrupted meanwhile
 
     def on_save(self, args, state, control, **kwargs):
+        self._ask_all()
         if self.requested: control.should_training_stop = True # interrupted during the save
         return control
 
@@ -320,10 +340,11 @@ def trial_run(
     "Context manager: evaluate and save for a trial; at the end state, callbacks, random numbers and folder are as before."
     names = ('run', 'state', 'control', 'callback_handler', 'phase', 'saved_step')
     kept, folder = {name: getattr(trainer, name) for name in names}, trainer.run.folder/'.tmp-trial'
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
     try:
-        run, silent = Run(folder), copy.copy(trainer.callback_handler)
+        run, silent = (Run if is_main() else SilentRun)(folder), copy.copy(trainer.callback_handler)
         run.log('created', id=trainer.run.id)
         silent.call_event = lambda event, args, state, control, **kwargs: control # calls no callback
         trainer.run, trainer.callback_handler = run, silent
@@ -333,7 +354,7 @@ def trial_run(
         trainer.model.train(training)
     finally:
         for name,value in kept.items(): setattr(trainer, name, value)
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_main(): shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/54_guards.ipynb #bab7039f
 @contextmanager
@@ -368,6 +389,7 @@ class TrialGuard(Guard):
                 note('evaluation_seconds')
             with _trying('making sample replies'):
                 for guard in trainer.guards: guard.try_out()
+            meet()
             note('samples_seconds')
             self._save(trainer, run)
             note('save_seconds')
@@ -375,7 +397,7 @@ class TrialGuard(Guard):
 
     def _save(self, trainer, run):
         with _trying('saving a checkpoint'): trainer._save_checkpoint(trainer.model, None)
-        if problems := verify_checkpoint(run.checkpoints()[-1], run.id):
+        if is_main() and (problems := verify_checkpoint(run.checkpoints()[-1], run.id)):
             raise CheckpointError(f'a checkpoint was damaged while it was saved: {problems[0]}; check the disk')
         if self.publish is not None:
             with _trying('writing the adapter'): self.publish(run)

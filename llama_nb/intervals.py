@@ -48,6 +48,7 @@ def _weights(kind, n, num_rows, seed):
         weights = rng.multinomial(n, np.full(n, 1/n), size) if kind == 'draw' else rng.integers(0, 2, (size, n))
         yield weights.astype(float)
 
+# %% ../nbs/62_intervals.ipynb #cf384312
 def _limits(samples, n, confidence):
     "Percentile ends of resampled scores."
     if n < 2 or np.isnan(samples).all(): return math.nan, math.nan

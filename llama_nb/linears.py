@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW_ROWS', 'packed_parts', 'unpack', 'lora_forward', 'lora_backward', 'lora_linear', 'LoRALinear', 'fuse_lora_',
-           'unfuse_lora_', 'keep_copies_', 'unpack_copies_', 'compile_layers_', 'uncompile_layers_']
+           'unfuse_lora_', 'keep_copies_', 'unpack_copies_', 'unpack_scales_', 'AdapterCopies', 'compile_layers_',
+           'uncompile_layers_']
 
 # %% ../nbs/42_linears.ipynb #4dd8360f
 import functools
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import causal_lm
 from .errors import logger
-from .layers import swiglu, swiglu_backward, swiglu_parts, whole_last_
+from .layers import gated, gated_backward, norm_again, swiglu, whole_last_
 from .quantization import fp8_matmul, rows_to_fp8
 
 # %% ../nbs/42_linears.ipynb #01414d1a
@@ -31,6 +32,10 @@ def packed_parts(
     return tensors, [*state.shape, state.blocksize, inner.blocksize], state.quant_type
 
 # %% ../nbs/42_linears.ipynb #c6784262
+def _block_scales(codes, inner_absmax, code, offset, blocksize):
+    "The float32 scale of each block, from its 8-bit code."
+    return torch.ops.bitsandbytes.dequantize_blockwise(codes, inner_absmax, code, blocksize, torch.float32).add_(offset)
+
 def unpack(
     parts:list[Tensor], # From `packed_parts`
     sizes:list[int], # From `packed_parts`
@@ -40,10 +45,7 @@ def unpack(
     "The weight in full, unpacked by bitsandbytes' own kernels."
     if not kind: return parts[0].to(dtype)
     weight, absmax, *nested = parts
-    if nested:
-        codes, (inner_absmax, code, offset) = absmax, nested
-        dequantize = torch.ops.bitsandbytes.dequantize_blockwise
-        absmax = dequantize(codes, inner_absmax, code, sizes[3], torch.float32).add_(offset)
+    if nested: absmax = _block_scales(absmax, *nested, sizes[3])
     kernel_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     return torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, sizes[2], kind, sizes[:2], kernel_dtype).to(dtype)
 
@@ -51,10 +53,13 @@ def unpack(
 def _as_rows(x): return x.reshape(-1, x.shape[-1])
 def _scaled_matmul(a, b, alpha): return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
 
-def _add_frozen_(rows, sizes, kind, parts, out, eight=None):
-    "Add `rows @ W.t()` to `out` in place; `eight` are the rows in fp8 if they are rounded already."
-    if kind == 'fp8': return out.add_(fp8_matmul(*(eight or rows_to_fp8(rows)), *parts[:2], rows.dtype, fast=True))
-    return out.addmm_(rows, unpack(parts, sizes, kind, rows.dtype).t())
+def _add_update(rows, low, B, scaling, bias, sizes, kind, parts, eight=None):
+    "`rows @ W.t()` plus update and bias; `eight` are the rows in fp8 if they are rounded already."
+    fp8 = kind == 'fp8'
+    if fp8: out = fp8_matmul(*(eight or rows_to_fp8(rows)), *parts[:2], rows.dtype, fast=True)
+    else: out = _scaled_matmul(low, B.t(), scaling)
+    if bias is not None: out += bias.to(rows.dtype)
+    return out.addmm_(low, B.t(), alpha=scaling) if fp8 else out.addmm_(rows, unpack(parts, sizes, kind, rows.dtype).t())
 
 def _frozen_backward(grad, sizes, kind, parts, out=None):
     "`grad @ W`, added to `out` in place if it is given."
@@ -63,6 +68,17 @@ def _frozen_backward(grad, sizes, kind, parts, out=None):
         return product if out is None else out.add_(product)
     W = unpack(parts, sizes, kind, grad.dtype)
     return grad @ W if out is None else out.addmm_(grad, W)
+
+def _input_gradient(grads, gB, A, scaling, sizes, kinds, parts):
+    "Gradient of the input of several layers: of their frozen weights and of their updates."
+    frozen = list(zip(grads, sizes, kinds, parts))
+    frozen.sort(key=lambda layer: layer[2] != 'fp8') # fp8 products first: nothing can be added inside them
+    dx = None if frozen[0][2] == 'fp8' else _scaled_matmul(gB, A, scaling)
+    added = dx is not None
+    for g, s, kind, p in frozen:
+        if not added and kind != 'fp8': dx, added = dx.addmm_(gB, A, alpha=scaling), True
+        dx = _frozen_backward(g, s, kind, p, dx)
+    return dx if added else dx.addmm_(gB, A, alpha=scaling)
 
 # %% ../nbs/42_linears.ipynb #975223a0
 def lora_forward(
@@ -79,19 +95,21 @@ def lora_forward(
     "Frozen linear plus low-rank update."
     rows = _as_rows(x)
     low = (rows if dropped is None else _as_rows(dropped)) @ lora_A.to(x.dtype).t()
-    out = _scaled_matmul(low, lora_B.to(x.dtype).t(), scaling)
-    if bias is not None: out += bias.to(x.dtype)
-    return _add_frozen_(rows, sizes, kind, parts, out).view(*x.shape[:-1], sizes[0]), low
+    out = _add_update(rows, low, lora_B.to(x.dtype), scaling, bias, sizes, kind, parts)
+    return out.view(*x.shape[:-1], sizes[0]), low
 
 # %% ../nbs/42_linears.ipynb #7a564430
+def _lora_A_gradient(gB, rows, dtype, scaling): return _scaled_matmul(gB.t(), rows, scaling).to(dtype)
+
 def _lora_B_gradient(
     low:Tensor, # `(rows, r)` product with `lora_A`
     grad:Tensor, # `(rows, n)` gradient of the output
-    like:Tensor, # The adapter, for its dtype
+    dtype:torch.dtype, # Of the adapter
     scaling:float, # Factor on the update
 )->Tensor: # `(n, r)` gradient of `lora_B`
     "`grad.t() @ low`, computed in the form that reads `grad` along its rows."
-    return (low.t() @ grad).to(like.dtype).mul_(scaling).t().clone(memory_format=torch.contiguous_format)
+    product = _scaled_matmul(low.t(), grad, scaling)
+    return product.new_empty(product.shape[1], product.shape[0], dtype=dtype).copy_(product.t())
 
 # %% ../nbs/42_linears.ipynb #e63668fd
 def lora_backward(
@@ -106,16 +124,17 @@ def lora_backward(
     parts:list[Tensor], # As in `lora_forward`
     with_x:bool, # Whether `x` needs a gradient; the input of the first layer does not
     low:Tensor|None=None, # The product with `lora_A`; None: computed again
+    dtype:torch.dtype|None=None, # Of the gradients of the adapters; None: theirs
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # Gradients of `x`, `dropped`, `lora_A`, `lora_B`; empty where there is none
     "The formulas above; the weight is unpacked again."
     rows, g = _as_rows(x if dropped is None else dropped), _as_rows(grad)
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    A, B, dtype = lora_A.to(x.dtype), lora_B.to(x.dtype), dtype or lora_A.dtype
     gB, empty = g @ B, g.new_empty(0)
-    dA = (gB.t() @ rows).to(lora_A.dtype).mul_(scaling)
-    dB = _lora_B_gradient(rows @ A.t() if low is None else low, g, lora_B, scaling)
+    dA = _lora_A_gradient(gB, rows, dtype, scaling)
+    dB = _lora_B_gradient(rows @ A.t() if low is None else low, g, dtype, scaling)
     if dropped is None:
         if not with_x: return empty, g.new_empty(0), dA, dB
-        return _frozen_backward(g, sizes, kind, parts, _scaled_matmul(gB, A, scaling)).view(x.shape), empty, dA, dB
+        return _input_gradient([g], gB, A, scaling, [sizes], [kind], [parts]).view(x.shape), empty, dA, dB
     dx = _frozen_backward(g, sizes, kind, parts).view(x.shape) if with_x else empty
     return dx, _scaled_matmul(gB, A, scaling).view(x.shape), dA, dB
 
@@ -163,21 +182,42 @@ def _op_backward(ctx, grad):
 
 _lora_op.register_autograd(_op_backward, setup_context=_save_for_backward)
 
+# %% ../nbs/42_linears.ipynb #27b76108
+def _rounded(adapter, dtype):
+    "An adapter in the dtype of the products: its copy if there is one."
+    copy = getattr(adapter, 'rounded', None)
+    return adapter.to(dtype) if copy is None or copy.dtype != dtype else copy
+
+def _kept(adapter, dtype):
+    "What to save of an adapter for the backward pass: its copy, or itself."
+    copy = getattr(adapter, 'rounded', None)
+    return adapter if copy is None or copy.dtype != dtype else copy
+
+def _stacked(adapters, dtype):
+    "Adapters below one another: the memory of their copies, if these lie so."
+    first = getattr(adapters[0], 'rounded', None)
+    stack = getattr(first, 'stack', None)
+    whole = stack is not None and stack.dtype == dtype and len(stack) == sum(map(len, adapters))
+    return stack if whole and all(getattr(A.rounded, 'stack', None) is stack for A in adapters) \
+        else torch.cat([_rounded(A, dtype) for A in adapters])
+
 # %% ../nbs/42_linears.ipynb #1b5b909c
 class _LoRA(torch.autograd.Function):
     "`lora_forward` and `lora_backward` without the custom op."
     @staticmethod
     def forward(ctx, x, dropped, lora_A, lora_B, bias, *settings):
-        out, low = lora_forward(x, dropped, lora_A, lora_B, bias, *settings)
-        ctx.settings = settings[:3] # scaling, sizes, kind; then the parts
-        ctx.save_for_backward(x, dropped, lora_A, lora_B, low, *settings[3:])
+        A, B = _kept(lora_A, x.dtype), _kept(lora_B, x.dtype)
+        out, low = lora_forward(x, dropped, A, B, bias, *settings)
+        ctx.settings, ctx.dtype = settings[:3], lora_A.dtype # scaling, sizes, kind; then the parts
+        ctx.save_for_backward(x, dropped, A, B, low, *settings[3:])
         return out
 
     @staticmethod
     def backward(ctx, grad):
         x, dropped, lora_A, lora_B, low, *parts = ctx.saved_tensors
         with_x = ctx.needs_input_grad[0]
-        dx, d_dropped, dA, dB = lora_backward(grad, x, dropped, lora_A, lora_B, *ctx.settings, parts, with_x, low)
+        dx, d_dropped, dA, dB = lora_backward(
+            grad, x, dropped, lora_A, lora_B, *ctx.settings, parts, with_x, low, ctx.dtype)
         dx, d_dropped = dx if with_x else None, d_dropped if dropped is not None else None
         return dx, d_dropped, dA, dB, *[None]*(4 + len(parts))
 
@@ -201,61 +241,66 @@ def lora_linear(
 class _SwiGLULoRA(torch.autograd.Function):
     "A LoRA linear on silu(gate)*up, which is computed again in the backward pass."
     @staticmethod
-    def forward(ctx, gate, up, lora_A, lora_B, bias, *settings):
-        out, low = lora_forward(swiglu_parts(gate, up)[1], None, lora_A, lora_B, bias, *settings)
-        ctx.settings = settings[:3]
-        ctx.save_for_backward(gate, up, lora_A, lora_B, low, *settings[3:])
+    def forward(ctx, gate, up, lora_A, lora_B, bias, kernels, *settings):
+        A, B = _kept(lora_A, up.dtype), _kept(lora_B, up.dtype)
+        out, low = lora_forward(gated(gate, up, kernels), None, A, B, bias, *settings)
+        ctx.settings, ctx.dtype, ctx.kernels = settings[:3], lora_A.dtype, kernels
+        ctx.save_for_backward(gate, up, A, B, low, *settings[3:])
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up, lora_A, lora_B, low, *parts = ctx.saved_tensors
-        opened, product = swiglu_parts(gate, up)
-        d_product, _, dA, dB = lora_backward(grad, product, None, lora_A, lora_B, *ctx.settings, parts, True, low)
-        del product # free it before the next tensor of its size
-        return *swiglu_backward(d_product, gate, up, opened), dA, dB, *[None]*(4 + len(parts))
+        gate, up, A, B, low, *parts = ctx.saved_tensors
+        scaling, sizes, kind = ctx.settings
+        g, A, B = _as_rows(grad), A.to(up.dtype), B.to(up.dtype)
+        gB, dB = g @ B, _lora_B_gradient(low, g, ctx.dtype, scaling)
+        d_product = _input_gradient([g], gB, A, scaling, [sizes], [kind], [parts]).view(up.shape)
+        d_gate, d_up, product = gated_backward(d_product, gate, up, ctx.kernels)
+        dA = _lora_A_gradient(gB, _as_rows(product), ctx.dtype, scaling)
+        return d_gate, d_up, dA, dB, *[None]*(5 + len(parts))
 
 # %% ../nbs/42_linears.ipynb #8b73a89f
-def _by_layer(counts, tensors):
-    "The tensors of a group by layer: all `lora_A`, all `lora_B`, and the frozen parts of each layer."
-    n, parts, start = len(counts), [], 2*len(counts)
+def _by_layer(counts, tensors, stacks):
+    "The tensors of a group: its `lora_A` in so many tensors, all `lora_B`, and the frozen parts of each layer."
+    parts, start = [], stacks + len(counts)
     for count in counts:
         parts.append(tensors[start:start+count])
         start += count
-    return tensors[:n], tensors[n:2*n], parts
+    return tensors[:stacks], tensors[stacks:stacks+len(counts)], parts
 
 # %% ../nbs/42_linears.ipynb #945286b5
 class _LoRAGroup(torch.autograd.Function):
     "Several LoRA linears on one input, read once for all updates; the gradients for it add up in place."
     @staticmethod
-    def forward(ctx, x, scaling, sizes, kinds, counts, *tensors):
-        rows, (As, Bs, parts) = _as_rows(x), _by_layer(counts, tensors)
-        lows = rows @ torch.cat(As).to(x.dtype).t() # `(rows, sum of r)`
-        ctx.save_for_backward(x, lows, *tensors)
-        ctx.settings = scaling, sizes, kinds, counts
-        split = lows.split([len(A) for A in As], 1)
-        outs = [_scaled_matmul(low, B.to(x.dtype).t(), scaling) for low, B in zip(split, Bs)]
+    def forward(ctx, x, normed, scaling, sizes, kinds, counts, *tensors):
+        rows, (As, Bs, parts) = _as_rows(x), _by_layer(counts, tensors, len(counts))
+        A, Bs, ctx.dtype = _stacked(As, x.dtype), [_kept(B, x.dtype) for B in Bs], As[0].dtype
+        lows = rows @ A.t() # `(rows, sum of r)`
+        ctx.settings, ctx.ranks = (scaling, sizes, kinds, counts), [len(A) for A in As]
+        split = lows.split(ctx.ranks, 1)
         eight = rows_to_fp8(rows) if 'fp8' in kinds else None # rounded once for all layers
-        for out, p, s, kind in zip(outs, parts, sizes, kinds): _add_frozen_(rows, s, kind, p, out, eight)
+        outs = [_add_update(rows, low, B.to(x.dtype), scaling, None, s, kind, p, eight)
+                for low, B, s, kind, p in zip(split, Bs, sizes, kinds, parts)]
+        ctx.one_A = A is getattr(getattr(As[0], 'rounded', None), 'stack', None)
+        ctx.eps, norm = (normed[2], normed[:2]) if normed else (None, (x, None)) # what to save of the input
+        ctx.save_for_backward(*norm, lows, *([A] if ctx.one_A else As), *Bs, *tensors[2*len(As):])
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, lows, *tensors = ctx.saved_tensors
+        x, weight, lows, *tensors = ctx.saved_tensors
+        if weight is not None: x = norm_again(x, weight, ctx.eps)
         scaling, sizes, kinds, counts = ctx.settings
-        rows, gs, (As, Bs, parts) = _as_rows(x), [_as_rows(g) for g in grads], _by_layer(counts, tensors)
-        ranks, gBs, dBs = [len(A) for A in As], [], []
-        for g, low, B in zip(gs, lows.split(ranks, 1), Bs):
-            gBs.append(g @ B.to(x.dtype))
-            dBs.append(_lora_B_gradient(low, g, B, scaling))
-        gBs = torch.cat(gBs, 1)
-        dAs = (gBs.t() @ rows).to(As[0].dtype).mul_(scaling).split(ranks)
+        rows, gs, first = _as_rows(x), [_as_rows(g) for g in grads], 1 if ctx.one_A else len(counts)
+        As, Bs, parts = _by_layer(counts, tensors, first)
+        gBs = torch.cat([g @ B.to(x.dtype) for g, B in zip(gs, Bs)], 1)
+        dBs = [_lora_B_gradient(low, g, ctx.dtype, scaling) for g, low in zip(gs, lows.split(ctx.ranks, 1))]
+        dAs = _lora_A_gradient(gBs, rows, ctx.dtype, scaling).split(ctx.ranks)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _scaled_matmul(gBs, torch.cat(As).to(x.dtype), scaling)
-            for g, p, s, kind in zip(gs, parts, sizes, kinds): _frozen_backward(g, s, kind, p, dx)
-            dx = dx.view(x.shape)
-        return dx, None, None, None, None, *dAs, *dBs, *[None]*sum(counts)
+            A = As[0] if ctx.one_A else torch.cat(As).to(x.dtype)
+            dx = _input_gradient(gs, gBs, A, scaling, sizes, kinds, parts).view(x.shape)
+        return dx, *[None]*5, *dAs, *dBs, *[None]*sum(counts)
 
 # %% ../nbs/42_linears.ipynb #8894d11f
 FEW_ROWS = 16 # below this many rows, and without gradients, the stock layer runs
@@ -293,6 +338,8 @@ def _lora_arguments(layer, name, dtype):
     "Adapters, bias, scale and frozen weight of a layer, as `lora_linear` takes them."
     base, unpacked = layer.base_layer, getattr(layer, '_unpacked', None)
     frozen = packed_parts(base.weight if unpacked is None or unpacked.dtype != dtype else unpacked)
+    if (scales := getattr(layer, '_scales', None)) is not None and frozen[2]: # then as if they were not nested
+        frozen = [frozen[0][0], scales], frozen[1][:3], frozen[2]
     if getattr(layer, '_fp8', None) is not None and torch.is_grad_enabled(): frozen = layer._fp8, frozen[1][:2], 'fp8'
     return layer.lora_A[name].weight, layer.lora_B[name].weight, base.bias, float(layer.scaling[name]), *frozen
 
@@ -322,12 +369,13 @@ class LoRALinear:
     def after_swiglu(self,
         gate:Tensor, # `(..., k)`
         up:Tensor, # `(..., k)`
+        kernels:bool=True, # SwiGLU as one kernel on a GPU
     )->Tensor: # `(..., n)`
         "The layer on silu(gate)*up; where possible it saves these two instead of their product."
         name = _single_adapter(self)
-        if not _can_fuse(self, name, up) or up.dtype != gate.dtype: return self(swiglu(gate, up))
+        if not _can_fuse(self, name, up) or up.dtype != gate.dtype: return self(swiglu(gate, up, kernels))
         lora_A, lora_B, bias, scaling, parts, sizes, kind = _lora_arguments(self, name, up.dtype)
-        return _SwiGLULoRA.apply(gate, up, lora_A, lora_B, bias, scaling, sizes, kind, *parts)
+        return _SwiGLULoRA.apply(gate, up, lora_A, lora_B, bias, kernels, scaling, sizes, kind, *parts)
 
     def with_others(self,
         x:Tensor, # `(..., k)` input
@@ -342,7 +390,8 @@ class LoRALinear:
         As, Bs, biases, scaling, parts, sizes, kinds = zip(*arguments)
         if len(set(scaling)) > 1 or any(bias is not None for bias in biases): return tuple(layer(x) for layer in layers)
         flat = [tensor for tensors in parts for tensor in tensors]
-        return _LoRAGroup.apply(x, scaling[0], sizes, kinds, [len(tensors) for tensors in parts], *As, *Bs, *flat)
+        settings = scaling[0], sizes, kinds, [len(tensors) for tensors in parts]
+        return _LoRAGroup.apply(x, getattr(x, 'normed', None), *settings, *As, *Bs, *flat)
 
 # %% ../nbs/42_linears.ipynb #373e65be
 @functools.cache
@@ -406,6 +455,62 @@ def unpack_copies_(
     def unpacked(layer, parts, sizes, kind):
         return unpack(parts, sizes, kind, layer.base_layer.compute_dtype) if on and kind else None
     return keep_copies_(model, '_unpacked', unpacked)
+
+# %% ../nbs/42_linears.ipynb #3da0f094
+def unpack_scales_(
+    model:nn.Module, # A PEFT model with fused LoRA linears, changed in place
+    on:bool=True, # Make the copies, or remove them
+)->int: # Bytes of all copies
+    "Keep nested block scales unpacked, 4 bytes for each block of 64 weights."
+    def scales(layer, parts, sizes, kind):
+        return _block_scales(*parts[1:], sizes[3]) if on and len(parts) > 2 else None
+    return keep_copies_(model, '_scales', scales)
+
+# %% ../nbs/42_linears.ipynb #d785435f
+_SHARED_INPUT = ('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj')
+
+def _one_input(model):
+    "The fused layers of a model, those on one input as one list."
+    for module in model.modules():
+        for names in _SHARED_INPUT:
+            layers = [getattr(module, name, None) for name in names]
+            if any(layer is not None for layer in layers): yield [m for m in layers if isinstance(m, LoRALinear)]
+        for name, layer in module.named_children():
+            if isinstance(layer, LoRALinear) and not any(name in names for names in _SHARED_INPUT): yield [layer]
+
+# %% ../nbs/42_linears.ipynb #7cf3545e
+class AdapterCopies:
+    "Context manager: float32 adapters of fused layers also in the dtype of the products, made anew at each entry."
+    def __init__(self,
+        model:nn.Module, # A PEFT model with fused LoRA linears
+        dtype:torch.dtype, # Of the products
+    ):
+        self.dtype, self.adapters, self.copies = dtype, [], []
+        for layers in _one_input(model):
+            names = [_single_adapter(layer) for layer in layers]
+            if not layers or None in names: continue
+            As, Bs = ([getattr(m, kind)[n].weight for m, n in zip(layers, names)] for kind in ('lora_A', 'lora_B'))
+            if any(p.dtype == dtype or not p.requires_grad for p in (*As, *Bs)): continue
+            self._add(As, torch.empty(sum(map(len, As)), As[0].shape[1], dtype=dtype, device=As[0].device))
+            for B in Bs: self._add([B], torch.empty_like(B, dtype=dtype, requires_grad=False))
+
+    def _add(self, adapters, stack):
+        self.adapters += adapters
+        for copy in stack.split([len(p) for p in adapters]):
+            copy.stack = stack
+            self.copies.append(copy)
+
+    @property
+    def nbytes(self)->int: return sum(t.nbytes for t in self.copies)
+
+    def __enter__(self):
+        with torch.no_grad():
+            if self.copies: torch._foreach_copy_(self.copies, [p.detach() for p in self.adapters])
+        for p, copy in zip(self.adapters, self.copies): p.rounded = copy
+        return self
+
+    def __exit__(self, *error):
+        for p in self.adapters: del p.rounded
 
 # %% ../nbs/42_linears.ipynb #635a5ba7
 def _compile_training_only_(layer):

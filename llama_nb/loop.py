@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCALER_FILE', 'AUTO_TOKENS', 'MIN_STEPS', 'COMPILE_WORK', 'COMPILE_FILLED', 'DECAY_SHARE', 'MULTIPLE', 'EpochOrder',
-           'deterministic', 'warm_from_start_', 'noisy_embeddings', 'optimizer_kind', 'conversation_sums',
-           'save_conversation_losses', 'PackedTrainer', 'to_rows', 'room_bytes', 'auto_batch_size', 'num_steps',
-           'auto_compile', 'warmup_steps', 'schedule_kwargs', 'training_arguments', 'batch_collator',
-           'recomputes_layers', 'set_checkpointing_', 'start_fp8_', 'start_compiled_']
+           'deterministic', 'warm_from_start_', 'noisy_embeddings', 'optimizer_kind', 'RankRows', 'RankCollator',
+           'in_turn', 'conversation_sums', 'save_conversation_losses', 'PackedTrainer', 'to_rows', 'room_bytes',
+           'auto_batch_size', 'num_steps', 'auto_compile', 'warmup_steps', 'schedule_kwargs', 'training_arguments',
+           'batch_collator', 'recomputes_layers', 'set_checkpointing_', 'start_fp8_', 'start_compiled_']
 
 # %% ../nbs/71_loop.ipynb #dd15bc8e
 import math
 import os
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -21,12 +21,13 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
+from .attention import newest_flash
 from .config import LoRAConfig, ModelConfig, TrainingConfig
 from .conversation import IGNORE_INDEX
 from .errors import CheckpointError, ConfigError, LlamaNbError, logger, one_line
 from .fastpath import compiled_gap, fp8_copies_, fp8_gap, uses_autocast
 from .guards import FiniteGuard, is_out_of_memory
-from .linears import compile_layers_, uncompile_layers_
+from .linears import AdapterCopies, compile_layers_, uncompile_layers_
 from .loss import batch_loss, token_scores
 from .memory import CUDA_CONTEXT_BYTES, decide
 from .packing import pack, PackedCollator, PackedRow
@@ -41,6 +42,19 @@ from transformers import EvalPrediction
 from .loss import supervised_loss
 from .loss import taught_positions
 from .views import write_json
+from dataclasses import replace
+from itertools import chain
+from accelerate.data_loader import DataLoaderShard
+from transformers import set_seed
+from .ranks import all_values
+from .ranks import FILLER
+from .ranks import num_ranks
+from .ranks import rank
+from .ranks import RankBatches
+from .ranks import sum_gradients_
+from .ranks import summed
+from .ranks import weights_from_main_
+from .shards import is_sharded
 
 # %% ../nbs/71_loop.ipynb #e8c71be6
 class EpochOrder(Sampler):
@@ -66,6 +80,7 @@ def _scaler_for(hf):
         raise ConfigError('float16 needs a FiniteGuard among the callbacks: it skips the steps whose gradients overflow')
     return LossScaler(hf.args.device)
 
+# %% ../nbs/71_loop.ipynb #e20e49be
 def _load_scaler_state(scaler, checkpoint):
     "Continue with the scale of a checkpoint. Raises `CheckpointError` if it has none."
     path = Path(checkpoint)/SCALER_FILE
@@ -74,6 +89,7 @@ def _load_scaler_state(scaler, checkpoint):
         raise CheckpointError(f'{path.parent.name}: {SCALER_FILE} cannot be loaded ({type(e).__name__}). Move this folder '
                               'away and resume again: the previous checkpoint will be used.') from e
 
+# %% ../nbs/71_loop.ipynb #3ea84f98
 @contextmanager
 def deterministic(
     on:bool=True, # False: do nothing
@@ -144,6 +160,7 @@ def optimizer_kind(
             raise ConfigError(f"training.optim_args: {kind.__name__} takes no {name}; it takes {', '.join(known)}")
     return kind, kwargs | dict(config.optim_args or {})
 
+# %% ../nbs/71_loop.ipynb #a64e1613
 def _loraplus(model, args, config, kind_and_kwargs):
     "peft's optimizer for LoRA+. Adapters of embeddings get the plain rate."
     from peft.optimizers import create_loraplus_optimizer
@@ -151,6 +168,7 @@ def _loraplus(model, args, config, kind_and_kwargs):
     return create_loraplus_optimizer(model, kind, loraplus_lr_ratio=config.loraplus_lr_ratio, **kwargs,
                                      loraplus_weight_decay=args.weight_decay, loraplus_lr_embedding=args.learning_rate)
 
+# %% ../nbs/71_loop.ipynb #719d55f4
 def _stock_loss(model, batch, num_items, label_smoothing):
     "Loss by the stock path: all logits, and transformers' own loss unless labels are smoothed."
     stock = {k: batch[k] for k in ('input_ids', 'position_ids')}
@@ -158,6 +176,68 @@ def _stock_loss(model, batch, num_items, label_smoothing):
     where = taught_positions(batch['labels'])
     logits = model(**stock, use_cache=False).logits[0, where]
     return supervised_loss(logits, batch['labels'][0, where + 1], num_items, label_smoothing)
+
+# %% ../nbs/71_loop.ipynb #e63923c4
+class RankRows:
+    "Training rows for the batches of a rank; the filler is the first row."
+    def __init__(self,
+        rows, # `PackedRow`s
+    ): self.rows = rows
+
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return replace(self.rows[0], rows=()) if i == FILLER else self.rows[i]
+
+class RankCollator:
+    "Marks the batch of a filler, which belongs to no conversation."
+    def __init__(self,
+        collate, # Makes a batch of rows
+    ): self.collate = collate
+
+    def __call__(self, features)->dict:
+        batch = self.collate(features)
+        if not any(f.rows for f in features): batch |= dict(filler=True, num_tokens=0)
+        return batch
+
+def in_turn(
+    dealt:list, # One list per rank, dealt like cards
+)->list: # The entries in the order before they were dealt
+    "Undo dealing."
+    longest = max(map(len, dealt))
+    return [part[i] for i in range(longest) for part in dealt if i < len(part)]
+
+# %% ../nbs/71_loop.ipynb #862307fe
+class _RankedLoop:
+    "Part of `PackedTrainer` for several ranks; in one process everything is as stock."
+    def get_train_dataloader(self):
+        if num_ranks() == 1: return super().get_train_dataloader()
+        args, rows = self.args, RankRows(self.train_dataset)
+        batches = RankBatches(self._get_train_sampler(), self._train_batch_size, rank(), num_ranks())
+        return DataLoaderShard(rows, args.device, batch_sampler=batches, collate_fn=RankCollator(self.data_collator),
+                               num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        "Taught tokens of the step on all ranks."
+        if num_ranks() == 1: return super()._get_num_items_in_batch(batch_samples, device)
+        counts = [int((b['labels'] != IGNORE_INDEX).sum()) for b in batch_samples if not b.get('filler')]
+        return torch.tensor(float(summed([sum(counts)])[0]), device=device)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if num_ranks() > 1:
+            self.model._is_accelerate_prepared = True # no DistributedDataParallel around it
+            weights_from_main_(p for p in self.model.parameters() if p.requires_grad)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def sum_over_ranks_(self):
+        "Add gradients and losses of a step over all ranks."
+        if num_ranks() == 1: return
+        loss = torch.stack([loss.float() for loss in self.window['losses']]).sum()
+        self.window['step_loss'], = sum_gradients_(self.model.parameters(), [loss])
+
+    def store_flos(self):
+        "As stock, without asking the other ranks: the main process counts for all."
+        if num_ranks() == 1: return super().store_flos()
+        self.state.total_flos += self.current_flos*num_ranks()
+        self.current_flos = 0
 
 # %% ../nbs/71_loop.ipynb #dcdcfe1a
 def conversation_sums(
@@ -184,21 +264,28 @@ def save_conversation_losses(
 def _scored(trainer, rows):
     "Total nats, taught tokens, both by conversation, and logits with labels if metrics want them."
     size, collate = trainer.args.per_device_eval_batch_size, trainer.eval_collator or trainer.data_collator
-    total, count, each, more, batches = 0.0, 0, [], [], range(0, len(rows), size)
+    total, count, each, more = [], [], [], []
+    shared = not trainer.compute_metrics # each rank scores every W-th batch; your own metrics see all logits
+    batches = range(rank()*size if shared else 0, len(rows), size*(num_ranks() if shared else 1))
+    num = len(batches)
+    if shared and is_sharded(trainer.model): # all ranks must call the model equally often
+        batches = [*batches, *[0]*(math.ceil(math.ceil(len(rows)/size)/num_ranks()) - num)]
     for i in progress(batches, 'validation', unit='batch') if trainer.is_shown else batches:
         batch = collate(rows[i:i+size])
         batch.pop('rows')
         with trainer.autocast(): nlls = token_scores(trainer.model, trainer._prepare_inputs(batch)).nll
-        total += nlls.double().sum()
-        count += int((batch['labels'] != IGNORE_INDEX).sum())
+        total.append(nlls.double().sum())
+        count.append(int((batch['labels'] != IGNORE_INDEX).sum()))
         each.append(conversation_sums(nlls[None], batch))
         if trainer.compute_metrics:
             _, logits, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
             shrink = trainer.preprocess_logits_for_metrics
             more.append((shrink(logits, labels) if shrink else logits, labels))
         trainer.run.beat()
-    each = [[nats, int(n)] for nats,n in torch.cat(each).tolist() if n]
-    return float(total), count, each, more
+    parts = list(zip([float(t) for t in total], count, [e.tolist() for e in each]))[:num]
+    if shared: parts = in_turn(all_values(parts))
+    each = [[nats, int(n)] for nats,n in chain.from_iterable(p[2] for p in parts) if n]
+    return sum(p[0] for p in parts), sum(p[1] for p in parts), each, more
 
 def _evaluation_metrics(found, prefix):
     "Loss and tokens over all sets, and the loss of each named one."
@@ -207,7 +294,7 @@ def _evaluation_metrics(found, prefix):
     return metrics | {f'{prefix}_{name}_loss': total/n for name,(total, n, *_) in found.items() if name}
 
 # %% ../nbs/71_loop.ipynb #01db6769
-class PackedTrainer(SafeTrainer, Trainer):
+class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
     "`transformers.Trainer` for packed batches: exact loss per token, seeded order, token-weighted evaluation."
     loss_is_scaled_for_ga = True # divided by the count of the whole step, see `compute_loss`
 
@@ -223,11 +310,13 @@ class PackedTrainer(SafeTrainer, Trainer):
         self.fast_path, self.dtype, self.eval_collator, self.flops_per_token = fast_path, dtype, eval_collator, None
         self.same_bits = same_bits
         self.config, self.first_groups = config or TrainingConfig(), [] # rate and decay of each group, as this run sets them
-        self.also_keep = None # function of the run: steps of more checkpoints that are kept
         super().__init__(*args, **kwargs)
+        if num_ranks() > 1: set_seed(self.args.seed + rank()) # each rank draws its own dropout
         if dtype == torch.float16: self.scaler = _scaler_for(self)
         self.accelerator.gradient_accumulation_steps = 1 # in transformers 5.3 accelerate would divide the loss once more
         self.mixed = dtype != torch.float32 and (not fast_path or uses_autocast(self.model))
+        fused = fast_path and self.config.kernels and dtype != torch.float32
+        self.adapter_copies = AdapterCopies(self.model, dtype) if fused else nullcontext()
 
     def autocast(self):
         "Autocast to the dtype of the products; disabled in float32, and if all LoRA layers are fused and cast by themselves."
@@ -238,15 +327,20 @@ class PackedTrainer(SafeTrainer, Trainer):
         with self.autocast(), noisy_embeddings(model, inputs, self.config.neftune_noise_alpha):
             if self.fast_path: loss = batch_loss(model, inputs, num_items_in_batch, label_smoothing=smoothing)[0]
             else: loss = _stock_loss(model, inputs, num_items_in_batch, smoothing)
-        loss = loss*self.accelerator.num_processes
+        if inputs.get('filler'): loss = loss*0
         if self.scaler is not None: loss = self.scaler.scaled(loss)
         return (loss, None) if return_outputs else loss
 
+    def train(self, *args, **kwargs):
+        newest = self.fast_path and self.config.kernels and not self.same_bits
+        with newest_flash(self.args.device, newest): return super().train(*args, **kwargs)
+
     def training_step(self, *args, **kwargs):
-        with deterministic(self.same_bits): loss = super().training_step(*args, **kwargs)
+        with deterministic(self.same_bits), self.adapter_copies: loss = super().training_step(*args, **kwargs)
         is_last = len(self.window['losses']) == len(self.window['batches'])
+        if is_last: self.sum_over_ranks_()
         if self.scaler is not None and is_last: self.scaler.unscale_(self.optimizer) # before gradients are clipped
-        return loss
+        return loss*num_ranks() if num_ranks() > 1 else loss # the stock loop logs the mean over ranks
 
     def log(self, logs, *args, **kwargs):
         if self.scaler is not None and 'loss' in logs:
@@ -286,10 +380,6 @@ class PackedTrainer(SafeTrainer, Trainer):
             if prediction_loss_only: return loss, None, None
             kept = {k: inputs[k] for k in ('input_ids', 'position_ids', 'cu_seqlens') if self.fast_path or k != 'cu_seqlens'}
             return loss, model(**kept, use_cache=False).logits.float(), inputs['labels']
-
-    def kept_steps(self):
-        "As stock, and the steps that `also_keep` names."
-        return {*super().kept_steps(), *(self.also_keep(self.run) if self.also_keep else ())}
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
@@ -364,7 +454,8 @@ def auto_batch_size(
 )->int: # Rows per micro-batch
     "What `per_device_train_batch_size='auto'` means for a run."
     if torch.device(device).type != 'cuda': return 1 if training_config.packing else min(4, max(1, num_rows))
-    most_rows = max(1, num_rows//(MIN_STEPS*training_config.gradient_accumulation_steps))
+    in_step = training_config.gradient_accumulation_steps*training_config.num_processes
+    most_rows = max(1, num_rows//(MIN_STEPS*in_step))
     return decide(model_config, room_bytes(), training_config, lora_config, AUTO_TOKENS, most_rows).settings['rows']
 
 def num_steps(
@@ -374,7 +465,8 @@ def num_steps(
 )->int: # Optimizer steps of the whole run
     "Number of optimizer steps, counted as `Trainer` counts them."
     if training_config.max_steps > 0: return training_config.max_steps
-    per_epoch = math.ceil(math.ceil(num_rows/batch_size)/training_config.gradient_accumulation_steps)
+    in_step = training_config.gradient_accumulation_steps*training_config.num_processes
+    per_epoch = math.ceil(math.ceil(num_rows/batch_size)/in_step)
     return math.ceil(training_config.num_train_epochs*per_epoch)
 
 # %% ../nbs/71_loop.ipynb #d1d0948a
@@ -437,6 +529,7 @@ def training_arguments(
         save_steps=every(config.save_steps, 5),
         eval_strategy=config.eval_strategy if evaluates else 'no', eval_steps=every(config.eval_steps, 8) if evaluates else None,
         report_to='none', disable_tqdm=True, remove_unused_columns=False, logging_nan_inf_filter=False,
+        ddp_backend='gloo' if use_cpu and num_ranks() > 1 else None,
         bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu,
         accelerator_config={'non_blocking': not use_cpu}) # batches are copied while the GPU computes
     made._n_gpu = min(made.n_gpu, 1) # one process, one GPU: the stock trainer would add rows for each further GPU it sees
@@ -462,6 +555,7 @@ def recomputes_layers(
     inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
     return inner.is_activation_checkpointing if hasattr(type(inner), 'is_activation_checkpointing') else inner.is_gradient_checkpointing
 
+# %% ../nbs/71_loop.ipynb #767e4ce6
 def set_checkpointing_(
     model, # A PEFT model
     on:bool|int, # Recompute activations in the backward pass: of all layers, of none, or of that many
@@ -481,6 +575,7 @@ def _gap(hf, measure, rows):
     del batch['rows']
     with hf.autocast(), deterministic(hf.same_bits): return measure(hf.model.train(), hf._prepare_inputs(batch))
 
+# %% ../nbs/71_loop.ipynb #dc148198
 def start_fp8_(
     hf:PackedTrainer, # Its model has fused LoRA linears; changed in place
     run:Run, # Where to log the differences
@@ -505,6 +600,7 @@ def _compiled_fault(hf):
     if gap['loss'] < .01 and (gap['gradients'] < .5 or dropout): return gap, ''
     return gap, f"with them the loss is off by {gap['loss']:.2%} and the gradients by {gap['gradients']:.0%}"
 
+# %% ../nbs/71_loop.ipynb #282245e2
 def start_compiled_(
     hf:PackedTrainer, # Its collator makes batches of one shape; its model is changed in place
     run:Run, # Where to log the result

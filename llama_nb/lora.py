@@ -68,6 +68,7 @@ def is_4bit(
     "Whether bitsandbytes has packed weights of a module."
     return any(getattr(p, 'quant_state', None) is not None for p in module.parameters())
 
+# %% ../nbs/11_lora.ipynb #a7b9378d
 def _check_start(model, c, full_weight):
     "Refuse an initialisation that does not fit this base."
     start, packed = c.init_lora_weights, is_4bit(model)
@@ -116,6 +117,7 @@ def _check_choice(model, c):
             near = did_you_mean(wanted, last)
             raise ConfigError(f'lora.exclude_modules: no layer is named {wanted!r}{near}')
 
+# %% ../nbs/11_lora.ipynb #99c5968f
 def _check_patterns(tuned, c):
     "Refuse a pattern for ranks or alphas that matches no adapted layer."
     adapted = [name for name, module in tuned.get_base_model().named_modules() if hasattr(module, 'lora_A')]

@@ -45,6 +45,7 @@ def supervised_loss(
 # %% ../nbs/43_loss.ipynb #00e8aa61
 def _chunk_size(weight, chunk): return chunk or max(16, CHUNK_LOGITS.get(weight.device.type, CHUNK_LOGITS['cpu'])//len(weight))
 
+# %% ../nbs/43_loss.ipynb #d9fa4a13
 def _nll_and_gradient_(logits, targets):
     "Summed NLL in float32; the logits become their gradient, softmax minus one at the target."
     p = logits.to(torch.float32, copy=True)
@@ -95,6 +96,7 @@ def _bypass_head(
     try: yield
     finally: del head.forward
 
+# %% ../nbs/43_loss.ipynb #c32473a6
 def _frozen_head(model):
     "The LM head if it is a plain frozen linear, else `None`."
     head = causal_lm(getattr(model, 'module', model)).get_output_embeddings()
@@ -107,6 +109,7 @@ def _model_inputs(model, batch, where):
     return dict(input_ids=batch['input_ids'], position_ids=batch['position_ids'], cu_seqlens=batch['cu_seqlens'],
                 max_seqlen=batch.get('max_seqlen'), use_cache=False, **select)
 
+# %% ../nbs/43_loss.ipynb #be368233
 def taught_in(
     batch:dict, # A flat batch from `PackedCollator`
 )->Tensor: # `(N,)` positions whose *next* token is taught
@@ -140,6 +143,7 @@ class TokenScores(NamedTuple):
     nll:Tensor # `(T,)` float32 nats at each taught token, 0 elsewhere
     correct:Tensor # `(T,)` whether the taught token was the most likely one; False elsewhere
 
+# %% ../nbs/43_loss.ipynb #14a69c52
 def _logit_pieces(model, batch, where, chunk):
     "Logits `(n, V)` at the taught positions, a few positions at a time."
     inner, inputs = causal_lm(getattr(model, 'module', model)), _model_inputs(model, batch, where)

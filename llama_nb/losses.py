@@ -57,6 +57,7 @@ def has_adapter(
     "Whether the model has an adapter that can be switched off."
     return hasattr(model, 'disable_adapter') and bool(getattr(model, 'peft_config', None))
 
+# %% ../nbs/64_losses.ipynb #64d45b18
 def why_no_base(
     model, # A PEFT or transformers model
 )->str:
@@ -104,6 +105,7 @@ def _answers(example, stops):
         last = i
     return runs
 
+# %% ../nbs/64_losses.ipynb #6fc0b5f5
 def _conversation_loss(example, nll, hit, stops, tokenizer):
     "Sums over one conversation; `nll` is float32 per token and summed in float64."
     labels, answers, nll = example.labels, _answers(example, stops), nll.double()
@@ -126,6 +128,7 @@ def _batches(examples, batch_size, max_tokens):
         group.append(e)
     if group: yield group
 
+# %% ../nbs/64_losses.ipynb #4a1891db
 def _to_device(batch, device): return {k: v.to(device) if isinstance(v, Tensor) else v for k,v in batch.items()}
 
 def _check_finite(example, nll):
@@ -218,11 +221,13 @@ def _script(text):
     letters = [unicodedata.name(c, '?').split()[0] for c in text if c.isalpha()]
     return max(sorted(set(letters)), key=letters.count) if len(letters) > 2 else None
 
+# %% ../nbs/64_losses.ipynb #20f8b31b
 def _languages(texts):
     "A language code for each text, `None` where unsure or without py3langid."
     try: return languages([Conversation((Message('user', t),)) for t in texts])
     except ImportError: return [None]*len(texts)
 
+# %% ../nbs/64_losses.ipynb #ec16714d
 def _other_language(text, like, num_words):
     "Whether two texts differ in script, or in language if the first is long enough to tell."
     if not like: return False
@@ -299,6 +304,7 @@ def _token_box(text, nll, base=None):
         if abs(nll - base) >= 0.5: style += f";border-bottom:2px solid {PALETTE['green' if nll < base else 'orange']}"
     return f'<span title="{hover}" style="{style}">{escape(text)}</span>'
 
+# %% ../nbs/64_losses.ipynb #4d5b1fb4
 def _spans(losses):
     "The parts of a conversation as `(html, text)`: each taught token, and the text between them."
     ids, taught, start = losses.example.input_ids, losses.tokens(), 0
@@ -325,12 +331,14 @@ def _heat(losses):
 _LEGEND = ('Redder tokens cost more (full at 6 nats); a green line: cheaper than for the base by half a nat or more, '
            'an orange line: more expensive.')
 
+# %% ../nbs/64_losses.ipynb #5bbb05ca
 def _dataset_row(r):
     "One conversation with its loss, as a row of a data set."
     messages = [dict(role=m.role, content=m.content) for m in r.conversation.messages]
     row = str(r.example.row) if r.example.row else None
     return dict(messages=messages, row=row, loss=r.loss, change=r.change, tags=list(r.tags), num_tokens=r.num_tokens)
 
+# %% ../nbs/64_losses.ipynb #9c19aa6b
 @dataclass(frozen=True, repr=False)
 class TopLosses:
     "The conversations that stand out, worst first: as coloured text, or as a data set with `.dataset()`."
@@ -369,6 +377,7 @@ class TopLosses:
 BY = dict(loss=lambda r: r.loss, total=lambda r: r.loss*r.num_tokens, # orders of `top_losses`, largest first
           worse=lambda r: r.change, better=lambda r: -r.change)
 
+# %% ../nbs/64_losses.ipynb #95e88365
 def _tags(conversation, usual, reply=None):
     "Tags of a reply, or without one of the answers in the data."
     asked = ' '.join(m.content for m in conversation.messages if m.role == 'user')
@@ -379,11 +388,13 @@ def _tags(conversation, usual, reply=None):
     found = {t for a in answers for t in tag_text(a, asked, usual_words=usual)}
     return tuple(t for t in TAGS if t in found)
 
+# %% ../nbs/64_losses.ipynb #cda05ac7
 def _usual_words(conversations):
     "Median number of words of an answer."
     counts = [len(m.content.split()) for c in conversations for m in c.messages if m.role == 'assistant']
     return float(np.median(counts or [0]))
 
+# %% ../nbs/64_losses.ipynb #8a226e78
 def _base_losses(measure, examples):
     "Nats per token under the base; `None` for each example if there is no base."
     if why_no_base(measure.model): return [None]*len(examples)

@@ -23,6 +23,7 @@ def _left_out(example:Example, messages:tuple)->list[tuple]:
     if example.dropped and not messages: return [('', ('role', 'left out')), (f'{example.dropped} messages', 'cut')]
     return [p for m in messages for p in (('', ('role', m.role)), (m.content, 'cut'))]
 
+# %% ../nbs/24_masks.ipynb #d692f40f
 def _span_pieces(tokens:TokenizerCopies, example:Example, s:Span, detail:bool, fold:bool)->list[tuple]:
     "One span as pieces of a strip."
     ids, labels = example.input_ids[s.start:s.end], example.labels[s.start:s.end]
@@ -100,6 +101,7 @@ def _fixed_part(openings:dict, control:dict, ids:list[int], k:int)->tuple|None:
         after_control = k and ids[k-1] in control # plain text closes a message only right after a control token
         if role or after_control or not control.keys().isdisjoint(part): return part, role
 
+# %% ../nbs/24_masks.ipynb #789d9018
 def _read_back(enc:TemplateEncoder, openings:dict, ids:list[int], labels:list[int])->tuple[Span,...]:
     "Whose tokens these are, from ids and labels."
     parts, k, begin, role, message = [], 0, 0, '', -1
@@ -123,6 +125,7 @@ def _to_list(x): return x.tolist() if hasattr(x, 'tolist') else x
 
 def _padding(ids:list, labels:list)->Example: return Example(ids, labels, (Span(0, len(ids), '', 0, 'padding'),))
 
+# %% ../nbs/24_masks.ipynb #34f9f004
 def _split_row(ids:list, labels:list, lengths, sources)->list[Example]:
     "The conversations of one packed row. A last one that repeats one untaught token is padding."
     ends = list(accumulate(lengths))
@@ -132,6 +135,7 @@ def _split_row(ids:list, labels:list, lengths, sources)->list[Example]:
     if untaught and len(set(last.input_ids)) == 1: found[-1] = _padding(last.input_ids, last.labels)
     return found
 
+# %% ../nbs/24_masks.ipynb #72c89a60
 def _split_padded(ids:list, labels:list, mask:list)->list[Example]:
     "The conversation of one padded row, and its padding."
     pick = lambda values, real: [v for v,m in zip(values, mask) if m == real]
@@ -156,6 +160,7 @@ def _batch_rows(batch)->list[list[Example]]:
 # %% ../nbs/24_masks.ipynb #c2a4aacb
 def _is_padding(e:Example)->bool: return any(s.state == 'padding' for s in e.spans)
 
+# %% ../nbs/24_masks.ipynb #cd77fa38
 def _faults(tokens:TokenizerCopies, stops:tuple, e:Example)->str:
     "Faults of one conversation in a batch; empty if there are none."
     if _is_padding(e): return ''
@@ -177,6 +182,7 @@ def _row_pieces(tokens:TokenizerCopies, row:list[Example], stops:tuple, **how)->
         found.append([('', 'border')]*(i > 0) + [header]*bool(e.row or faults) + _strip(tokens, e, **how))
     return found
 
+# %% ../nbs/24_masks.ipynb #82df08ea
 def _row_line(row:list[Example])->str:
     "Taught share, conversations and padding of a row, in words."
     padding = sum(len(e) for e in row if _is_padding(e))
@@ -200,6 +206,7 @@ def _boxes(lines:list[str], rows:list, room:int)->tuple[list,int]:
         strips.append(token_strip([(line, ('role', f'row {i + 1}')), *kept], legend=i == 0))
     return strips, hidden
 
+# %% ../nbs/24_masks.ipynb #c6da682d
 def _reader(tokenizer, template):
     "A function that adds spans to an `Example`, and the stop ids; no spans if the template cannot be followed."
     try: enc = get_encoder(tokenizer, template)

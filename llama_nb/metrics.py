@@ -80,6 +80,7 @@ def _pairs(predictions, references):
         raise DataError('nothing to score: no predictions; pass at least one prediction with its reference')
     return predictions, references
 
+# %% ../nbs/61_metrics.ipynb #25f2fd8a
 def bleu_signature(
     num_references:int|str=1, # References per reply, or `'var'`
     lowercase:bool=False, # As in `bleu_stats`
@@ -103,6 +104,7 @@ def _character_ngrams(text):
     text = ''.join(text.split())
     return [Counter(text[i:i+n] for i in range(len(text) - n + 1)) for n in range(1, 7)]
 
+# %% ../nbs/61_metrics.ipynb #635dc911
 def chrf_stats(
     prediction:str, # Reply of the model
     reference:str|Sequence[str], # Reference; of several the best one counts
@@ -127,6 +129,7 @@ def chrf_from_stats(
     p, r = [np.where(used, m/np.where(used, total, 1), 0).sum(-1)/orders for total in (h, r)]
     return (5*p*r/np.where(p + r == 0, 1, 4*p + r))[()]
 
+# %% ../nbs/61_metrics.ipynb #3dc685de
 def chrf_signature(
     num_references:int|str=1, # References per reply, or `'var'`
 )->str: # Definition in one line
@@ -176,6 +179,7 @@ def rouge_scores(
         rows.append(scorer.score_multi(lines([r] if isinstance(r, str) else r), *lines([p])))
     return {t: np.array([row[t].fmeasure for row in rows], dtype=float) for t in rouge_types}
 
+# %% ../nbs/61_metrics.ipynb #f7c9eec3
 def rouge_signature(
     tokenizer:str='unicode', # As in `rouge_scores`
 )->str: # Definition in one line
@@ -193,12 +197,14 @@ def ratio(
     denominator = np.where(sums[..., 1] == 0, np.nan, sums[..., 1])
     with np.errstate(divide='ignore', invalid='ignore'): return (sums[..., 0]/denominator)[()]
 
+# %% ../nbs/61_metrics.ipynb #27fd4614
 def count_words(
     text:str, # Any text
 )->int: # At least 1, also for an empty text
     "Words as lm-evaluation-harness counts them for `word_perplexity`. Source: its `PerplexityTask.count_words`."
     return len(re.split(r'\s+', text))
 
+# %% ../nbs/61_metrics.ipynb #9243875a
 def perplexity(
     sums:np.ndarray, # `(..., 2)`: summed NLL in nats, number of tokens (or of words, or of bytes)
 )->np.ndarray: # `(...)`: at least 1
@@ -211,6 +217,7 @@ def _ngrams(text, n):
     words = UnicodeTokenizer().tokenize(text)
     return Counter(tuple(words[i:i+n]) for i in range(len(words) - n + 1))
 
+# %% ../nbs/61_metrics.ipynb #8b2429ab
 def distinct(
     texts:Sequence[str], # Replies
     n:int=1, # N-gram order
@@ -219,6 +226,7 @@ def distinct(
     grams = sum((_ngrams(t, n) for t in texts), Counter())
     return len(grams)/grams.total() if grams else 0.0
 
+# %% ../nbs/61_metrics.ipynb #f1c7963a
 def repetition_stats(
     text:str, # One reply
     n:int=4, # N-gram order
@@ -253,6 +261,7 @@ def _info(description, citation, *features):
 _TEXT, _TEXTS = Value('string'), ListOf(Value('string'))
 _TEXT_PAIRS = Features(predictions=_TEXT, references=_TEXTS), Features(predictions=_TEXT, references=_TEXT)
 
+# %% ../nbs/61_metrics.ipynb #04d07b85
 def _num_references(references):
     "References per reply, for a signature; `'var'` if they differ."
     counts = {1 if isinstance(r, str) else len(r) for r in references}
@@ -270,6 +279,7 @@ class Bleu(_Offline, evaluate.Metric):
                     length_ratio=float(ratio(sums[:2])) if sums[1] else 0.0,
                     signature=bleu_signature(_num_references(references), lowercase))
 
+# %% ../nbs/61_metrics.ipynb #58109e8f
 class ChrF(_Offline, evaluate.Metric):
     "Corpus chrF, 0 to 1; equal to sacrebleu's."
     def _info(self): return _info('Corpus chrF', 'Popović 2015', *_TEXT_PAIRS)
@@ -287,6 +297,7 @@ class Rouge(_Offline, evaluate.Metric):
         scores = rouge_scores(predictions, references, rouge_types, tokenizer)
         return {t: float(s.mean()) for t,s in scores.items()} | dict(signature=rouge_signature(tokenizer))
 
+# %% ../nbs/61_metrics.ipynb #81975abc
 class LengthRatio(_Offline, evaluate.Metric):
     "Words of the replies over words of the references, as BLEU counts them; of several references the closest."
     def _info(self): return _info('Length ratio', '', *_TEXT_PAIRS)
@@ -327,6 +338,7 @@ class Distinct(_Offline, evaluate.Measurement):
     def _info(self): return _info('Distinct n-grams', 'Li et al. 2016', Features(data=_TEXT))
     def _compute(self, data): return {f'distinct{n}': distinct(data, n) for n in (1, 2)}
 
+# %% ../nbs/61_metrics.ipynb #e630f5c1
 class Repetition(_Offline, evaluate.Measurement):
     "Share of 4-grams that repeat an earlier one of the same text."
     def _info(self): return _info('Repeated 4-grams', 'Welleck et al. 2020', Features(data=_TEXT))
@@ -334,6 +346,7 @@ class Repetition(_Offline, evaluate.Measurement):
         total = sum(map(repetition_stats, data))
         return dict(repetition=float(ratio(total)) if total[1] else 0.0)
 
+# %% ../nbs/61_metrics.ipynb #607cb753
 class EndedRate(_Offline, evaluate.Measurement):
     "Share of replies that the model ended by itself; `data` has a bool for each reply."
     def _info(self): return _info('Ended by itself', '', Features(data=Value('bool')))

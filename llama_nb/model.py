@@ -7,6 +7,7 @@ __all__ = ['read_template', 'run_tokenizer', 'load_tokenizer', 'pick_device', 'd
            'architecture', 'sampled_bytes', 'base_fingerprint', 'tuned_config', 'load_tuned']
 
 # %% ../nbs/14_model.ipynb #90005338
+import copy
 import hashlib
 import json
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from .errors import CheckpointError, ConfigError, redact, ResourceError, shorten
 from .lora import add_lora, check_adapter, load_adapter
 from .quantization import import_bitsandbytes, bnb_config, compute_dtype
 from .sources import check_llama, model_shape
-from .sources import from_source, find_model
+from .sources import chosen_rope, from_source, find_model, ROPE_FILE, scale_rope_
 from .views import PALETTE, picture, table, tell, View
 from .config import RunConfig
 from .errors import did_you_mean
@@ -69,6 +70,8 @@ def _set_tokens_(tokenizer, roles, special):
     for role,token in roles.items(): setattr(tokenizer, role, token)
     if special: tokenizer.add_special_tokens({'additional_special_tokens': list(special)})
 
+
+# %% ../nbs/14_model.ipynb #09c0f5a0
 def read_template(
     chat_template:str, # A Jinja file, or the template itself
 )->str: # The template
@@ -79,12 +82,25 @@ def read_template(
     except (OSError, ValueError):
         raise ConfigError(f'data.chat_template {redact(path)}: cannot be read; name a Jinja file, or write the template itself') from None
 
+# %% ../nbs/14_model.ipynb #b0ce0568
+def _equipped(tokenizer, special_tokens, additional_special_tokens, chat_template):
+    "A copy of a tokenizer with the roles and the template of the settings; itself if they ask for none."
+    if not special_tokens and not additional_special_tokens and chat_template is None: return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    _set_tokens_(tokenizer, special_tokens or {}, additional_special_tokens or ())
+    if chat_template is not None: tokenizer.chat_template = read_template(chat_template)
+    return tokenizer
+
 def run_tokenizer(
     config:RunConfig, # For the model, its special tokens and the chat template
+    tokenizer=None, # A tokenizer in memory, which is not changed; `None`: that of the model
 ): # A transformers tokenizer
     "The tokenizer of a run, as `load_tokenizer` gives it with the settings of the run."
     m = config.model
-    return load_tokenizer(m.model_name, m.revision, m.special_tokens, m.additional_special_tokens, config.data.chat_template)
+    if tokenizer is not None:
+        return _equipped(tokenizer, m.special_tokens, m.additional_special_tokens, config.data.chat_template)
+    return load_tokenizer(m.model_name, m.revision, special_tokens=m.special_tokens, chat_template=config.data.chat_template,
+                          additional_special_tokens=m.additional_special_tokens)
 
 # %% ../nbs/14_model.ipynb #53001940
 def _vocab_size(source):
@@ -123,9 +139,16 @@ def load_tokenizer(
     return tokenizer
 
 # %% ../nbs/14_model.ipynb #f5ffcbbb
+def _unused_gpu():
+    "Name of a GPU that this library does not use; an empty text if there is none."
+    if hasattr(torch, 'xpu') and torch.xpu.is_available(): return 'XPU'
+    return 'MPS' if torch.backends.mps.is_available() else ''
+
 def pick_device()->torch.device: # CUDA if available, else the CPU
-    "The default device of a model."
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    "The default device of a model. Names a GPU of another kind that it leaves unused."
+    if torch.cuda.is_available(): return torch.device('cuda')
+    if unused := _unused_gpu(): tell(f'training on the CPU: this machine has a GPU by {unused}, which llama_nb does not use')
+    return torch.device('cpu')
 
 # %% ../nbs/14_model.ipynb #b8f7d0b5
 def disable_cpu_4bit_trap_(
@@ -175,6 +198,8 @@ def _load_base(model_config, device, use_4bit):
     source, attention = find_model(model_config.model_name), model_config.attn_implementation
     if attention in ('auto', 'llama_nb_packed'): attention = 'sdpa' # the trainer switches packed attention on
     shape = check_llama(from_source(AutoConfig, source, model_config.revision), model_config.model_name)
+    rope = chosen_rope(shape, model_config)
+    scale_rope_(shape, model_config)
     if (Path(source)/'adapter_config.json').is_file():
         raise ConfigError(f'model {shorten(redact(source))}: the folder holds a model and an adapter, and transformers would '
                           'put one on the other; move the adapter (adapter_*) into a folder of its own')
@@ -184,7 +209,7 @@ def _load_base(model_config, device, use_4bit):
     model, info = from_source(
         AutoModelForCausalLM, source, model_config.revision, device_map={'': device}, output_loading_info=True,
         dtype=compute_dtype(model_config.bnb_4bit_compute_dtype, device),
-        attn_implementation=attention,
+        attn_implementation=attention, **({'config': shape} if rope else {}),
         **({'quantization_config': bnb_config(model_config, device)} if use_4bit and not stored else {}))
     if lost := sorted({*info['missing_keys'], *map(str, info.get('mismatched_keys', ()))}):
         raise CheckpointError(f'model {shorten(redact(source))}: {len(lost)} weights are missing in its files (first: '
@@ -192,6 +217,8 @@ def _load_base(model_config, device, use_4bit):
     disable_cpu_4bit_trap_(model)
     if stored: _set_compute_dtype_(model, compute_dtype(model_config.bnb_4bit_compute_dtype, device))
     model.get_input_embeddings().padding_idx = None
+    model.stretched_rope = rope and {'rope_scaling': rope, 'max_length': model_config.max_length, 'rope_parameters': shape.rope_parameters,
+                                     'max_position_embeddings': shape.max_position_embeddings} # for whoever saves an adapter
     return model
 
 # %% ../nbs/14_model.ipynb #f69e72e9
@@ -208,7 +235,9 @@ def load_model(
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ResourceError(f"device '{device}': there is no CUDA device here; use device='cpu'")
     if device.type not in ('cpu', 'cuda'):
-        raise ResourceError(f"device '{device}': llama_nb trains on CUDA and on the CPU; use device='cpu'")
+        has_kernels = ', though bitsandbytes has kernels for it' if device.type in ('mps', 'xpu') else ''
+        raise ResourceError(f"device '{device}': llama_nb runs on CUDA and on the CPU, where gradients and resuming are proved{has_kernels}; "
+                            "use device='cpu'")
     model = _load_base(model_config, device, model_config.use_4bit or model_config.load_in_8bit)
     if lora_config is None: return model
     model.config.use_cache = False
@@ -228,6 +257,7 @@ def _linears(shape):
     return {'q_proj': (q, d), 'k_proj': (kv, d), 'v_proj': (kv, d), 'o_proj': (d, q),
             'gate_proj': (f, d), 'up_proj': (f, d), 'down_proj': (d, f)}
 
+# %% ../nbs/14_model.ipynb #6caaf614
 def _adapted(lora_config):
     "Names of the adapted linears of a layer."
     if lora_config is None: return ()
@@ -387,6 +417,7 @@ def sampled_bytes(
     at = torch.linspace(0, flat.numel() - 1, n, device=flat.device, dtype=torch.float64).long()
     return flat[at].double().cpu().numpy().tobytes()
 
+# %% ../nbs/14_model.ipynb #046e42e3
 def _held(name, p, version):
     "How a weight is held, as far as its values depend on it."
     state = getattr(p, 'quant_state', None)
@@ -394,6 +425,7 @@ def _held(name, p, version):
     if state is not None: return f'{part} in {state.quant_type}, nested {state.nested}, {p.device.type}, bitsandbytes {version}'
     return f"{part} in {'float16' if p.dtype == torch.float16 else 'bfloat16'}"
 
+# %% ../nbs/14_model.ipynb #e1e1bde7
 @torch.no_grad()
 def base_fingerprint(
     model:nn.Module, # A base model, or a PEFT model around it
@@ -441,7 +473,14 @@ def tuned_config(
     name = base or json.loads((folder/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path')
     if not name:
         raise CheckpointError(f'{redact(folder)}: adapter_config.json names no base model; name it: load_tuned(..., base=PATH)')
-    return _foreign_config(str(name), use_4bit)
+    return _with_stretched_rope(_foreign_config(str(name), use_4bit), folder)
+
+def _with_stretched_rope(config, folder):
+    "The settings of a base, stretched as it was for an adapter that says so."
+    path = folder/ROPE_FILE
+    if not path.is_file(): return config
+    saved = json.loads(path.read_text(encoding='utf-8'))
+    return replace(config, rope_scaling=saved['rope_scaling'], max_length=saved['max_length'])
 
 def _foreign_config(name, use_4bit):
     "Settings for the base of an adapter that does not say how its base was held: as the base is stored."
@@ -475,6 +514,7 @@ def _why_no_adapter(folder):
     if not saved: return f'{told}, before its first checkpoint, so it has no adapter; train again, and look at its last events with llama-nb watch {redact(folder)}'
     return f'{told} and has not published its adapter; load {redact(saved[max(saved)])}, or go on with llama-nb train --resume {redact(folder)}'
 
+# %% ../nbs/14_model.ipynb #9e2ba085
 def load_tuned(
     run_folder, # A run folder or a `Run`, a checkpoint in it, or any peft adapter folder
     device:str|torch.device|None=None, # `None` is CUDA where there is one
@@ -497,6 +537,7 @@ def load_tuned(
     source = folder if own_tokenizer else config.model_name
     return model, load_tokenizer(source, config.revision, model.get_input_embeddings().weight.shape[0])
 
+# %% ../nbs/14_model.ipynb #7b3f5179
 @contextmanager
 def _naming_new_place():
     "Context manager: if the base of an adapter is not there, the error says how to name its new place."

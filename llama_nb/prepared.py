@@ -24,10 +24,12 @@ class PreparedRow(NamedTuple):
     padding:list|None # `(T,)`: whether the attention mask leaves a token out; `None`: there is no mask
     starts:list|None # Where the row says that its conversations begin; `None`: it does not say
 
+# %% ../nbs/26_prepared.ipynb #1161fd3b
 def as_list(x):
     "A tensor or an array as a list; everything else as it is."
     return x.tolist() if hasattr(x, 'tolist') else x
 
+# %% ../nbs/26_prepared.ipynb #270338c0
 def _flat(x, size:int)->list|None:
     "A list of `size` values, out of extra dimensions of length 1; `None` if there is none."
     x = as_list(x)
@@ -48,11 +50,13 @@ def _labels(name:str, row:Mapping, ids:list)->list:
 # %% ../nbs/26_prepared.ipynb #52978ae8
 def _changes(values:list)->list[int]: return [0, *(k for k in range(1, len(values)) if values[k] != values[k-1])]
 
+# %% ../nbs/26_prepared.ipynb #d9b90bdb
 def _block_starts(matrix:list)->list[int]:
     "Where blocks begin in a `(T, T)` attention mask: the first token that each token may see."
     def seen(line): return next((k for k,v in enumerate(line) if v is True or v == 1 or v == 0 and min(line) < 0), 0)
     return _changes([seen(line) for line in matrix])
 
+# %% ../nbs/26_prepared.ipynb #c7634f7c
 def _starts(row:Mapping, size:int)->list[int]|None:
     "Where a row says that its conversations begin; `None` if it does not say."
     if row.get('seq_lengths') is not None: return [0, *accumulate(as_list(row['seq_lengths']))][:-1]
@@ -102,6 +106,7 @@ def _as_mapping(x):
     found = {k: getattr(x, k) for k in ('input_ids', 'labels', 'attention_mask', 'position_ids') if hasattr(x, k)}
     return found | ({'seq_lengths': x.lengths} if hasattr(x, 'lengths') else {})
 
+# %% ../nbs/26_prepared.ipynb #f2adcfa2
 def iterate_rows(prepared, part:str=''):
     "Yield name and mapping of every row of what a tool prepared."
     if hasattr(prepared, 'to_pylist'): prepared = prepared.to_pylist() # an Arrow table
@@ -129,6 +134,7 @@ def _read_json(path:Path):
         rows += found if isinstance(found, list) else [found]
     return rows
 
+# %% ../nbs/26_prepared.ipynb #b6993aac
 def _read_file(path:Path):
     "Rows of one file. Raises `DataError` for a kind that no tool saves prepared rows in."
     if path.suffix in ('.jsonl', '.ndjson', '.json'): return _read_json(path)

@@ -9,6 +9,7 @@ __all__ = ['BAD_ROWS', 'scan_text', 'word_runs', 'near_repeats', 'languages', 'f
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from .data_report import CHECKS, CONTROL_TEXT, conversation_key, data_report, Fi
 from .dialogue import encode, message_texts
 from .errors import ConfigError, DataError, did_you_mean, import_extra, shorten
 from .segments import get_template
+from .store import joined, select
 from .views import progress
 
 # %% ../nbs/34_quality.ipynb #49927a7a
@@ -50,6 +52,7 @@ def _any(patterns): return re.compile('|'.join(f'(?P<{re.sub(r"[ -]", "_", name)
 
 _PRIVATE = [('secret', _any(_SECRETS)), ('personal data', _any(_PERSONAL))]
 
+# %% ../nbs/34_quality.ipynb #15b0aee0
 def _luhn(digits):
     "Whether the last digit is right by Luhn's rule."
     values = [int(d)*(1 + i % 2) for i,d in enumerate(reversed(digits))]
@@ -86,6 +89,7 @@ _ODD_ASCII = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]') # all that may be od
 # %% ../nbs/34_quality.ipynb #217acc5a
 def _has_text(text): return any(c.isalnum() or unicodedata.category(c)[0] == 'S' for c in text)
 
+# %% ../nbs/34_quality.ipynb #d7ca4122
 def scan_text(
     text:str, # Any text
 )->list[tuple[str, str]]: # Pairs of a kind of `CHECKS` and what was found; each pair once
@@ -120,6 +124,7 @@ def _sketches(rensa, items):
         sketches = rensa.RMinHash.from_token_sets([sorted(r) for r in runs], 128, 42)
         yield from ((start + k, r, sketch) for k,(r,sketch) in enumerate(zip(runs, sketches)) if r)
 
+# %% ../nbs/34_quality.ipynb #f568ac3a
 def _first_near(runs, candidates, known, threshold):
     "The first candidate with enough overlap, and the overlap; `None` if there is no such candidate."
     for j in sorted(candidates):
@@ -129,8 +134,8 @@ def _first_near(runs, candidates, known, threshold):
 
 # %% ../nbs/34_quality.ipynb #c9af1b0e
 def near_repeats(
-    conversations:list[Conversation], # Where to look
-    reference:list[Conversation]|None=None, # What they may repeat; `None`: an earlier conversation of the same list
+    conversations:Sequence[Conversation], # Where to look
+    reference:Sequence[Conversation]|None=None, # What they may repeat; `None`: an earlier conversation of the same list
     threshold:float=0.6, # Smallest overlap of runs of three words, in (0, 1]
 )->dict[int, tuple[int, float]]: # Index -> index of what it repeats, and their overlap
     """Find conversations that nearly repeat another one.
@@ -168,6 +173,7 @@ def _overflow(measured):
                       taught_tokens_lost=sum(m[1] - m[2][1] for m in long))
     return {'raise': dict(refused=len(long)), 'drop': drop, 'drop_turns': drop_turns}
 
+# %% ../nbs/34_quality.ipynb #5e2b5ae3
 def _token_facts(measured, max_length, template):
     "The `tokens` and `overflow` of a report, from measures by part and index."
     every = list(measured.values())
@@ -179,7 +185,7 @@ def _token_facts(measured, max_length, template):
 
 # %% ../nbs/34_quality.ipynb #5bbbc457
 def languages(
-    conversations:list[Conversation], # Conversations
+    conversations:Sequence[Conversation], # Conversations
 )->list[str|None]: # Language code of each; `None` if the text is too short or the guess too weak
     "The language of each conversation, from its first 500 characters. Raises `ImportError` without py3langid."
     langid, out = import_extra('py3langid.langid', 'data'), []
@@ -209,12 +215,11 @@ def _equal(parts):
     for part,items in parts.items():
         keys[part] = [conversation_key(c) for c in progress(items, 'repeats', unit='conversation')]
         first = {}
-        for i,(c,key) in enumerate(zip(items, keys[part])):
-            other = first.setdefault(key, c)
-            if other is not c: found.append(_finding('repeat', part, items, i, other))
-    held = dict(zip(reversed(keys['validation']), reversed(parts['validation'])))
+        for i,key in enumerate(keys[part]):
+            if (other := first.setdefault(key, i)) != i: found.append(_finding('repeat', part, items, i, items[other]))
+    held = {key: i for i,key in reversed([*enumerate(keys['validation'])])}
     for i,key in enumerate(keys['train']):
-        if key in held: found.append(_finding('leak', 'train', parts['train'], i, held[key]))
+        if key in held: found.append(_finding('leak', 'train', parts['train'], i, parts['validation'][held[key]]))
     return found
 
 # %% ../nbs/34_quality.ipynb #b4a10bdc
@@ -228,6 +233,7 @@ def _near(parts, threshold, exact):
             if (kind.removeprefix('near '), part, i) in exact: continue
             yield _finding(kind, part, items, i, known[j], f' ({overlap:.0%})')
 
+# %% ../nbs/34_quality.ipynb #70dcc3d1
 def _copies(parts, threshold):
     "Findings about repeats and leaks, and how they were looked for."
     found = _equal(parts)
@@ -250,10 +256,11 @@ def _contents(parts):
 # %% ../nbs/34_quality.ipynb #a2ea6b1f
 def _by_language(parts):
     "Findings, the language of every conversation, and how it was found."
-    items = [(part, i, c) for part,cs in parts.items() for i,c in enumerate(cs)]
-    try: codes = languages([c for *_,c in items])
+    every = joined(*parts.values())
+    try: codes = languages(every)
     except ImportError as e: return [], {}, f'not checked; {e}'
-    found = [Finding('other language', *items[k][:2], items[k][2].row, codes[k]) for k in _off_language(codes)]
+    places = [(part, i) for part,items in parts.items() for i in range(len(items))]
+    found = [Finding('other language', *places[k], every[k].row, codes[k]) for k in _off_language(codes)]
     return found, codes, 'py3langid on the first 500 characters'
 
 def _by_length(parts, encoded, max_length):
@@ -321,10 +328,8 @@ def check_data(
         found += long
     gone = {(f.part, f.index): f for f in found if f.kind in fix}
     keys = [(part, i) for part,items in parts.items() for i in range(len(items))]
-    kept = {part: [] for part in parts}
-    for part,i in keys:
-        if (part, i) not in gone: kept[part].append(parts[part][i])
-    kept = {part: selected(parts[part], items) for part,items in kept.items()}
+    left = {part: [i for i in range(len(items)) if (part, i) not in gone] for part,items in parts.items()}
+    kept = {part: selected(items, select(items, left[part])) for part,items in parts.items()}
     measured = {k: m for k,m in measured.items() if k not in gone}
     tokens, overflow = {}, {}
     if measured: tokens, overflow = _token_facts(measured, max_length, get_template(tokenizer, template).name)

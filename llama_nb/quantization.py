@@ -240,6 +240,7 @@ def _rows_to_fp8():
         return quantize_fp8
     return compiled
 
+# %% ../nbs/10_quantization.ipynb #b04291c8
 @torch.no_grad()
 def rows_to_fp8(
     x:Tensor, # `(m, k)`

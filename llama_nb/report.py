@@ -42,11 +42,13 @@ def _score_intervals(tables, **settings):
     "Every metric of one model with its interval."
     return {name: bootstrap_interval(sums, STATISTICS.get(name, ratio), **settings) for name,sums in tables.items()}
 
+# %% ../nbs/63_report.ipynb #14f0da2b
 def _paired_differences(tuned, base, **settings):
     "Every metric that two models have in common, tuned minus base."
     return {name: paired_difference(sums, base[name], STATISTICS.get(name, ratio), **settings)
             for name,sums in tuned.items() if name in base}
 
+# %% ../nbs/63_report.ipynb #91efbd95
 def _distinct_scores(texts, confidence):
     "Distinct-1 and distinct-2 of a model's replies: values without an interval."
     return {f'distinct{n}': Interval(distinct(texts, n), math.nan, math.nan, confidence, len(texts)) for n in (1, 2)}
@@ -170,12 +172,14 @@ def _rounded(x):
     "Plain data; floats keep 10 digits."
     return plain_json(x, digits=10)
 
+# %% ../nbs/63_report.ipynb #3b303230
 def _interval_dict(interval):
     "An `Interval` or `Difference` as a dictionary."
     keys = ('value', 'low', 'high')
     if isinstance(interval, Difference): keys += ('p_value', 'measurable')
     return {k: getattr(interval, k) for k in keys}
 
+# %% ../nbs/63_report.ipynb #8b5a81b9
 def _plain_groups(groups):
     "Model or comparison → metric → plain dictionary."
     def plain(metrics): return {name: _rounded(_interval_dict(i)) for name,i in metrics.items()}
@@ -191,8 +195,10 @@ def _groups_dict(report):
             d['relative'] = d['value']/base if base and d['value'] is not None else None
     return _rounded(dict(scores=scores, differences=changes))
 
+# %% ../nbs/63_report.ipynb #c693c667
 def _slice_dict(part): return {'n': part.n, 'too_small': part.n < FEW, **_groups_dict(part)}
 
+# %% ../nbs/63_report.ipynb #a06c2c35
 def _report_dict(report):
     "A report as plain data."
     plain = dict(verdict=report.verdict.text, outcome=report.verdict.word)
@@ -220,6 +226,7 @@ def _direction(name, difference):
     if name not in LOWER_IS_BETTER + HIGHER_IS_BETTER: return 'changed'
     return 'better' if (difference.value < 0) == (name in LOWER_IS_BETTER) else 'worse'
 
+# %% ../nbs/63_report.ipynb #d62fbadf
 def _judge(found):
     "The change of each judged metric: the first one by its own test, the others with a stricter p-value."
     (lead, first), *others = found.items()
@@ -230,6 +237,7 @@ def _judge(found):
         else: changes[name] = _direction(name, d) if d.p_value <= limit + 1e-9 else 'unclear'
     return changes
 
+# %% ../nbs/63_report.ipynb #8c001706
 def _word(changes):
     "One word for all changes; the leading one comes first."
     lead, moved = next(iter(changes.values())), {'better', 'worse'} & set(changes.values())
@@ -238,12 +246,14 @@ def _word(changes):
 # %% ../nbs/63_report.ipynb #847d3fff
 def _percent(x): return f'{x:+.0%}' if abs(x) >= 0.1 else f'{x:+.1%}'
 
+# %% ../nbs/63_report.ipynb #a6488d8e
 def _listed(changes):
     "Metrics grouped by their change, in words."
     groups = {}
     for name,change in changes.items(): groups.setdefault(change, []).append(TITLES[name])
     return ', '.join(f"{' and '.join(names)} {change}" for change,names in groups.items())
 
+# %% ../nbs/63_report.ipynb #38996cf4
 def _lead_sentence(report, base, lead, d, changes):
     "The leading number of both models; its change and interval too, unless there are too few conversations."
     old, new = (report.scores[system][lead].value for system in (base, 'tuned'))
@@ -282,10 +292,12 @@ def verdict(
 # %% ../nbs/63_report.ipynb #c76af29c
 def _number(x): return f'{x:#.3g}'.rstrip('.')
 
+# %% ../nbs/63_report.ipynb #adff7967
 def _with_interval(i):
     "A score for a table cell, with its interval if it has one."
     return _number(i.value) if math.isnan(i.low) else f'{_number(i.value)} [{_number(i.low)}, {_number(i.high)}]'
 
+# %% ../nbs/63_report.ipynb #e93d57a9
 def _change(d):
     "A paired difference for a table cell."
     if math.isnan(d.value): return 'not defined'
@@ -296,10 +308,12 @@ def _change(d):
 # the summary shows the first six that were measured
 MAIN = ('perplexity', 'bleu', 'rougeL', 'chrf', 'token_accuracy', 'ended', 'mean_length')
 
+# %% ../nbs/63_report.ipynb #334e8a51
 def _in_order(names, order): return sorted(names, key=lambda name: [*order, name].index(name))
 
 def _title(group): return ' − '.join(LABELS.get(part, part) for part in group.split(' - '))
 
+# %% ../nbs/63_report.ipynb #f1dbc943
 def _measured(report): return _in_order({name: None for metrics in report.scores.values() for name in metrics}, TITLES)
 
 def _main(report):
@@ -313,11 +327,13 @@ def _score_cells(report, name):
     systems = _in_order(report.scores, LABELS)
     return {LABELS.get(k, k): _with_interval(report.scores[k][name]) for k in systems if name in report.scores[k]}
 
+# %% ../nbs/63_report.ipynb #3739dcf6
 def _judged_group(report):
     "The difference that the verdict is about; `None` without one."
     groups = [f'tuned - {b}' for b in BASES if f'tuned - {b}' in report.differences]
     return next(iter(groups or report.differences), None)
 
+# %% ../nbs/63_report.ipynb #70a3124d
 def _change_cell(report, name):
     "How tuning changed one metric; empty if that was not measured."
     group = _judged_group(report)
@@ -344,17 +360,20 @@ def _dropped(report):
     if asked and report.n < asked: return f'{report.n} of {asked} asked for: {len(rows)} too long ({named})'
     return f'{len(rows)} too long, others were measured in their place ({named})'
 
+# %% ../nbs/63_report.ipynb #2f2eee1b
 def _trained(report):
     "How many of the conversations were trained on, in words."
     count = (report.settings.get('data') or {}).get('trained')
     if not count: return ''
     return f'{count} of {report.n} conversations were trained on: these scores show memory, not how well the model generalises'
 
+# %% ../nbs/63_report.ipynb #3a1fe88a
 def _notes(report):
     "What was not measured, or is not what it seems, one line each."
     skipped = [f'{LABELS.get(k, k)}: not measured: {why}' for k,why in report.skipped.items()]
     return [*filter(None, [_trained(report), _dropped(report)]), *skipped]
 
+# %% ../nbs/63_report.ipynb #196e9e3e
 def _top(report):
     "Caption of the score tables."
     confidence = report.settings.get('confidence', 0.95)
@@ -367,6 +386,7 @@ def _change_rows(report):
         groups = {group: found[name] for group,found in report.differences.items() if name in found}
         if groups: yield {'metric': TITLES.get(name, name), **{_title(group): _change(d) for group,d in groups.items()}}
 
+# %% ../nbs/63_report.ipynb #e94e9e83
 def _full_table(report):
     "Scores by model, then every paired difference: a row per metric."
     scores = [{'metric': TITLES.get(name, name), **_score_cells(report, name)} for name in _measured(report)]
@@ -386,10 +406,12 @@ def _panels(count, across=3, height=1.4, width=9):
     for panel in panels[count:]: panel.axis('off')
     return fig, panels
 
+# %% ../nbs/63_report.ipynb #a35fec05
 def _colors(report): return dict(zip(_in_order(report.scores, LABELS), PALETTE.values()))
 
 def _drawn(fig, alt, text): return View(picture(follow_theme_(fig), alt), text, fig)
 
+# %% ../nbs/63_report.ipynb #8c07cfa3
 def _draw_interval(axes, row, ends, value, color, full=True):
     "One row of a plot: a line for the interval and a dot for the value."
     axes.plot(ends, [row, row], color=color, lw=2)
@@ -402,6 +424,7 @@ def _relative_changes(report, group):
     rows = [(name, found[name], base[name].value) for name in _main(report) if name in found and name in TITLES]
     return [(name, d, old) for name,d,old in rows if math.isfinite(d.value) and old]
 
+# %% ../nbs/63_report.ipynb #197cf521
 def _plot_changes(report):
     "Plot how far tuning moved the main numbers; `None` if there is nothing to compare."
     group, colors = _judged_group(report), dict(better='green', worse='red', changed='blue')
@@ -440,8 +463,10 @@ def _plot_scores(report, names):
 # %% ../nbs/63_report.ipynb #d564920f
 def _sample_loss(sample, system): return (sample.get('loss') or {}).get(system)
 
+# %% ../nbs/63_report.ipynb #d8393b98
 def _reply_tokens(sample, system): return ((sample.get('replies') or {}).get(system) or {}).get('num_tokens')
 
+# %% ../nbs/63_report.ipynb #24f9bd0e
 def _distributions(report):
     "One value per conversation: title → model → values."
     kinds, found = {'nats per token of a conversation': _sample_loss, 'tokens of a reply': _reply_tokens}, {}
@@ -451,6 +476,7 @@ def _distributions(report):
             if values: found.setdefault(title, {})[system] = values
     return found
 
+# %% ../nbs/63_report.ipynb #5ab43642
 def _plot_distributions(report):
     "Plot the distributions over conversations, one panel per kind of value; `None` if there is nothing to plot."
     found = _distributions(report)
@@ -467,11 +493,13 @@ def _plot_distributions(report):
 # %% ../nbs/63_report.ipynb #8acf0193
 def _scrolled(html): return f'<div style="overflow-x:auto">{html}</div>' # a wide table scrolls in its own box
 
+# %% ../nbs/63_report.ipynb #aaf9264d
 def _folded(title, *html):
     "A part of a page that is closed at first."
     summary = f'<summary style="cursor:pointer;font-weight:600">{escape(title)}</summary>'
     return f'<details style="margin:.6em 0">{summary}{"".join(html)}</details>'
 
+# %% ../nbs/63_report.ipynb #5ffbc16a
 def _headline(report):
     "The main numbers of each model, and how tuning changed them."
     rows = [{'metric': TITLES.get(name, name), **_score_cells(report, name), **_change_cell(report, name)}
@@ -489,14 +517,17 @@ def _first_look(report):
     if report.slices: parts.append(_scrolled(_slice_table(report).html))
     return ''.join([*parts, *(f'<p>{escape(note)}</p>' for note in _notes(report))])
 
+# %% ../nbs/63_report.ipynb #c71d5152
 def _more(report): return f'all {len(_measured(report))} numbers and differences'
 
+# %% ../nbs/63_report.ipynb #40aab76c
 def _report_text(report):
     "The summary as text, without the plot."
     tables = [_headline(report).text, *([_slice_table(report).text] if report.slices else [])]
     notes = [*_notes(report), f'{_more(report)}: report.table(), or --all on the command line']
     return '\n\n'.join([report.verdict.text, *tables, '\n'.join(notes)])
 
+# %% ../nbs/63_report.ipynb #58039f89
 def _report_view(report):
     "The summary, with all numbers folded below it."
     everything = _folded(_more(report).capitalize(), _full_table(report).html)
@@ -532,11 +563,13 @@ def _tag(text):
     style = f'border:1px solid {PALETTE["grey"]};border-radius:1em;padding:0 .6em;font-size:.8em'
     return f'<span style="{style}">{escape(text)}</span>'
 
+# %% ../nbs/63_report.ipynb #77c72f9a
 def _card_column(title, text, ended=True, max_chars=800):
     "One column of a card: its text, cut if it is long."
     text = text if len(text) <= max_chars else text[:max_chars] + '…'
     return title, escape(text) + ('' if ended else ' <i>[cut at max_new_tokens]</i>')
 
+# %% ../nbs/63_report.ipynb #823f8fe2
 def _card(report, i, reasons):
     "One conversation: prompt, reference, and each model's reply and loss."
     s = report.samples[i]
@@ -558,6 +591,7 @@ def _setting_rows(settings, prefix=''):
         if isinstance(v, dict): yield from _setting_rows(v, f'{prefix}{k}.')
         else: yield [f'{prefix}{k}', ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)]
 
+# %% ../nbs/63_report.ipynb #87e8c3c4
 def _facts(report):
     "Run, model and date, as far as they are known."
     models = report.settings.get('models') or {}
@@ -565,6 +599,7 @@ def _facts(report):
     model = report.about.get('model') or next(iter(names), '')
     return [str(x) for x in (report.about.get('run'), model, report.about.get('date')) if x]
 
+# %% ../nbs/63_report.ipynb #53d93256
 def _page_title(report): return ' · '.join(['Evaluation', *_facts(report), report.verdict.word])
 
 # %% ../nbs/63_report.ipynb #5f097cc0
@@ -601,6 +636,7 @@ def _load_groups(kind, saved, settings):
     def metrics(found): return {name: interval(i) for name,i in found.items()}
     return {group: metrics(found) for group,found in saved.items()}
 
+# %% ../nbs/63_report.ipynb #d6fc9a15
 def _load_dict(saved, samples):
     "A report from what its `metrics.json` holds."
     settings = saved['settings']
@@ -617,6 +653,7 @@ def _load_samples(path):
     "The samples of a saved report; empty if it has none."
     return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.is_file() else []
 
+# %% ../nbs/63_report.ipynb #93e3aef9
 def load_report(
     saved, # Folder of a saved report, e.g. `<run>/eval/validation`, or the contents of its `metrics.json`
 )->EvaluationReport: # Scores, differences, settings, and the samples if there are any

@@ -22,6 +22,7 @@ from .checkpoints import clean_leftovers
 from .config import RunConfig, to_dict
 from .errors import CheckpointError, ConfigError, redact
 from .model import sampled_bytes
+from .mirror import fetch_run, is_address
 from .runs import Run, create_run, environment, list_runs
 from .views import plain_json
 
@@ -34,6 +35,7 @@ def hash_parts(
     for part in parts: digest.update(part if isinstance(part, bytes) else str(part).encode())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/70_resume.ipynb #56e38971
 @torch.no_grad()
 def weights_fingerprint(
     model:nn.Module, # A model, with or without adapters
@@ -61,7 +63,8 @@ _FREE = { # settings that do not affect the weights
     'training.gradient_checkpointing', 'training.allow_changes', 'training.report_to', 'training.save_strategy',
     'training.eval_strategy', 'training.per_device_eval_batch_size', 'training.dataloader_num_workers',
     'training.save_only_model', 'training.load_best_model_at_end', 'training.early_stopping',
-    'training.early_stopping_delta', 'training.push_to_hub', 'training.hub_model_id', 'training.hub_private_repo'}
+    'training.early_stopping_delta', 'training.mirror', 'training.ddp_timeout', 'training.parallel',
+    'training.push_to_hub', 'training.hub_model_id', 'training.hub_private_repo'}
 _NUMERIC = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'numpy', 'tokenizers') # can change results
 
 def run_facts(
@@ -89,6 +92,7 @@ def _is_allowed(name, allow):
     if name in allow or ('versions' in allow and name.startswith('versions.')): return True
     return name in _OWNERS and any(setting.startswith(_OWNERS[name]) for setting in allow)
 
+# %% ../nbs/70_resume.ipynb #6a861158
 def changed_settings(
     old:dict, # `run_facts` of the checkpoint
     new:dict, # `run_facts` now
@@ -119,13 +123,14 @@ def exclusive(
 # %% ../nbs/70_resume.ipynb #ddbe4b64
 def open_run(
     config:RunConfig, # Whose `training.output_dir` and `training.run_name`
-    resume=False, # `True`: the newest run of `run_name`, or of all in `output_dir`; a path or a `Run`: that run, or the run of that checkpoint
+    resume=False, # `True`: the newest run of `run_name`, or of all in `output_dir`; a path or a `Run`: that run, or the run of that checkpoint; an address: the newest valid copy in that mirror
     last:Run|None=None, # The run that the trainer has just trained, which `True` then means
 )->Run: # The folder to write to
     "Make a new run, or find the one to resume. Raises `ConfigError` if there is none, or if another process is training it."
     t = config.training
     if resume is False or resume is None: return create_run(t.output_dir, t.run_name, config)
-    if resume is True: run = last or _newest(Path(t.output_dir).expanduser(), t.run_name)
+    if is_address(resume): run = fetch_run(resume, t.output_dir, t.run_name)
+    elif resume is True: run = last or _newest(Path(t.output_dir).expanduser(), t.run_name)
     else:
         folder = Path(getattr(resume, 'folder', resume)).expanduser()
         run = Run(folder.parent if _is_checkpoint(folder) else folder)
@@ -148,6 +153,7 @@ def _newest(output_dir, run_name):
     if not runs: raise ConfigError(f'nothing to resume: {redact(output_dir/(run_name or ""))} holds no run; start with train()')
     return runs[-1]
 
+# %% ../nbs/70_resume.ipynb #8bad0120
 def sweep(
     run:Run, # A run that this process has locked
 ):
@@ -193,6 +199,7 @@ def first_facts(
     "Where a run keeps the facts of its latest start, which count while it has no checkpoint."
     return run.folder if (run.folder/'run.json').is_file() else None
 
+# %% ../nbs/70_resume.ipynb #b00d66a9
 def forget_adapter(
     run:Run, # A run that goes on with these facts
     facts:dict, # `run_facts` now
@@ -214,6 +221,7 @@ def settled(
     "What a setting was when the checkpoint was written, with `\"auto\"` resolved."
     return checkpoint and _read_json(checkpoint/'run.json').get('settings', {}).get(name)
 
+# %% ../nbs/70_resume.ipynb #42e077b3
 def check_settings(
     checkpoint:Path|None, # From `find_checkpoint`
     facts:dict, # `run_facts` now

@@ -28,6 +28,7 @@ def _probe(tokenizer, template, roles:tuple)->Example|None:
     try: return encode(messages, tokenizer, template)
     except DataError: return None
 
+# %% ../nbs/27_row_faults.ipynb #f42346f6
 def _openings(example:Example)->list[tuple[int,list]]:
     "The ids that open each message."
     opened, before = {}, []
@@ -82,6 +83,7 @@ def _renamed(words:_Vocabulary, header:list, role:str)->dict[tuple,str]:
         if [i for i in ids if i in words.special] == control: found[tuple(ids)] = meant
     return found
 
+# %% ../nbs/27_row_faults.ipynb #3d8f4cb2
 def _headers(words:_Vocabulary, probes:dict[tuple,Example])->dict[tuple,str]:
     "The role that each header opens, learned from examples."
     opened = {}
@@ -107,6 +109,7 @@ class Turn(NamedTuple):
     close:int # Its end-of-turn token; -1 if there is none
     end:int # One past its last token, with what separates it from the next turn
 
+# %% ../nbs/27_row_faults.ipynb #d0f79481
 class TurnGrammar(_Vocabulary):
     "How a template writes turns, in ids. Raises `ConfigError` if the template cannot be followed."
     def __init__(self, tokenizer, template:str|ChatTemplate='auto'):
@@ -192,6 +195,7 @@ class RowPart(NamedTuple):
         "Number of taught tokens between two places."
         return self.taught[b-self.start] - self.taught[a-self.start] if b > a else 0
 
+# %% ../nbs/27_row_faults.ipynb #16983157
 def _part(row:PreparedRow, start:int, end:int)->RowPart:
     "One conversation of a row; the label of its first token does not count."
     counts = [l != IGNORE_INDEX for l in row.labels[start:end]]
@@ -205,6 +209,7 @@ def shown_text(g:TurnGrammar, ids:list, most:int=60)->str:
     "Text of ids for a message, in quotes."
     return shorten(repr(g.decode(ids[:200])), most)
 
+# %% ../nbs/27_row_faults.ipynb #e2d7df87
 def _check_prompt(g:TurnGrammar, p:RowPart, t:Turn):
     "Yield faults of a turn that is not an answer."
     if not p.count(t.begin, t.end): return
@@ -212,6 +217,7 @@ def _check_prompt(g:TurnGrammar, p:RowPart, t:Turn):
     only = 'its end of turn: ' if taught == [t.close] else ''
     yield _TEXT_OF.get(t.role, 'prompt taught'), f'{t.role}: {only}{shown_text(g, p.ids[taught[0]:taught[-1]+1])}'
 
+# %% ../nbs/27_row_faults.ipynb #c4881089
 def _check_header(g:TurnGrammar, p:RowPart, t:Turn):
     "Yield a fault if the text that opens a turn is taught."
     if p.count(t.open, t.begin): yield 'header taught', f'{t.role}: {shown_text(g, p.ids[t.open:t.begin])}'
@@ -226,6 +232,7 @@ def content_range(g:TurnGrammar, p:RowPart, t:Turn)->tuple[int,int]:
 
 _SENTENCE_ENDS = (*'.!?…。！？")]}»”’`*', "'")
 
+# %% ../nbs/27_row_faults.ipynb #264184df
 def _check_answer(g:TurnGrammar, p:RowPart, t:Turn):
     "Yield faults of an answer; one that is not taught at all has none."
     a, b = content_range(g, p, t)
@@ -296,6 +303,7 @@ def _begins(g:TurnGrammar, ids:list, start:int, end:int)->list[int]:
     after = [b for a,b in zip(turns, turns[1:]) if b.role == 'system' and a.role == 'assistant' and a.close >= 0]
     return [t.open for t in after]
 
+# %% ../nbs/27_row_faults.ipynb #8e12c78c
 def _documents(g:TurnGrammar, row:PreparedRow)->tuple[list[tuple[int,int]],list[int]]:
     "The conversations of a row, and the beginnings that it does not separate."
     a, b = _kept(g, row)
@@ -349,6 +357,7 @@ def _try_grammar(tokenizer, template)->TurnGrammar|None:
     if faulty(_PROBES[1]): g.opens_plain = False # it writes the system message without a header
     return None if faulty(_PROBES[0]) else g
 
+# %% ../nbs/27_row_faults.ipynb #808d99ea
 def turn_grammar(tokenizer, template, sample:list[PreparedRow])->tuple[TurnGrammar,str]:
     "The grammar that these rows follow, and a remark if it is not the one of `template`."
     def answers(g): return sum(t.role == 'assistant' for r in sample for t in g.turns(r.ids, 0, len(r.ids)))
@@ -426,6 +435,7 @@ def guess_tool(columns)->str:
     if columns & {'assistant_masks', 'completion_mask', 'seq_lengths', 'seq_idx'}: return 'trl'
     return 'axolotl' if {'length', 'position_ids'} <= columns else ''
 
+# %% ../nbs/27_row_faults.ipynb #6906f724
 def repair(
     kind:str, # A key of `FAULTS`
     tool:str='', # A key of `TOOLS`; empty: the general rule, and the settings of all four

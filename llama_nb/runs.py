@@ -40,6 +40,7 @@ def _is_torn(file):
     file.seek(-1, os.SEEK_END)
     return file.read(1) != b'\n'
 
+# %% ../nbs/51_runs.ipynb #da301260
 def append_event(
     path, # The `events.jsonl` to append to; made if absent
     kind:str, # What happened, e.g. `'train'`
@@ -65,6 +66,7 @@ def _parse(block):
         if isinstance(event, dict) and 'kind' in event: events.append(event)
     return events
 
+# %% ../nbs/51_runs.ipynb #3c6fc9cc
 def read_events(
     path, # An `events.jsonl`, perhaps being written right now
 )->list: # The complete events in order; an absent file has none
@@ -85,6 +87,8 @@ def history(
 # %% ../nbs/51_runs.ipynb #4c3a88e8
 STALE_S = 180 # A heartbeat on another machine older than this means dead
 
+
+# %% ../nbs/51_runs.ipynb #4271ad3a
 def _machine():
     "A hash that names this machine without telling which it is."
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
@@ -97,10 +101,12 @@ def _born(pid):
     except psutil.NoSuchProcess: return None
     except psutil.AccessDenied: return psutil.Process(pid).create_time() # its state is hidden, its age is not
 
+# %% ../nbs/51_runs.ipynb #8c38e245
 def _this_process():
     "What a heartbeat says of the process that writes it."
     return {'pid': os.getpid(), 'born': _born(os.getpid()), 'machine': _machine(), 'boot': psutil.boot_time()}
 
+# %% ../nbs/51_runs.ipynb #4458ce7e
 def _is_near(a, b): return a is not None and b is not None and abs(a - b) < 5 # the system's clock may be set meanwhile
 
 def is_alive(
@@ -109,6 +115,7 @@ def is_alive(
     "Tell a running run from a crashed one."
     try:
         beat, age = json.loads(Path(heartbeat).read_text(encoding='utf-8')), time.time() - Path(heartbeat).stat().st_mtime
+        if 'boot' not in beat: return age < STALE_S # of an older version, which named machine and process otherwise
         here = beat['machine'] == _machine() and abs(beat['boot'] - psutil.boot_time()) < 60
         return _is_near(beat['born'], _born(beat['pid'])) if here else age < STALE_S
     except (OSError, ValueError, KeyError, TypeError): return False
@@ -219,10 +226,10 @@ def cell_number()->int|None: # `None` outside of IPython
     interactive = sys.modules.get('IPython')
     return getattr(interactive and interactive.get_ipython(), 'execution_count', None)
 
+# %% ../nbs/51_runs.ipynb #5ab15b5b
 def last_step(run)->int:
     "Last step a run has logged."
     return max((e.get('step', 0) for e in history(run.events())), default=0)
-
 
 # %% ../nbs/51_runs.ipynb #22c8b98d
 def check_name(
@@ -232,6 +239,7 @@ def check_name(
     if problem := name_problem(run_name or 'run'):
         raise ConfigError(f'training.run_name: {problem}, got {shorten(run_name)!r}')
 
+# %% ../nbs/51_runs.ipynb #6973c339
 def _make_parents(output_dir):
     "Make the folder of all runs. Raises `ConfigError` if a file has its name, `ResourceError` if it cannot be made."
     try: output_dir.mkdir(parents=True, exist_ok=True)
@@ -241,6 +249,7 @@ def _make_parents(output_dir):
         raise ResourceError(f'training.output_dir: {redact(output_dir)} cannot be made ({e.strerror}); '
                             'name a folder you can write to') from None
 
+# %% ../nbs/51_runs.ipynb #2a564419
 def _make_folder(path):
     "Make a folder; `False` if the name is taken, by another process a moment ago perhaps."
     try: path.mkdir()
@@ -250,6 +259,7 @@ def _make_folder(path):
                             'name a folder you can write to') from None
     return True
 
+# %% ../nbs/51_runs.ipynb #78b0c402
 def _names(run_name):
     "Names to try: the one asked for, then with a number."
     if run_name: yield run_name
@@ -334,6 +344,7 @@ def _curves(run):
     low.xaxis.set_major_locator(MaxNLocator(integer=True)) # of both: there is no step 1.5
     return fig
 
+# %% ../nbs/51_runs.ipynb #7d1ffb1b
 def plot_run(
     run, # A `Run`
 )->View: # Loss, evaluation loss and learning rate over steps, as a picture with a text beside it
@@ -350,10 +361,12 @@ def spoken_time(
     if seconds < 90: return f'{round(seconds)} s'
     return f'{minutes} min' if minutes < 90 else f'{minutes//60} h {minutes % 60:02d} min'
 
+# %% ../nbs/51_runs.ipynb #8b05deee
 def total_steps(run)->int|None:
     "Optimizer steps of the whole run, `None` before it has started."
     return next((e['total_steps'] for e in run.events()[::-1] if 'total_steps' in e), None)
 
+# %% ../nbs/51_runs.ipynb #d971d036
 def seconds_left(
     run, # A `Run`
 )->float|None: # `None` before two steps have been logged since its start
@@ -380,6 +393,7 @@ def summary_line(
     if held := run.metrics('eval_loss'): parts.append(f'validation loss {held[-1][1]:.3f}')
     return ', '.join(parts)
 
+# %% ../nbs/51_runs.ipynb #9964869a
 def save_plot(
     run, # A `Run`
 )->Path: # `plots/training.png` in its folder
@@ -398,6 +412,7 @@ def _flat(data, prefix=''):
         out.update(_flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v})
     return out
 
+# %% ../nbs/51_runs.ipynb #46317cab
 def seconds_trained(
     run, # A `Run`
 )->float: # From each start or resume to the last event before the next, added up
@@ -410,23 +425,25 @@ def seconds_trained(
 
 def _started(run): return next((e['time'] for e in run.events()[:1]), 0)
 
-
 # %% ../nbs/51_runs.ipynb #3d670762
 _WIDTH = 80 # Columns of a terminal
 
 def _number(value): return '' if value is None else f'{value:.3f}'
 
+# %% ../nbs/51_runs.ipynb #faf8ec2f
 def _fixed_columns(r):
     "The columns that every run has, as texts."
     return {'run': shorten(r['run'], 18), 'date': r['date'][:10], 'model': '', 'status': r['status'],
             'step': str(r['step']), 'loss': _number(r['loss']), 'time': spoken_time(r['seconds'])}
 
+# %% ../nbs/51_runs.ipynb #32025296
 def _width(shown):
     "Columns that a table of these texts takes."
     def column(key): return [key, *(row[key] for row in shown)]
     widths = [max(map(len, column(key))) for key in shown[0]]
     return sum(widths) + 2*(len(widths) - 1)
 
+# %% ../nbs/51_runs.ipynb #7ff13ae1
 def _narrow(rows, settings):
     "The rows as texts for a table of at most 80 columns, and the settings that had no room."
     shown, left_out = [_fixed_columns(r) for r in rows], []
@@ -451,6 +468,7 @@ def _run_row(run, flat):
             'model': Path(str(flat.get('model.model_name', ''))).name, 'status': run.status, 'step': last_step(run),
             'loss': last('loss'), 'eval_loss': last('eval_loss'), 'seconds': round(seconds_trained(run))}
 
+# %% ../nbs/51_runs.ipynb #4fe571c6
 def _whole_row(row):
     "A row for the HTML table: the time in words."
     return {**{k: v for k,v in row.items() if k != 'seconds'}, 'time': spoken_time(row['seconds'])}
@@ -516,6 +534,8 @@ def _memory_words(e):
     took, planned = (spoken_size(e[f'{k}_growth_bytes']) for k in ('resident', 'planned'))
     return f'memory: training took {took}, {planned} planned'
 
+
+# %% ../nbs/51_runs.ipynb #aa8661b5
 def _resume_words(e):
     "Where training went on."
     if e.get('checkpoint'): return f"went on from {e['checkpoint']}"
@@ -526,15 +546,22 @@ def _stop_words(e):
     saved = f", saved in {e['checkpoint']}" if e.get('checkpoint') else ', before its first checkpoint'
     return f"stopped after step {e['step']}{saved}"
 
+def _mirror_words(e):
+    "Why a checkpoint is not in the mirror."
+    what = f"checkpoint-{e['step']} is not in the mirror" if e.get('step') else 'no mirror'
+    return f"{what}: {e['problem']}"
+
 # %% ../nbs/51_runs.ipynb #709eac79
 def _sample_words(e):
     "How many replies were written."
     return f"step {e['step']}: {e['count']} sample {'replies' if e['count'] != 1 else 'reply'}"
 
+# %% ../nbs/51_runs.ipynb #b022bce7
 def _spike_words(e):
     "By how much a loss is too high."
     return f"step {e['step']}: loss {float(e['spike']):.3g} is far above the usual {float(e['usual']):.3g}"
 
+# %% ../nbs/51_runs.ipynb #5e3977de
 def _compile_words(e):
     "Whether the layers could be compiled."
     if 'failed' in e: return f"layers could not be compiled: {e['failed']}"
@@ -545,6 +572,8 @@ _WORDS = { # kind of event: its words, from the event
     'start': lambda e: f"started: {e.get('total_steps')} steps", 'resume': _resume_words,
     'trial': lambda e: f"tried a validation batch and a save: {spoken_time(e['seconds'])}",
     'checkpoint': lambda e: f"saved checkpoint-{e['step']}, {spoken_size(e['bytes'])}",
+    'mirrored': lambda e: f"checkpoint-{e['step']} is in the mirror, read back and verified, {spoken_size(e['bytes'])}",
+    'mirror_failed': _mirror_words, 'fetched': lambda e: f"fetched checkpoint-{e['step']} from the mirror",
     'eval': lambda e: f"step {e['step']}: validation loss {float(e['eval_loss']):.3f}",
     'samples': _sample_words, 'spike': _spike_words, 'compile': _compile_words, 'memory': _memory_words,
     'fp8': lambda e: f"8-bit products: the loss is off by {float(e['loss_off']):.1%}",
@@ -597,6 +626,7 @@ def follow(
         if ended: return
         time.sleep(every_s)
 
+# %% ../nbs/51_runs.ipynb #68577547
 def watch(
     folder, # A run's folder, of this process or another, or a `Run`
 )->RunView: # How it stands now, and in a notebook from now on

@@ -28,11 +28,13 @@ from .template import WatchedDict
 # %% ../nbs/22_segments.ipynb #a273e5f4
 _SEQUENCES = ('normalizers', 'pretokenizers', 'decoders')
 
+# %% ../nbs/22_segments.ipynb #95f77ad2
 def _steps(node:dict|None)->list[dict]:
     "The steps of a normalizer, pre-tokenizer or decoder, which may be a sequence."
     if node is None: return []
     return next((node[k] for k in _SEQUENCES if k in node), [node])
 
+# %% ../nbs/22_segments.ipynb #613d6749
 def _rebuilt(node:dict|None, steps:list[dict])->dict|None:
     "The same node with other steps."
     if not steps: return None
@@ -42,6 +44,7 @@ def _rebuilt(node:dict|None, steps:list[dict])->dict|None:
 # %% ../nbs/22_segments.ipynb #c85c9362
 def _out_of_reach(i:int)->str: return f'\ufdd0{i}\ufdd1' # noncharacters, which no text may contain
 
+# %% ../nbs/22_segments.ipynb #6bd73994
 def _without_control(state:dict, names:set)->dict:
     "A tokenizer's description in which no text can become one of these added tokens; all ids stay as they are."
     model = dict(state['model'])
@@ -65,6 +68,7 @@ def _step_without_prefix(step):
     if step['type'] == 'ByteLevel': return {**step, 'add_prefix_space': False}
     return step
 
+# %% ../nbs/22_segments.ipynb #787facd0
 def _without_prefix(state:dict)->dict:
     "A tokenizer's description that adds no dummy space."
     normalizers = [s for s in _steps(state['normalizer']) if s['type'] != 'Prepend']
@@ -78,6 +82,7 @@ def _writes_bar(state:dict)->bool:
     steps = _steps(state['normalizer']) + _steps(state['pre_tokenizer'])
     return any(s['type'] == 'Metaspace' or s.get('content') == '▁' for s in steps)
 
+# %% ../nbs/22_segments.ipynb #503aaf77
 def _description(tokenizer)->dict:
     "A tokenizer as a dictionary, without truncation, padding, post-processing, and stripping by the decoder."
     backend = getattr(tokenizer, 'backend_tokenizer', None)
@@ -132,12 +137,14 @@ def content_ids(
         return _content_tokens(tokens, text, after)[0]
     return _checked(tokens, _encoding(tokens, text, after).ids)
 
+# %% ../nbs/22_segments.ipynb #c1a555ea
 def _encoding(tokens:TokenizerCopies, text:str, after:bool):
     "A text as the content tokenizer encodes it. Raises `DataError` for invalid Unicode."
     try: return (tokens.after if after else tokens.plain).encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):
         raise DataError('content: not valid Unicode (a lone surrogate); repair or remove it') from None
 
+# %% ../nbs/22_segments.ipynb #63122705
 def _checked(tokens:TokenizerCopies, ids:list[int])->list[int]:
     "The ids, if there is no control id among them. Raises `DataError` otherwise."
     if tokens.control.keys().isdisjoint(ids): return ids
@@ -173,6 +180,7 @@ def _first_control(tokens:TokenizerCopies, text:str)->tuple[int,int,int|None]:
     found = ((*offsets, i) for i,offsets in zip(e.ids, e.offsets) if i in tokens.control)
     return next(found, (len(text), len(text), None))
 
+# %% ../nbs/22_segments.ipynb #d59078f6
 def _template_ids(tokens:TokenizerCopies, text:str, after:bool|None)->list[int]:
     "Ids of template text. `after`: it follows a control token; `None`: it is at the start."
     lead = 0 if after is None else _first_control(tokens, text)[0]
@@ -188,6 +196,7 @@ def _state_of(tokenizer)->tuple:
     template = template.copy() if isinstance(template, dict) else template
     return len(tokenizer), template, tokenizer.special_tokens_map, tokenizer.all_special_tokens
 
+# %% ../nbs/22_segments.ipynb #31b0c312
 def tokenizer_copies(
     tokenizer, # A transformers tokenizer
 )->tuple[TokenizerCopies,dict]:
@@ -224,19 +233,23 @@ class ContentSlot(NamedTuple):
 # %% ../nbs/22_segments.ipynb #ddea3e25
 _SPACE = '\t \x0b\u2003 \t' # white space that no template writes
 
+# %% ../nbs/22_segments.ipynb #ca85acc6
 def _placeholders(n:int, text:str)->list[str]:
     "One private text per message that does not occur in the template."
     salt = 'Zq'
     while salt in text: salt += 'Zq'
     return [f'{salt}{i}: "a\\b" É\'s <T&t> {{{{c}}}}\n|{i}{salt[::-1]}' for i in range(n)]
 
+# %% ../nbs/22_segments.ipynb #f452d8f7
 def _spaced(texts:list[str])->list[str]: return [_SPACE + t + _SPACE for t in texts]
 
 # %% ../nbs/22_segments.ipynb #04375757
 def _refuse(name:str, why:str): raise ConfigError(f"template '{name}' {why}; choose another one")
 
+# %% ../nbs/22_segments.ipynb #41d0f969
 def _quoted(text:str)->str: return json.dumps(text, ensure_ascii=False)
 
+# %% ../nbs/22_segments.ipynb #6a2c1ecd
 def _forms(name:str, marks:list[str], text:str)->list[str]:
     "Each placeholder as the rendering contains it, quoted or not; exactly once and in order."
     forms = [_quoted(m) if _quoted(m) in text else m for m in marks]
@@ -330,6 +343,7 @@ def _markers_of(template:ChatTemplate, names:set)->tuple[str,...]:
 class _Looked(Exception):
     "The template looks into a text, so that its parts may depend on it."
 
+# %% ../nbs/22_segments.ipynb #b5af2d3f
 class TemplateEncoder:
     "One template on one tokenizer."
     def __init__(self, tokenizer, tokens:TokenizerCopies, template:ChatTemplate):
@@ -396,10 +410,13 @@ class TemplateEncoder:
 # %% ../nbs/22_segments.ipynb #2015ed3b
 _TRIED = (('user',), ('user', 'assistant')*32, ('system', 'user', 'assistant', 'tool', 'assistant'))
 
+# %% ../nbs/22_segments.ipynb #9147b249
 def _clean(n:int)->list[str]: return [('Hello there.', 'I see, 42!', 'Is it far?', 'yes')[i % 4] for i in range(n)]
 
+# %% ../nbs/22_segments.ipynb #f848f42a
 def _messages(roles:tuple, texts:list)->list[dict]: return [{'role': r, 'content': t} for r,t in zip(roles, texts)]
 
+# %% ../nbs/22_segments.ipynb #e07dcfbc
 def _try_template(enc, *shapes:tuple):
     "Render conversations of these roles in a separate process. Raises `ConfigError` if that exceeds a limit."
     call = {'type': 'function', 'function': {'name': 'get', 'arguments': {'place': 'Oslo'}}}
@@ -419,6 +436,7 @@ def _part_ids(enc, part, content:str)->list[int]:
     "Ids of one part; `content` is that of its message."
     return part.ids if isinstance(part, FixedPart) else content_ids(enc.tokens, part.text(content), part.after)
 
+# %% ../nbs/22_segments.ipynb #8d96e783
 def _proved(enc, roles:tuple, parts:list)->list|None:
     "The parts, if on clean content they give the ids of the whole rendered text; `None` otherwise."
     clean = _clean(len(roles))
@@ -434,6 +452,7 @@ def _opening(enc)->str:
     if mark not in text: return text
     return text[:text.index(mark)]
 
+# %% ../nbs/22_segments.ipynb #2c767a71
 def _check_prompt(enc):
     "Raises `ConfigError` if the template asks for an answer with other text than it writes before one."
     from jinja2 import TemplateError
@@ -473,6 +492,7 @@ class _Leaf(NamedTuple):
     kind:str # `'answer'`, `'thought'`, `'call'`, `'tools'`, or `'other'`
     key:tuple # Which value of the message
 
+# %% ../nbs/22_segments.ipynb #6dfc5f2b
 def _form(conv:Conversation)->tuple:
     "What the layout of a conversation depends on: its roles, and which values there are."
     def calls(m): return tuple((bool(c.id), c.arguments != '{}') for c in m.tool_calls or ())
@@ -480,6 +500,7 @@ def _form(conv:Conversation)->tuple:
             *((m.role, bool(m.content), bool(m.reasoning_content), calls(m), bool(m.name), bool(m.tool_call_id))
               for m in conv.messages))
 
+# %% ../nbs/22_segments.ipynb #61cdced8
 def _thought_field(text:str)->str: # Empty if the template knows no thoughts
     "The name under which a template looks for a message's thought."
     fields = ('reasoning_content', 'thinking', 'reasoning')
@@ -494,6 +515,7 @@ def _call_input(i:int, j:int, call:ToolCall, put)->dict:
     call_id = {'id': put(leaf('id'), call.id)} if call.id else {}
     return {**call_id, 'type': 'function', 'function': {'name': put(leaf('name'), call.name), 'arguments': arguments}}
 
+# %% ../nbs/22_segments.ipynb #947fd83e
 def _template_input(conv:Conversation, thought:str, put=lambda leaf, value: value)->tuple[list[dict],list|None]:
     "Messages and tools as a template gets them; `put` may replace each value."
     messages = []
@@ -547,6 +569,7 @@ class LayoutText(NamedTuple):
     kind:str # `'open'`, or what it is taught with: `'answer'`, `'thought'`, `'call'`
     edge:bool=False # The prompt ends here
 
+# %% ../nbs/22_segments.ipynb #a3ede8b6
 class LayoutValue(NamedTuple):
     "The place of a value in a layout."
     leaf:_Leaf
@@ -566,6 +589,7 @@ class LayoutValue(NamedTuple):
         if self.lstrip: value = value.lstrip()
         return value.rstrip() if self.rstrip else value
 
+# %% ../nbs/22_segments.ipynb #41fd0798
 class _Layout(NamedTuple):
     "How a template writes the conversations of one form."
     items:list # `LayoutText`s and `LayoutValue`s in order
@@ -593,6 +617,7 @@ def _places(enc, probe:_Probe)->tuple[list,tuple]:
     if order != sorted(order): _refuse(name, 'changes the order of the messages')
     return found, tuple(missing)
 
+# %% ../nbs/22_segments.ipynb #8bf05bb8
 def _values(enc, probe:_Probe, spaced:_Probe)->tuple[list[str],list,tuple]:
     "The text between the values, the values with the white space the template strips, and the values left out."
     found, missing = _places(enc, probe)
@@ -623,6 +648,7 @@ def _atoms(tokens:TokenizerCopies, text:str)->list[tuple]:
         pos = end
     return [*found, (text[pos:], None)] if pos < len(text) else found
 
+# %% ../nbs/22_segments.ipynb #f738f150
 def _owners(tokens:TokenizerCopies, pieces:list[str], values:list)->list[int]:
     "The message of each value; a tool belongs to the message in whose turn it stands."
     owners = [v.leaf.message for v in values]
@@ -647,6 +673,7 @@ def _before_names(enc, content:str, n:int)->list[str]:
     found.sort()
     return [probe.text[a + n:b] for (a,n,_),(b,_,what) in zip(found, found[1:]) if what == 'name']
 
+# %% ../nbs/22_segments.ipynb #1cda027f
 def call_opening(enc)->str: # Empty if it writes no calls
     "What a template writes before the name of a function, apart from what stands between a call and its neighbours."
     if enc.call_opening is None:
@@ -727,6 +754,7 @@ def _made_layout(enc, conv:Conversation)->_Layout:
         _refuse(enc.template.name, 'changes or leaves out the text of a message, a tool or a call')
     return layout
 
+# %% ../nbs/22_segments.ipynb #47ac0f83
 def _clean_words(conv:Conversation)->Conversation:
     "A conversation of the same form, with clean words instead of its values."
     word, = _clean(1)
@@ -738,6 +766,7 @@ def _clean_words(conv:Conversation)->Conversation:
                        tool_calls=calls, name=m.name and 'get', tool_call_id=m.tool_call_id and 'c1')
     return Conversation(tuple(map(message, conv.messages)), tools=tuple(map(tool, conv.tools)))
 
+# %% ../nbs/22_segments.ipynb #f7a32962
 def _after(value:LayoutValue)->str:
     "With what the end of a turn is taught, if this is its last value."
     return 'answer' if value.kind in ('tools', 'other') else value.kind
@@ -751,6 +780,7 @@ class WrittenConversation(NamedTuple):
     left_out:tuple # `_Leaf`s that are not written, or not whole
     as_text:frozenset=frozenset() # Messages whose calls are written as JSON, because the template writes none
 
+# %% ../nbs/22_segments.ipynb #679df1aa
 def _value(conv:Conversation, leaf:_Leaf):
     "The value that belongs at this place."
     if leaf.kind == 'tools': return conv.tools[leaf.key[0]]
@@ -763,6 +793,7 @@ def _filled(conv:Conversation, items:list)->list[str]:
     "The text of each item."
     return [x.text if isinstance(x, LayoutText) else x.text(_value(conv, x.leaf)) for x in items]
 
+# %% ../nbs/22_segments.ipynb #e005fee1
 def _aligned(items:list, texts:list[str], official:str)->list[str]|None:
     "The texts as the template wrote them, if it left out parts of values only; `None` otherwise."
     found, pos = [], 0
@@ -790,6 +821,7 @@ def _calls_as_text(conv:Conversation)->Conversation:
     return replace(conv, messages=tuple(
         replace(m, content=content(m), tool_calls=None) if m.tool_calls else m for m in conv.messages))
 
+# %% ../nbs/22_segments.ipynb #33b17a23
 def _thoughts_apart(conv:Conversation)->Conversation:
     "Thoughts that stand in a content, between `<think>` and `</think>`, in their own field."
     def apart(m):
@@ -798,6 +830,7 @@ def _thoughts_apart(conv:Conversation)->Conversation:
         return replace(m, reasoning_content=thought.rpartition('<think>')[2], content=content)
     return replace(conv, messages=tuple(map(apart, conv.messages)))
 
+# %% ../nbs/22_segments.ipynb #2a681d2e
 def written_by_template(enc, conv:Conversation)->WrittenConversation:
     "A conversation as its template writes it. Raises `DataError` if that cannot be followed."
     layout, as_text = enc.layout(conv), frozenset()
@@ -824,6 +857,7 @@ def written_by_template(enc, conv:Conversation)->WrittenConversation:
     raise DataError(f"template '{enc.template.name}' {why} and writes this conversation in a way that cannot be followed; "
                     + remedy)
 
+# %% ../nbs/22_segments.ipynb #cf10dec3
 def official_text(enc, conv:Conversation)->str:
     "The template's own rendering. Raises `DataError` if it refuses the conversation."
     from jinja2 import TemplateError
@@ -870,6 +904,7 @@ def _own_text(tokenizer, tools:bool)->str|None:
     try: return tokenizer.get_chat_template(tools=[{}] if tools else None)
     except ValueError as e: raise ConfigError(f'template: {shorten(e, 120)}') from None
 
+# %% ../nbs/22_segments.ipynb #b32408f2
 def _choose(tokenizer, template, tools:bool=False, options:tuple=())->ChatTemplate:
     "The template of this name on this tokenizer."
     if isinstance(template, ChatTemplate): return replace(template, options=(*template.options, *options))
@@ -886,6 +921,7 @@ def _choose(tokenizer, template, tools:bool=False, options:tuple=())->ChatTempla
         return replace(TEMPLATES['alpaca'], reason='the tokenizer has none of its own', options=options)
     raise ConfigError("template 'tokenizer': this tokenizer has no chat template; use template='auto' or a named one")
 
+# %% ../nbs/22_segments.ipynb #c9f6fd86
 def get_encoder(
     tokenizer, # A transformers tokenizer
     template='auto', # As in `encode`
@@ -911,6 +947,7 @@ def get_template(
     Raises `ConfigError` if the template cannot be followed or needs tokens that are missing."""
     return get_encoder(tokenizer, template).template
 
+# %% ../nbs/22_segments.ipynb #b8734f8e
 def stop_ids(
     tokenizer, # A Hugging Face tokenizer with a fast backend
     template:str|ChatTemplate='auto', # As in `get_template`

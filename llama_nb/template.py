@@ -181,6 +181,7 @@ class WatchedDict(dict):
     def __str__(self): self._look('text'); return dict.__repr__(self)
     __repr__ = __str__
 
+# %% ../nbs/21_template.ipynb #dc04393e
 def open_values(x, how:dict):
     "A value as plain objects; each watched one notes that it was written, and how."
     if isinstance(x, WatchedDict): x.written.append(how)
@@ -197,6 +198,7 @@ def _count_step(context):
         raise ConfigError(f'the chat template takes more than {_MAX_STEPS:,} steps for one conversation; '
                           'choose another one')
 
+# %% ../nbs/21_template.ipynb #d05c5681
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     how = dict(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return json.dumps(x if isinstance(x, str) else open_values(x, how), **how)

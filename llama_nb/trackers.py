@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from .errors import import_extra, logger, one_line, redact
 from .guards import FiniteGuard, InterruptGuard, SpikeGuard, TrialGuard
+from .ranks import is_main, summed
 from .runs import cell_number, Run, RunView, spoken_time
 from .safe_trainer import Guard, same_random_state
 from .views import can_show_progress, tell, View, write_jsonl
@@ -47,8 +48,9 @@ class EventLog(Guard):
         if 'loss' in logs:
             now = time.monotonic()
             values = {k: logs[k] for k in _LOGGED if k in logs}
+            tokens, = summed([self.tokens]) # the taught tokens are those of all ranks already
             self.run.log('train', step=state.global_step, epoch=round(state.epoch or 0, 4), **values,
-                         tokens=int(self.tokens), taught_tokens=int(self.taught), seconds=round(now - self.since, 4))
+                         tokens=tokens, taught_tokens=int(self.taught), seconds=round(now - self.since, 4))
             self.tokens, self.taught, self.since = 0, 0, now
         elif 'eval_loss' in logs:
             self.run.log('eval', step=state.global_step, **{k: v for k,v in logs.items() if k.startswith('eval_')})
@@ -118,6 +120,7 @@ def _above_bars():
     else:
         with bars.tqdm.external_write_mode(): yield
 
+# %% ../nbs/55_trackers.ipynb #0ca9572c
 class PaceGuard(Guard):
     "Says how many steps there are and, after the first few, how long they will take."
     def __init__(self,
@@ -145,6 +148,7 @@ def in_notebook()->bool: # Whether this is a cell of a running notebook
     interactive = sys.modules.get('IPython')
     return hasattr(interactive and interactive.get_ipython(), 'kernel')
 
+# %% ../nbs/55_trackers.ipynb #f7cf6c3c
 class LiveView(Guard):
     "Shows the run as `watch` does, and updates the picture during training."
     shows_progress = True
@@ -196,6 +200,7 @@ def tracked_config(
     sections = {name: config.get(name) or {} for name in _TRACKED}
     return {f'{name}.{k}': section[k] for name,section in sections.items() for k in _TRACKED[name] if k in section}
 
+# %% ../nbs/55_trackers.ipynb #8022ae87
 def _has_wandb_key():
     "Whether wandb could log in without asking."
     import netrc
@@ -288,6 +293,7 @@ def guards(
 )->list: # Callbacks for `transformers.Trainer(callbacks=...)` with `SafeTrainer`
     "The callbacks that all our trainers use."
     shows = can_show_progress() if progress is None else progress
+    if not is_main(): shows, report_to, samples = False, (), None # one process speaks for all
     live = shows and in_notebook()
     made = [FiniteGuard(tokenizer), SpikeGuard(run, tokenizer), InterruptGuard(run), TrialGuard(run, publish),
             PaceGuard(measure=not live), EventLog(run)]

@@ -54,6 +54,26 @@ from .sources import model_shape
 from .stopping import check_conversations, chosen_steps, StopGuard
 from .trackers import guards, LiveView
 from .views import live_text, stage, tell, write_json, write_text
+from .store import select
+from .mirror import check_address
+from .mirror import Mirror
+from .linears import unpack_scales_
+from .sources import chosen_rope
+from .launch import launch_training
+from .launch import LaunchSpec
+from .launch import Machines
+from .ranks import all_values
+from .ranks import from_main
+from .ranks import is_launched
+from .ranks import is_main
+from .ranks import rank_device
+from .ranks import start_ranks
+from .safe_trainer import SilentRun
+from .layers import recompute_norms_
+from .inputs import check_objects
+from .launch import stop_launched
+from .shards import frozen_layer_bytes
+from .shards import shard_base_
 
 # %% ../nbs/72_train.ipynb #5242414e
 def resolve(
@@ -64,7 +84,8 @@ def resolve(
     model, training = config.model, config.training
     auto = model.bnb_4bit_compute_dtype == 'auto'
     if training.compute == 'bf16' and auto and compute_dtype('auto', device) == torch.float16: # a GPU without bfloat16
-        training = replace(training, compute='fp16')
+        # modules trained in full would need float32 copies of their own to be trained in float16
+        training = replace(training, compute='fp32' if config.lora.modules_to_save else 'fp16')
     dtype = {'fp32': 'float32', 'fp16': 'float16'}.get(training.compute)
     if dtype is not None: model = replace(model, bnb_4bit_compute_dtype=dtype)
     return replace(config, model=model, training=training)
@@ -139,7 +160,11 @@ def _object_settings(given, model_config, lora_config):
         base, own = read_adapter(given.adapter)
         model_config = model_config or (base if given.model is None else None)
     if given.model is not None:
-        model_config = describe_model(given.model, (model_config or ModelConfig()).max_length)
+        was_asked = model_config is not None
+        asked = model_config.max_length if model_config else ModelConfig().max_length
+        model_config = describe_model(given.model, asked)
+        positions = getattr(given.model.config, 'max_position_embeddings', None) or asked
+        if not was_asked: model_config = replace(model_config, max_length=min(asked, positions))
         if hasattr(given.model, 'peft_config'):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict())
     if own is not None and lora_config is not None and lora_config != own:
@@ -181,6 +206,7 @@ class LLAMATrainer:
         callbacks=(), # `TrainerCallback`s for the loop
         compute_metrics=None, # As for `Trainer`: logits `(1, T, V)` and labels `(1, T)` to a dictionary of numbers
     ):
+        check_objects(tokenizer, callbacks)
         self.given = Given(data, validation, model, tokenizer, adapter, tuple(callbacks), compute_metrics)
         model_config, lora_config = _object_settings(self.given, model_config, lora_config)
         if data is not None: data_config = replace(data_config or DataConfig(), dataset_name=IN_MEMORY, data_path=None, datasets=None)
@@ -189,18 +215,21 @@ class LLAMATrainer:
                     'evaluation': eval_config}
         given = {name: section for name,section in sections.items() if section is not None}
         if device is None and model is not None: device = next(model.parameters()).device
-        self.device = torch.device(device) if device is not None else pick_device()
+        self.device = torch.device(device) if device is not None else rank_device() or pick_device()
         self.config = resolve(RunConfig(**given), self.device)
+        start_ranks(self.device, self.config.training.ddp_timeout) # if torchrun started this process
         self._hf_trainer = self.run = None # of the latest `train`
         self.prepared_conversation = None # a run made ready by asking for `hf_trainer`
         self.planned = None # its `MemoryPlan`
         self.ledgers = {} # split: rows that `rows` shortened, dropped or skipped
         self.held_out = None # the `EncodedSplit` of the validation set, from `rows`
         self._model = self._data = self._rows = None # loaded on first use
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer if tokenizer is None else run_tokenizer(self.config, tokenizer)
         self.validation_names = {} # name -> number of held-out conversations, if they have names
         if data is not None: self._data, self.validation_names = as_splits(data, validation, self.config.data)
         self._start = None # the adapter's initial values
+        self.in_parts = None # whether several ranks share the base, as `training.parallel: auto` has decided
+        self.trained_in = None # the `Run` that other processes trained, whose adapter the model gets
         self._chat = None # the `ChatSession`
         self._thread = self._error = None # of a training in the background
 
@@ -228,6 +257,8 @@ class LLAMATrainer:
 
     @property
     def tokenizer(self):
+        if self._tokenizer is None and self.config.model.model_name == IN_MEMORY:
+            raise ConfigError('tokenizer: the model you gave has no name that leads to its tokenizer; give it too: tokenizer=...')
         if self._tokenizer is None: self._tokenizer = run_tokenizer(self.config)
         return self._tokenizer
 
@@ -248,9 +279,11 @@ class LLAMATrainer:
             with loading, _explained(self, 'model loading'), torch.random.fork_rng(devices=devices):
                 torch.manual_seed(training.seed)
                 self._model = _make_model(self)
-            if training.fast_path: apply_fast_path_(self._model, attention=self._uses_fast_attention)
+            if training.fast_path: apply_fast_path_(
+                self._model, attention=self._uses_fast_attention, kernels=training.kernels)
             trained = ((n, p) for n,p in self._model.named_parameters() if p.requires_grad)
             self._start = {n: p.detach().clone() for n,p in trained}
+            if self.trained_in is not None: _load_published_(self._model, self.trained_in)
         return self._model
 
     @property
@@ -268,9 +301,11 @@ class LLAMATrainer:
         return self._hf_trainer
 
     def train(self, resume=False, progress:bool|None=None, samples=None, background:bool=False, callbacks=(),
-              optimizers=(None, None))->Run:
-        "Train; see `train_run`."
-        return train_run(self, resume, progress, samples, background, callbacks, optimizers)
+              optimizers=(None, None), num_processes:int|None=None, machines:Machines|None=None)->Run:
+        "Train; see `train_run`. `num_processes` replaces the setting, `machines` says which of several machines this is."
+        if num_processes is not None:
+            self.config = replace(self.config, training=replace(self.config.training, num_processes=num_processes))
+        return train_run(self, resume, progress, samples, background, callbacks, optimizers, machines)
 
     @property
     def is_training(self)->bool:
@@ -287,7 +322,7 @@ class LLAMATrainer:
 
     def stop(self)->Run:
         "Stop a training in the background after its current step, and save. `train(resume=True)` continues it."
-        if self.is_training and self.run.status == 'running': self.run.stop()
+        if self.is_training and not stop_launched(self.run) and self.run.status == 'running': self.run.stop()
         try: return self.wait()
         except RunInterrupted: return self.run
 
@@ -336,7 +371,8 @@ def _encode_data(trainer):
     "Training rows, validation rows and their facts: what `LLAMATrainer.rows` keeps."
     train, validation = trainer.data.train, trainer.data.validation
     trainer.ledgers.clear()
-    _check_length(trainer.config)
+    _settle_rope(trainer)
+    _check_length(trainer)
     tell(f'encoding {len(train) + len(validation):,} conversations')
     rows, t = _encode_split(trainer, 'train', train)
     held, v = _encode_split(trainer, 'validation', validation)
@@ -364,17 +400,26 @@ def _validation_rows(trainer, held):
     if not trainer.validation_names: return held or None
     found, first = {}, 0
     for name,size in trainer.validation_names.items():
-        part = trainer.data.validation[first:first + size]
+        part = select(trainer.data.validation, range(first, first + size))
         found[name], first = _encode_split(trainer, 'validation', part)[0], first + size
     return found
 
 # %% ../nbs/72_train.ipynb #4b159c22
-def _check_length(config):
+def _check_length(trainer):
     "Raise `ConfigError` if rows may be longer than the model has positions for."
-    limit = model_shape(config.model).max_position_embeddings
+    config = trainer.config
+    shape = model_shape(config.model) if trainer.given.model is None else trainer.given.model.config
+    limit = shape.max_position_embeddings
     if config.model.max_length > limit:
         raise ConfigError(f'model.max_length: found {config.model.max_length}, but the model has positions for {limit} tokens; '
-                          f'set model.max_length={limit} or lower')
+                          f'set model.max_length={limit} or lower, or stretch its RoPE with model.rope_scaling=auto')
+
+def _settle_rope(trainer):
+    "Decide `rope_scaling=\"auto\"`, so that the run's settings tell how far RoPE is stretched."
+    model = trainer.config.model
+    if model.rope_scaling != 'auto' or trainer.given.model is not None: return
+    rope = chosen_rope(model_shape(replace(model, rope_scaling=None)), model)
+    trainer.config = replace(trainer.config, model=replace(model, rope_scaling=rope))
 
 # %% ../nbs/72_train.ipynb #1ea904ed
 def _touched_rows(trainer): return list(chain.from_iterable(trainer.ledgers.values()))
@@ -419,13 +464,15 @@ def _save_touched(trainer, folder):
 def _auto_settings(trainer, checkpoint):
     "Rows per micro-batch, number of steps, whether to compile; a resumed run keeps the values of its checkpoint."
     c, t, rows = trainer.config, trainer.config.training, trainer.rows().train
+    checkpoint = checkpoint if is_main() else None # its values count for all
     size, compiled = t.per_device_train_batch_size, t.compile
     if size == 'auto': size = settled(checkpoint, 'training.per_device_train_batch_size')
     if size is None: size = auto_batch_size(len(rows), c.model, _as_computed(c, trainer.device), c.lora, trainer.device)
     steps = num_steps(len(rows), size, t)
     if compiled == 'auto': compiled = settled(checkpoint, 'training.compile')
     if compiled is None: compiled = _auto_compile(trainer, size, steps)
-    return size, steps, compiled
+    in_parts = _is_in_parts(trainer) # all ranks ask
+    return from_main([size, steps, compiled and not in_parts])
 
 def _auto_compile(trainer, batch_size, steps):
     "Whether compiled layers are worth it in this run, see `auto_compile`."
@@ -433,7 +480,7 @@ def _auto_compile(trainer, batch_size, steps):
     batch_tokens = batch_size*max_length
     filled = data.facts['train']['tokens']/(math.ceil(len(data.train)/batch_size)*batch_tokens)
     weights = parameter_counts(trainer.model.get_base_model().config)['linears']
-    return auto_compile(weights, steps*t.gradient_accumulation_steps*batch_tokens, filled, t, trainer.device)
+    return auto_compile(weights, steps*t.gradient_accumulation_steps*t.num_processes*batch_tokens, filled, t, trainer.device)
 
 # %% ../nbs/72_train.ipynb #0aed3a91
 def _memory_plan(trainer, batch_size):
@@ -445,6 +492,28 @@ def _memory_plan(trainer, batch_size):
     shape = trainer.model.get_base_model().config
     return decide(c.model, room_bytes(trainer.device), t, c.lora, shape=shape, **measured)
 
+# %% ../nbs/72_train.ipynb #2b73e890
+def _is_in_parts(trainer):
+    "Whether the ranks share the base, each with a part of it; `auto` shares only what does not fit one GPU."
+    t = trainer.config.training
+    if t.num_processes == 1 or t.parallel == 'ddp': return False
+    if t.parallel == 'fsdp': return True
+    if trainer.device.type != 'cuda': return False
+    if trainer.in_parts is None:
+        size = t.per_device_train_batch_size if t.per_device_train_batch_size != 'auto' else 1
+        trainer.in_parts = from_main(not _memory_plan(trainer, size).fits(room_bytes(trainer.device)))
+        kind, why = ('fsdp', 'the base does not fit') if trainer.in_parts else ('ddp', 'the whole base fits')
+        tell(f'training.parallel: {kind}, because {why} each GPU')
+    return trainer.in_parts
+
+def _share_base(trainer, run):
+    "Cut the base into parts, and say how much of it each rank holds."
+    whole = frozen_layer_bytes(trainer.model)[1]
+    shard_base_(trainer.model)
+    held = [here for here,_ in all_values(frozen_layer_bytes(trainer.model))]
+    run.log('shards', step=0, bytes=held, whole_bytes=whole)
+    tell(f'fsdp: each process holds at most {max(held)/whole:.0%} of the {whole/1e6:,.1f} MB of the layers; no sample replies')
+
 # %% ../nbs/72_train.ipynb #bbceb976
 def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, optimizers=(None, None)):
     "The `PackedTrainer` of a run."
@@ -453,7 +522,10 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, o
     args = training_arguments(c.training, run.folder, steps, batch_size, bool(data.validation), on_cpu)
     settings = trainer.planned.settings
     set_checkpointing_(model, settings['checkpointed_layers'])
-    if settings['dequantised_copy']: unpack_copies_(model)
+    in_parts = _is_in_parts(trainer)
+    if settings['dequantised_copy'] and not in_parts: unpack_copies_(model)
+    if settings['decoded_scales'] and not in_parts: unpack_scales_(model)
+    if c.training.fast_path: recompute_norms_(model, settings['recomputed_norms'])
     exact = c.training.compute == 'fp32'
     dtype = torch.float32 if exact else compute_dtype(c.model.bnb_4bit_compute_dtype, trainer.device)
     collate = _collators(trainer, batch_size)
@@ -464,6 +536,7 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, o
                          same_bits=c.training.deterministic)
     made.remove_callback(PrinterCallback)
     if on_cpu and c.training.fast_path: keep_freed_memory_()
+    if in_parts: _share_base(trainer, run)
     return made
 
 def _collators(trainer, batch_size):
@@ -475,8 +548,10 @@ def _collators(trainer, batch_size):
 # %% ../nbs/72_train.ipynb #4857b27e
 def _check_supported(training, resume, device):
     "Raise `ConfigError` for settings that would fail late, or that this version does not support."
-    if training.num_processes != 1 and int(os.environ.get('WORLD_SIZE', 1)) != training.num_processes:
-        raise ConfigError(f'training.num_processes: this is one process, found {training.num_processes}; set it to 1')
+    started = int(os.environ.get('WORLD_SIZE', 1))
+    if started != training.num_processes:
+        raise ConfigError(f'training.num_processes: found {training.num_processes}, but this process is one of {started} '
+                          f'(WORLD_SIZE); set it to {started}')
     if device.type == 'cuda' and (index := _gpu_index(device)) and 'WORLD_SIZE' not in os.environ:
         raise ConfigError(f'device: found cuda:{index}, but training uses the first GPU that the process can see; '
                           f'start Python with CUDA_VISIBLE_DEVICES={index} and leave the device out')
@@ -484,6 +559,7 @@ def _check_supported(training, resume, device):
     if training.compute == 'fp16' and device.type == 'cpu':
         logger.warning('training.compute: a CPU multiplies float16 slowly; bf16 is faster')
     if training.push_to_hub: check_upload()
+    if training.mirror: check_address(training.mirror)
     if not resume: check_name(training.run_name)
 
 def _check_scaled(config):
@@ -527,12 +603,22 @@ def _step(checkpoint): return int(checkpoint.name.split('-')[1])
 def _checkpoint_to_resume(run, resume):
     "The checkpoint to resume from; `None` for a new run, and for a run that has no checkpoint yet."
     if not resume: return None
+    if not is_main(): return _checkpoint_of_main(run, from_main())
     sweep(run)
     path = None if resume is True else Path(getattr(resume, 'folder', resume))
     checkpoint = find_checkpoint(run, path if path and path.parent == run.folder else None)
     if checkpoint is None: logger.warning('%s has no checkpoint yet, so it starts again at step 0', run.name)
     else: tell(f'resuming from {checkpoint.name}')
+    from_main(checkpoint and checkpoint.name)
     return checkpoint
+
+def _checkpoint_of_main(run, name):
+    "The checkpoint that the main process has chosen. Raises `ResourceError` if this machine does not have it."
+    if name is None: return None
+    if not (run.folder/name).is_dir():
+        raise ResourceError(f'{name} is not in {redact(run.folder)} on this machine; put training.output_dir on a disk that '
+                            'all machines share, then resume')
+    return run.folder/name
 
 # %% ../nbs/72_train.ipynb #822ba354
 def _facts(trainer, batch_size, compiled):
@@ -558,12 +644,13 @@ def _reply_sampler(trainer):
     "The function that answers held-out prompts at each validation; `None` if the settings ask for none."
     from llama_nb.generate import reply_sampler
     e, data = trainer.config.evaluation, trainer.data
-    if not e.sample_prompts: return None
+    if not e.sample_prompts or _is_in_parts(trainer): return None # all ranks would have to write
     return reply_sampler(trainer.model, trainer.tokenizer, data.validation, data.train, e.sample_prompts,
                          trainer.config.data.template, e.max_new_tokens)
 
 def _save_facts(trainer, run):
     "Write what is known about data and machine into the run folder."
+    if not is_main(): return
     write_json(run.folder/'data.json', trainer.rows().facts)
     _save_touched(trainer, run.folder)
     write_text(run.folder/TRAINED_ROWS, ''.join(f'{conversation_hash(c)}\n' for c in trainer.data.train))
@@ -575,6 +662,7 @@ def _save_facts(trainer, run):
 # %% ../nbs/72_train.ipynb #24a5b441
 def _save_settings(trainer, run, facts):
     "Write the settings of this start or resume into the run folder, and into its model card if there is one."
+    if not is_main(): return
     if forget_adapter(run, facts):
         tell(f'{run.name} goes on with other settings, so its published adapter is removed; '
              'the weights are in its checkpoints')
@@ -603,7 +691,7 @@ def check_upload():
         raise ConfigError('training.push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or set push_to_hub=false')
     if get_token() is None: raise ConfigError('training.push_to_hub: you are not logged in to the Hub; run `hf auth login` first')
 
-UPLOADED = ('adapter_model.safetensors', 'adapter_config.json', 'tokenizer*', 'special_tokens_map.json', '*.jinja', 'README.md')
+UPLOADED = ('adapter_model.safetensors', 'adapter_config.json', 'rope_scaling.json', 'tokenizer*', 'special_tokens_map.json', '*.jinja', 'README.md')
 
 def upload(
     run:Run, # A finished run
@@ -633,16 +721,44 @@ def _check_validation(t, trainer):
         if getattr(t, key) and not num: raise ConfigError(f'training.{key} needs held-out conversations; raise data.val_size')
     if t.early_stopping: check_conversations(num)
 
+def _check_same_data(facts):
+    "Raise `ConfigError` if another rank has other data or another base."
+    mine = {k: facts['settings'][k] for k in ('data.rows', 'base weights', 'tokenizer')}
+    for i,theirs in enumerate(all_values(mine)):
+        for name in mine:
+            if theirs[name] == mine[name]: continue
+            raise ConfigError(f'{name}: process {i + 1} has {theirs[name]}, this one has {mine[name]}; '
+                              'all machines must read the same model and data')
+
+def _check_same_step(checkpoint, facts):
+    "Raise `ConfigError` if a step would have another number of micro-batches, and so other rows than before."
+    names = 'training.num_processes', 'training.gradient_accumulation_steps'
+    old, new = [settled(checkpoint, name) for name in names], [facts['settings'][name] for name in names]
+    if checkpoint is None or None in old or old[0] == new[0] or old[0]*old[1] == new[0]*new[1]: return
+    raise ConfigError(f'training.num_processes: {old[0]} → {new[0]}: a step of {checkpoint.name} has {old[0]} × {old[1]} '
+                      f'micro-batches (processes × gradient_accumulation_steps), now it would have {new[0]} × {new[1]}, '
+                      'and so other rows; make the products equal, and name both settings in training.allow_changes')
+
 def _check_same(trainer, checkpoint, facts, run):
     "As `check_settings`; for other data in memory it says how to give the same again."
+    _check_same_data(facts)
+    if not is_main(): return
     try: check_settings(checkpoint, facts, trainer.config.training.allow_changes, run)
     except ConfigError as e:
         if trainer.config.data.dataset_name != IN_MEMORY or 'data.rows' not in str(e): raise
         raise ConfigError(f'{e}. This is other data than the run was trained on: give the same again with data=... '
                           '(and validation=...), in the same order, or start a new run') from None
+    _check_same_step(checkpoint, facts)
 
 # %% ../nbs/72_train.ipynb #4ebf1cf3
-def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(None, None)):
+def _shared_run(trainer, resume, into):
+    "The run of all ranks: the main process makes or finds it, the others only read it."
+    if not is_main(): return SilentRun(from_main())
+    run = into if into is not None else open_run(trainer.config, resume, trainer.run)
+    from_main(str(run.folder.absolute()))
+    return run
+
+def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(None, None), into=None):
     "Check everything that can be checked before the first step, and make or find the run."
     c, t = trainer.config, trainer.config.training
     _check_supported(t, resume, trainer.device)
@@ -651,9 +767,9 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
     _check_validation(t, trainer)
     _check_disk(trainer)
     with ExitStack() as lock:
-        run = open_run(c, resume, trainer.run)
-        if not resume: lock.enter_context(_no_trace_of_refusal(trainer, run))
-        lock.enter_context(exclusive(run))
+        run = _shared_run(trainer, resume, into)
+        if not resume and into is None and is_main(): lock.enter_context(_no_trace_of_refusal(trainer, run))
+        if is_main(): lock.enter_context(exclusive(run))
         tell(f'run: {redact(run.folder)}')
         checkpoint = _checkpoint_to_resume(run, resume)
         size, steps, compiled = _auto_settings(trainer, checkpoint or first_facts(run))
@@ -661,16 +777,16 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         _check_same(trainer, checkpoint, facts, run)
         trainer.run = run
         _reset_adapter_(trainer)
-        if len(rows) <= size*t.gradient_accumulation_steps:
-            logger.warning('an epoch is a single step: there are %d training rows, and a step takes %d',
-                           len(rows), size*t.gradient_accumulation_steps)
+        in_step = size*t.gradient_accumulation_steps*t.num_processes
+        if len(rows) <= in_step:
+            logger.warning('an epoch is a single step: there are %d training rows, and a step takes %d', len(rows), in_step)
         callbacks = guards(run, trainer.tokenizer, samples or _reply_sampler(trainer), progress, t.report_to,
                            lambda to: publish(trainer, to))
         stops = t.load_best_model_at_end or t.early_stopping
         if stops: callbacks.insert(0, StopGuard(run, t.early_stopping_delta if t.early_stopping else None))
+        if t.mirror: callbacks.append(Mirror(run, t.mirror, t.save_total_limit))
         trainer.planned = _memory_plan(trainer, size)
         hf = _make_trainer(trainer, run, facts, [*callbacks, *trainer.given.callbacks, *more_callbacks], size, steps, compiled, optimizers)
-        if stops: hf.also_keep = callbacks[0].kept
         trainer._hf_trainer = hf
         trainer._chat = trainer._error = None
         _save_facts(trainer, run)
@@ -705,7 +821,7 @@ def _restore_finished(trainer, p):
     "Load the last checkpoint of a run whose steps are all done, and do its pending evaluation."
     p.hf.state = TrainerState.load_from_json(str(p.checkpoint/'trainer_state.json'))
     p.hf._load_from_checkpoint(str(p.checkpoint))
-    if not p.interrupt.has_pending_evaluation(p.hf.args, p.hf.state): return
+    if not from_main(p.interrupt.has_pending_evaluation(p.hf.args, p.hf.state)): return
     _warm_up(trainer, p)
     p.hf.evaluate()
 
@@ -713,7 +829,7 @@ def _publish_after_failure(trainer, p):
     "Publish the adapter if the last step is done and saved and only the evaluation after it has failed."
     run, step = p.run, p.hf.state.global_step
     was_saved = p.hf.saved_step == step or (p.checkpoint is not None and _step(p.checkpoint) == step)
-    if step < p.total or not was_saved: return
+    if step < p.total or not was_saved or not is_main(): return
     try:
         publish(trainer, run)
         run.save_plot()
@@ -747,6 +863,7 @@ def _train_loop(trainer, p):
     "Run the stock loop, and log how it ended."
     run, hf, on_gpu = p.run, p.hf, trainer.device.type == 'cuda'
     finished = p.checkpoint is not None and (_step(p.checkpoint) >= p.total or _was_stopped(run, _step(p.checkpoint)))
+    finished = from_main(finished)
     try:
         with _explained(trainer):
             if not finished: _warm_up(trainer, p)
@@ -777,6 +894,7 @@ def publish(
 )->Path: # The run's folder
     "Write adapter, tokenizer, template and trainer state to the top of the run folder."
     import copy
+    if not is_main(): return run.folder
     stage = run.folder/'.tmp-final'
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
@@ -821,31 +939,92 @@ def _finish(trainer, p):
     "Write curves and model card; publish a finished run, and raise `RunInterrupted` for one that was stopped."
     run, state = p.run, trainer.hf_trainer.state
     step = state.global_step
-    finished = step >= state.max_steps or _was_stopped(run, step)
+    finished = from_main(step >= state.max_steps or _was_stopped(run, step))
     with _explained(trainer, 'saving'):
-        if finished:
+        if finished and is_main():
             _load_chosen(trainer, run)
             publish(trainer, run)
             run.log('finished', step=step)
-        run.save_plot()
-        write_card(run)
+        if is_main():
+            run.save_plot()
+            write_card(run)
     if finished:
-        _upload_asked(trainer, run)
+        if is_main(): _upload_asked(trainer, run)
         return run
     checkpoint = run.folder/f'checkpoint-{step}'
     run.log('interrupted', step=step, checkpoint=checkpoint.name, by=p.interrupt.requested)
     raise RunInterrupted(f'{run.name}: stopped after step {step} of {state.max_steps} ({p.interrupt.requested}); '
                          f'saved in {redact(checkpoint)}; continue with train(resume=True)', checkpoint)
 
+# %% ../nbs/72_train.ipynb #67e67bbd
+_IN_MEMORY_ONLY = { # objects of this process: what to do instead
+    'model': 'save it and name its folder in model.model_name', 'callbacks': 'leave them out',
+    'compute_metrics': 'leave it out and call trainer.evaluate() afterwards',
+    'samples': 'leave it out; evaluation.sample_prompts sets how many replies are written',
+    'optimizers': 'set training.optim and training.optim_args'}
+
+def _check_launchable(trainer, samples, callbacks, optimizers):
+    "Raise `ConfigError` for objects that other processes cannot have."
+    given = trainer.given
+    found = {'model': given.model, 'callbacks': given.callbacks or callbacks or None, 'compute_metrics': given.compute_metrics,
+             'samples': samples, 'optimizers': next((o for o in optimizers if o is not None), None)}
+    for name,value in found.items():
+        if value is None: continue
+        raise ConfigError(f'{name}: found an object of this process, which the {trainer.config.training.num_processes} '
+                          f'processes of training.num_processes cannot have; {_IN_MEMORY_ONLY[name]}, or set num_processes=1')
+
+def _check_devices(trainer, machines):
+    "Raise `ResourceError` if a machine has fewer GPUs than processes."
+    here = machines.check(trainer.config.training.num_processes)
+    if trainer.device.type != 'cuda' or here <= torch.cuda.device_count(): return
+    raise ResourceError(f'training.num_processes: {here} processes on this machine need as many GPUs, and it has '
+                        f'{torch.cuda.device_count()}; set it to {torch.cuda.device_count()*machines.num}')
+
+def _launch_spec(trainer, run, resume, machines):
+    "What the processes of a run are told."
+    given = trainer.given
+    in_memory = given.data is not None or given.validation is not None
+    adapter = given.adapter and str(Path(getattr(given.adapter, 'folder', given.adapter)).expanduser().absolute())
+    is_path = resume not in (False, None, True)
+    path = Path(getattr(resume, 'folder', resume)) if is_path else run.folder if run is not None else '.'
+    return LaunchSpec(trainer.config, run and run.folder.absolute(), str(Path(path).absolute()) if resume else None,
+                      trainer.data if in_memory else None, trainer.validation_names, given.tokenizer, adapter,
+                      trainer.device.type, machines)
+
+# %% ../nbs/72_train.ipynb #da6b7299
+def _load_published_(model, run):
+    "Give a PEFT model the adapter of a finished run."
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    set_peft_model_state_dict(model, load_file(run.folder/'adapter_model.safetensors'))
+
+def _train_launched(trainer, resume, progress, background, machines):
+    "Train in several processes."
+    _check_devices(trainer, machines)
+    run = open_run(trainer.config, resume, trainer.run) if machines.rank == 0 else None
+    spec = _launch_spec(trainer, run, resume, machines)
+    def work():
+        with ExitStack() as on_refusal:
+            if run is not None and not resume: on_refusal.enter_context(_no_trace_of_refusal(trainer, run))
+            trainer.run, trainer._chat, trainer._error = run, None, None
+            launch_training(spec, progress)
+        if run is None: return None
+        trainer.trained_in = run
+        if trainer._model is not None: _load_published_(trainer._model, run)
+        return run
+    return _in_background(trainer, work, run) if background else work()
+
 # %% ../nbs/72_train.ipynb #48213259
 def train_run(
     trainer:LLAMATrainer, # What to train
-    resume=False, # `True`, a `Run`, a run folder or a checkpoint: resume from the newest valid checkpoint
+    resume=False, # `True`, a `Run`, a run folder, a checkpoint, or the address of a mirror such as `s3://bucket/runs`
     progress:bool|None=None, # Show a live view in a notebook, elsewhere a bar; `None`: if the output is interactive
     samples=None, # Function that returns sample replies, called at each evaluation and once before the first step
     background:bool=False, # Train in a thread and return at once; see `trainer.stop()`, `trainer.wait()`, `watch`
     callbacks=(), # More `TrainerCallback`s, for this run only
     optimizers=(None, None), # Your own optimizer over `trainer.model`'s parameters, and scheduler; `None`: from the settings
+    machines:Machines|None=None, # Which of several machines this is; `None`: there is one
+    into:Run|None=None, # A new run folder that another process has made; `None`: this one makes it
 )->Run: # The finished run; with `background`, the run that has started
     """Train one run to its end. On a CPU, a resumed run equals an uninterrupted one bit for bit.
 
@@ -854,12 +1033,16 @@ def train_run(
     the settings differ from those of the run to resume; `CheckpointError` if its checkpoint cannot be read;
     `ResourceError` if memory or disk space does not suffice; `DataError` for bad rows."""
     _check_idle(trainer)
+    check_objects(None, callbacks, optimizers)
     if background and progress is None: progress = False
+    if trainer.config.training.num_processes > 1 and not is_launched():
+        _check_launchable(trainer, samples, callbacks, optimizers)
+        return _train_launched(trainer, resume, progress, background, machines or Machines())
     prepared, trainer.prepared_conversation = trainer.prepared_conversation, None
     if prepared is not None and (resume or any(o is not None for o in optimizers)):
         prepared.lock.close()
         raise ConfigError(f'{prepared.run.name} was prepared by trainer.hf_trainer; set its optimizer there, and call train() alone')
-    if prepared is None: prepared = _prepare(trainer, resume, progress, samples, callbacks, optimizers)
+    if prepared is None: prepared = _prepare(trainer, resume, progress, samples, callbacks, optimizers, into)
     else:
         for callback in callbacks: prepared.hf.add_callback(callback)
     views = [c for c in prepared.hf.callback_handler.callbacks if isinstance(c, LiveView)]
@@ -870,13 +1053,16 @@ def train_run(
                 return _finish(trainer, prepared)
         finally:
             for view in views: view.finish()
-    if not background: return work()
+    return _in_background(trainer, work, prepared.run) if background else work()
+
+def _in_background(trainer, work, run):
+    "Do `work` in a thread."
     def keep_error():
         try: work()
         except BaseException as e: trainer._error = e # `wait` raises it
-    trainer._thread = threading.Thread(target=keep_error, name=f'train {prepared.run.name}')
+    trainer._thread = threading.Thread(target=keep_error, name=f'train {run.name}')
     trainer._thread.start()
-    return prepared.run
+    return run
 
 # %% ../nbs/72_train.ipynb #91488cd6
 def evaluate_run(

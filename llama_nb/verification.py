@@ -10,14 +10,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from .conversation import as_conversation, Conversation, Example, IGNORE_INDEX, Message, ToolCall
+from .conversation import as_conversation, Conversation, Example, IGNORE_INDEX, Message, Span, ToolCall
 from .dialogue import (
-    message_texts, has_fixed_parts, part_of_item, taught_messages, taught_parts, check_train_on, encode, label_runs,
-    prepared_conversation)
+    message_texts, has_fixed_parts, part_of_item, taught_messages, taught_parts, check_train_on, encode, encode_to_length,
+    label_runs, prepared_conversation)
 from .errors import ConfigError, DataError, did_you_mean, one_line, shorten
 from .segments import (
     call_opening, ContentSlot, FixedPart, get_encoder, LayoutText, LayoutValue, official_text, TemplateEncoder,
@@ -30,6 +30,7 @@ class MaskFailure(NamedTuple):
     row:Any # Its `Source`, or its place in the set counted from 0
     problem:str # What differs
 
+# %% ../nbs/25_verification.ipynb #50f0a557
 @dataclass(frozen=True, repr=False)
 class MaskProof:
     "How many conversations teach exactly their answers."
@@ -48,6 +49,7 @@ def _equal_text(got:str, want:str, slot:ContentSlot)->bool:
     "Whether two texts are equal; a tokenizer may put its dummy space after a control token."
     return got == want or slot.after and got == ' ' + want
 
+# %% ../nbs/25_verification.ipynb #410c9ee2
 def _same_text(tokens:TokenizerCopies, got:str, want:str)->bool:
     "Whether two texts are equal, apart from the dummy spaces of a tokenizer after an added token and at the start."
     if got == want: return True
@@ -55,6 +57,7 @@ def _same_text(tokens:TokenizerCopies, got:str, want:str)->bool:
     def bare(text): return re.sub(f'({added}) ', r'\1', text).removeprefix(' ')
     return tokens.after is not tokens.plain and bare(got) == bare(want)
 
+# %% ../nbs/25_verification.ipynb #8bbd4a34
 def _check_spans(enc:TemplateEncoder, parts:list, texts:dict, example:Example)->str:
     "Compare each span's ids with its part."
     spans = iter(example.spans)
@@ -103,6 +106,7 @@ def _taught_runs(written:WrittenConversation, parts:list[frozenset])->list[tuple
         if taught: runs.append((''.join(written.texts[k] for k in places), closes))
     return runs
 
+# %% ../nbs/25_verification.ipynb #160d4ced
 def _check_written(enc:TemplateEncoder, conv:Conversation, example:Example, train_on='assistant')->str:
     "What is wrong with an encoded conversation with tools, calls or thoughts; empty if it is right."
     written, tokens = written_by_template(enc, conv), enc.tokens
@@ -126,9 +130,44 @@ def _check_written(enc:TemplateEncoder, conv:Conversation, example:Example, trai
             return f'messages[{message}]: does not end on a stop id'
     return ''
 
+# %% ../nbs/25_verification.ipynb #2a166c67
+def _content_span(tokens:TokenizerCopies, m, spans, ids:list[int])->Span|None:
+    "The span of a message's content."
+    def text(s): return tokens.decode(ids[s.start:s.end]).strip()
+    return next((s for s in spans if _same_text(tokens, text(s), m.content.strip())), None)
+
+def _check_part(tokens:TokenizerCopies, m, labels:list[int])->str:
+    "Compare the taught stretches inside a content with the `train_parts` of its message."
+    got = [tokens.decode(labels[a:b]).strip() for taught,a,b in label_runs(labels) if taught]
+    want = [t for a,b in m.train_parts if (t := m.content[a:b].strip())]
+    same = len(got) == len(want) and all(_same_text(tokens, g, w) for g,w in zip(got, want))
+    return '' if same else f'taught {shorten(repr(got), 60)}, expected {shorten(repr(want), 60)}'
+
+def _check_by_whole(enc:TemplateEncoder, conv:Conversation, example:Example, train_on)->str:
+    "Compare a conversation that is taught in part, or with 'all', with the same one taught message by message."
+    messages = tuple(replace(m, train_parts=None) for m in conv.messages)
+    plain, mode = replace(conv, messages=messages, train_on=None), 'assistant' if train_on == 'all' else train_on
+    whole = encode_to_length(enc, plain, mode, None, 'raise')
+    if problem := _check_mask(enc, plain, whole, mode): return problem
+    ids, wanted, flags = whole.input_ids, list(whole.labels), taught_messages(messages, train_on)
+    if train_on == 'all':
+        for s in whole.spans:
+            for k in range(s.start, s.end): wanted[k] = ids[k] if flags[s.message] else IGNORE_INDEX
+        wanted[0] = IGNORE_INDEX
+    for i,m in enumerate(conv.messages):
+        if not (m.train_parts and flags[i]): continue
+        s = _content_span(enc.tokens, m, [s for s in whole.spans if s.message == i], ids)
+        if s is None: return f'messages[{i}]: its text was not found among the ids'
+        if problem := _check_part(enc.tokens, m, example.labels[s.start:s.end]): return f'messages[{i}]: {problem}'
+        wanted[s.start:s.end] = example.labels[s.start:s.end]
+    return '' if (example.input_ids, example.labels) == (ids, wanted) else 'ids or labels outside of the taught parts differ'
+
+
 # %% ../nbs/25_verification.ipynb #81b42ec7
 def _check_mask(enc:TemplateEncoder, conv:Conversation, example:Example, train_on:str='assistant')->str:
     "What is wrong with one encoded conversation; empty if it is right."
+    if train_on == 'all' or any(m.train_parts for m in conv.messages):
+        return _check_by_whole(enc, conv, example, train_on)
     if not has_fixed_parts(enc, conv): return _check_written(enc, conv, example, train_on)
     parts = enc.shape(conv.roles)
     texts = {p.message: p.text(conv.messages[p.message].content) for p in parts if isinstance(p, ContentSlot)}
@@ -143,6 +182,7 @@ class AddedTokens(NamedTuple):
     encoded:Counter # Those that are encoded as one token
     kept_as_text:Counter # Control tokens, which stay text
 
+# %% ../nbs/25_verification.ipynb #673ec2da
 def _count_added(tokens:TokenizerCopies, texts)->AddedTokens:
     "Count the added tokens in texts."
     names = sorted(set(tokens.added.values()), key=len, reverse=True)
@@ -153,6 +193,7 @@ def _count_added(tokens:TokenizerCopies, texts)->AddedTokens:
     return AddedTokens(Counter({t: n for t,n in found.items() if t in words}),
                        Counter({t: n for t,n in found.items() if t not in words}))
 
+# %% ../nbs/25_verification.ipynb #64c893ef
 def added_tokens(
     conversations, # An iterable of conversations
     tokenizer, # A Hugging Face tokenizer with a fast backend
@@ -199,7 +240,7 @@ def verify_masks(
         total += 1
         try:
             conv, enc = prepared_conversation(x, tokenizer, template, None, tools_in_user_message)
-            problem = _check_mask(enc, conv, encode(conv, tokenizer, **how), train_on)
+            problem = _check_mask(enc, conv, encode(conv, tokenizer, **how), conv.train_on or train_on)
             notes += _notes(enc, conv)
         except DataError as e: problem = one_line(e)
         if problem: failures.append(MaskFailure(getattr(x, 'row', None) or place, problem))
@@ -232,6 +273,7 @@ class _Grammar(NamedTuple):
             text = text.lstrip()
         return found
 
+# %% ../nbs/25_verification.ipynb #c2a7f6c2
 _LLAMA_GRAMMAR = _Grammar('{"name": "', '", "parameters": ', '}', True)
 
 def _grammar(enc:TemplateEncoder, roles=('user', 'assistant'))->_Grammar|None: # `None`: it writes no calls
@@ -257,6 +299,7 @@ class ToolFailure(NamedTuple):
     place:str # Message and call, e.g. `messages[3].tool_calls[0]`
     problem:str # What is wrong
 
+# %% ../nbs/25_verification.ipynb #f89faaef
 @dataclass(frozen=True, repr=False)
 class ToolProof:
     "How many taught calls a program could execute."
@@ -270,6 +313,7 @@ class ToolProof:
         head = f'{self.exact:,} / {self.total:,} calls fit their tools, in {self.conversations:,} conversations'
         return '\n'.join([head, *lines, *more])
 
+# %% ../nbs/25_verification.ipynb #babb0352
 def _schemas(conv:Conversation)->tuple[dict,list]:
     "The schema of each tool's arguments, by name, and what is wrong with the tools."
     import jsonschema
@@ -286,6 +330,7 @@ def _schemas(conv:Conversation)->tuple[dict,list]:
         found[name] = checker(schema)
     return found, problems
 
+# %% ../nbs/25_verification.ipynb #342ddb6c
 def _misfit(schemas:dict, name:str, arguments:dict)->str:
     "Why a call does not fit the tools; empty if it does."
     if not schemas: return 'a call, but the conversation has no tools'
@@ -316,10 +361,12 @@ def _decoded_calls(enc:TemplateEncoder, written:WrittenConversation, example:Exa
         lead += len(t)
     return enc.tokens.decode(ids)[lead:]
 
+# %% ../nbs/25_verification.ipynb #4e293c20
 def _looks_like_call(content:str)->bool:
     "Whether an answer is, or begins as, a call written as JSON text."
     return bool(re.match(r'\s*\{\s*"name"\s*:', content)) and bool(re.search(r'"(parameters|arguments)"', content))
 
+# %% ../nbs/25_verification.ipynb #fa1e59c0
 def _text_calls(content:str)->list[tuple[str,dict]]:
     "Calls that an answer holds as text, in either spelling. Raises `ValueError`."
     found, text = [], content.strip()
@@ -332,6 +379,7 @@ def _text_calls(content:str)->list[tuple[str,dict]]:
         text = text[end:].lstrip(' \n;,')
     return found
 
+# %% ../nbs/25_verification.ipynb #eefa0156
 def _call_problems(enc:TemplateEncoder, grammar, conv:Conversation, example:Example)->tuple[int,list]:
     "Taught calls of a conversation, and what is wrong with them, as pairs of place and problem."
     written, (schemas, problems) = written_by_template(enc, conv), _schemas(conv)
@@ -365,6 +413,7 @@ def _call_problems(enc:TemplateEncoder, grammar, conv:Conversation, example:Exam
             if why := _misfit(schemas, *call): problems.append((where, why))
     return count, problems
 
+# %% ../nbs/25_verification.ipynb #1507feb3
 def verify_tools(
     conversations, # An iterable of conversations; it is read once, and no conversation is kept
     tokenizer, # A Hugging Face tokenizer with a fast backend

@@ -42,6 +42,7 @@ def plain_text(
     "Make content harmless for a terminal: no escape sequences, no reversed reading direction."
     return str(text).translate(_SYMBOLS)
 
+# %% ../nbs/02_views.ipynb #70620dd4
 def escape(
     text, # Anything with a `str`
 )->str: # Text that is safe in HTML content and in quoted attributes
@@ -80,6 +81,7 @@ def _plain_float(value, keep_nan, digits):
     if not math.isfinite(value): return str(float(value)) if keep_nan else None
     return float(value) if digits is None else float(f'{value:.{digits}g}')
 
+# %% ../nbs/02_views.ipynb #02b3dc0a
 def plain_json(
     value, # Anything; what JSON has no form for becomes its `str`
     keep_nan:bool=False, # NaN and infinity become texts (`'nan'`, `'inf'`); False: they become `None`
@@ -135,6 +137,7 @@ def _figure_bytes(figure, kind='png'):
     figure.savefig(buffer, format=kind, bbox_inches='tight', dpi=110, metadata=no_date[kind])
     return buffer.getvalue()
 
+# %% ../nbs/02_views.ipynb #be688401
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">\
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title></head>
@@ -201,6 +204,7 @@ def follow_theme_(
             for text in legend.get_texts(): text.set_color(grey)
     return figure
 
+# %% ../nbs/02_views.ipynb #fbad9537
 def _new_figure(width=7, height=2.5):
     "A matplotlib figure and axes for light and dark pages, without changing global settings or `pyplot`'s list."
     from matplotlib.figure import Figure
@@ -237,15 +241,18 @@ def _cells(rows, columns):
     def values(row): return [row.get(c) for c in columns] if isinstance(row, dict) else row
     return list(columns), [values(row) for row in rows]
 
+# %% ../nbs/02_views.ipynb #be450603
 def _cell(value):
     "One value as text: short floats, empty for `None`."
     return '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
 
+# %% ../nbs/02_views.ipynb #8e713d16
 def _is_numbers(values):
     "Whether a column is aligned to the right: it holds only numbers, texts of numbers, and empty cells."
     found = [re.fullmatch(r'[-+]?[\d.,]+ ?(%|[KMGT]i?B)?', _cell(v)) for v in values if v is not None]
     return bool(found) and all(found)
 
+# %% ../nbs/02_views.ipynb #764fd1fd
 def _text_table(header, body, numeric):
     "A table in plain text, columns aligned."
     lines = [header, *body] if header else body
@@ -277,6 +284,7 @@ def _square(mark):
     "A coloured square, striped if the name ends with `/`."
     return f'<span style="color:{PALETTE[mark.rstrip("/")]}">{"▨" if mark.endswith("/") else "■"}</span> '
 
+# %% ../nbs/02_views.ipynb #d4939092
 def table(
     rows, # Dicts (keys are columns) or lists of cells
     columns=None, # Names of the columns, in order; `None`: the keys of the dicts, or none for lists
@@ -298,6 +306,7 @@ _HUES = [name for name in PALETTE if name != 'grey']
 
 def _label(text): return plain_text(text).replace('$', r'\$') # matplotlib reads dollars as formulas
 
+# %% ../nbs/02_views.ipynb #d0c5017f
 def _bar_figure(parts, limits, right, unit, title):
     "The bar as a matplotlib figure."
     figure, axes = _new_figure(8, 2.2)
@@ -321,17 +330,20 @@ def _pattern(i):
     color, faint = PALETTE[_HUES[i % len(_HUES)]], rgba(_HUES[i % len(_HUES)], .45)
     return color if i < len(_HUES) else f'repeating-linear-gradient(45deg,{color} 0 5px,{faint} 5px 10px)'
 
+# %% ../nbs/02_views.ipynb #ccdf5ba2
 def _box_html(i, name, size, right, unit):
     "One part of the bar."
     style = f'background:{_pattern(i)};border-right:1px solid {rgba("grey")};box-sizing:border-box'
     return f'<div title="{escape(name)}: {size:.2f} {escape(unit)}" style="width:{100*size/right:.3f}%;{style}"></div>'
 
+# %% ../nbs/02_views.ipynb #3ccded7a
 def _limit_html(name, x, right):
     "One marked line with its name."
     line = f'left:{100*x/right:.3f}%;top:0;bottom:0;border-left:2px dashed {PALETTE["grey"]}'
     label = 'position:absolute;right:.3em;top:0;white-space:nowrap;font-size:.75em;opacity:.8'
     return f'<div style="position:absolute;{line}"><span style="{label}">{escape(name)}</span></div>'
 
+# %% ../nbs/02_views.ipynb #59d48808
 def _bar_html(parts, limits, right, unit):
     "The bar as boxes with inline styles."
     boxes = ''.join(_box_html(i, name, size, right, unit) for i,(name,size) in enumerate(parts.items()))
@@ -371,11 +383,13 @@ _BRACKETS = {'taught': '[[{}]]', 'context': '{}', 'template': '{}', 'padding': '
 
 def _state_and_title(piece): return piece[1], piece[2] if len(piece) > 2 else None
 
+# %% ../nbs/02_views.ipynb #bae36a4c
 def _runs(pieces):
     "Join neighbours of equal state and title."
     for (state,title),group in itertools.groupby(pieces, key=_state_and_title):
         yield ''.join(str(p[0]) for p in group), state, title
 
+# %% ../nbs/02_views.ipynb #36b68422
 def _marked(content, state, hover=''):
     "Content in the element of its state."
     tag, style = _STATES[state]
@@ -422,6 +436,7 @@ def can_show_progress()->bool: # Whether you would see a bar or a stage line
     if os.environ.get('CI') or os.environ.get('NO_PROGRESS'): return False
     return 'ipykernel' in sys.modules or sys.stderr.isatty()
 
+# %% ../nbs/02_views.ipynb #14571d46
 def _has_listener():
     "Whether a handler takes the `INFO` lines of the package's logger."
     log = logger if logger.isEnabledFor(logging.INFO) else None
@@ -430,6 +445,7 @@ def _has_listener():
         log = log.parent if log.propagate else None
     return False
 
+# %% ../nbs/02_views.ipynb #c8bd643e
 def tell(
     text:str, # What starts now, e.g. `'loading demo in 4 bits'`
     on_screen_only:bool=False, # Write nothing where nobody looks on, such as the stderr of a script
@@ -490,6 +506,7 @@ def _last_columns(text):
     line = ' '.join(plain_text(text).split())
     return line[-(width if line.isascii() else width//2):] # characters of some scripts are two columns wide
 
+# %% ../nbs/02_views.ipynb #e587fb9c
 def _write_line(text=''):
     "Replace the current line of the terminal."
     sys.stderr.write(f'\r\x1b[K{text}')
@@ -549,6 +566,7 @@ def can_show_color(
     if os.environ.get('NO_COLOR') or os.environ.get('TERM') == 'dumb': return False
     return bool(getattr(stream, 'isatty', bool)())
 
+# %% ../nbs/02_views.ipynb #5afd0a6b
 def color(
     text, # Anything with a `str`
     *styles:str, # Names of `PALETTE`, `'bold'` or `'dim'`; without one the text stays as it is
@@ -564,6 +582,7 @@ class Line(NamedTuple):
     text:str = '' # The text of the line; if wrapped, it is indented by the label's width
     styles:tuple = () # Styles of the label, as in `color`; for a line without label, of its text
 
+# %% ../nbs/02_views.ipynb #18ae9284
 def _line_parts(line, width):
     "Label, and the text wrapped beside it."
     label, text = plain_text(line.label), plain_text(line.text)
@@ -571,6 +590,7 @@ def _line_parts(line, width):
     if room < 20 or len(text) <= room: return label, [text]
     return label, textwrap.wrap(text, room, break_on_hyphens=False)
 
+# %% ../nbs/02_views.ipynb #1de56ae0
 def text_lines(
     lines, # `Line`s
     width:int|None=None, # Columns to wrap at; `None`: do not wrap

@@ -18,7 +18,7 @@ for path in sorted((ROOT/'nbs').glob('[0-9][0-9]_*.ipynb')):
     found = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code'), re.M)
     if found: CHAPTERS[found[1]] = int(path.name[:2])
 MODULES = {name: ast.parse((PACKAGE/f'{name}.py').read_text(encoding='utf-8')) for name in CHAPTERS}
-NO_TORCH = ('config', 'errors', 'views', 'shapes', 'conversation', 'files', 'formats', 'checkpoints', 'runs', 'card', 'cli')
+NO_TORCH = ('config', 'errors', 'lazy', 'network', 'views', 'shapes', 'conversation', 'files', 'formats', 'checkpoints', 'runs', 'card', 'cli')
 HEAVY = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'accelerate', 'evaluate', 'matplotlib', 'ipywidgets', 'wandb', 'trl', 'numpy')
 
 
@@ -116,17 +116,53 @@ after = dict(package=sorted(set({HEAVY!r}) & sys.modules.keys()))
 for name in {NO_TORCH!r}:
     __import__('llama_nb.' + name)
     after[name] = sorted(set({HEAVY[:-1]!r}) & sys.modules.keys())
-light = sorted({NO_TORCH!r})
 from llama_nb import *
-owners = {{n: getattr(sys.modules['llama_nb.' + m], n) for n,m in llama_nb._OWNER.items()}}
+after['import *'] = sorted(set({HEAVY[:-1]!r}) & sys.modules.keys())
+for name in llama_nb.__all__: repr(globals()[name])  # tools that list variables do this
+after['repr'] = sorted(set({HEAVY[:-1]!r}) & sys.modules.keys())
+owners = {{n: getattr(__import__('llama_nb.' + m, fromlist=[n]), n) for n,m in llama_nb._OWNER.items()}}
+for name in llama_nb.__all__: globals()[name].__class__  # the first use of each
 wrong = [n for n,owned in owners.items() if getattr(llama_nb, n, None) is not owned or globals().get(n) is not owned]
 print(json.dumps([after, asked, [n for n in llama_nb.__all__ if n not in globals()], wrong]))''')
     after, asked, missing, wrong = found
-    assert after == dict.fromkeys(['package', *NO_TORCH], [])
+    assert after == dict.fromkeys(['package', *NO_TORCH, 'import *', 'repr'], [])
     record('imports', modules=len(after), heavy=sum(map(len, after.values())), connections=len(asked))
-    assert asked == []  # star import loads every module: none of them calls home
+    assert asked == []  # the names load every module: none of them calls home
     assert missing == []
     assert wrong == []  # a module named like its function must not hide it
+
+
+def test_star_import_is_fast_and_its_names_are_the_real_ones_once_used():
+    "Settings cost no torch; a heavy name can be subclassed, asked about, pickled and called, and is then the class itself."
+    found = python("""
+import json, sys, time
+since = time.process_time()
+from llama_nb import *
+spent, before = time.process_time() - since, 'torch' in sys.modules
+TrainingConfig(max_steps=3), ModelConfig('demo'), LoRAConfig(r=4)
+kept = LLAMATrainer
+assert 'torch' not in sys.modules
+class Mine(LLAMATrainer): pass
+import copy, functools, inspect, io, pickle, contextlib
+import llama_nb.train
+real = llama_nb.train.LLAMATrainer
+checks = dict(
+    swapped=LLAMATrainer is real and llama_nb.LLAMATrainer is real, kept=kept is not real and kept == real and real == kept,
+    subclass=Mine.__mro__[1] is real and issubclass(Mine, kept), isinstance=isinstance(Mine.__new__(Mine), kept),
+    signature=inspect.signature(kept) == inspect.signature(real), partial=functools.partial(kept).func is kept,
+    pickle=pickle.loads(pickle.dumps(kept)) is real, tab='from_config' in dir(kept) and dir(kept) == dir(real),
+    function=inspect.signature(load_model) == inspect.signature(llama_nb.load_model), imported='torch' in sys.modules,
+    annotation=(kept | None) == (real | None), doc=kept.__doc__ == real.__doc__)
+with contextlib.redirect_stdout(io.StringIO()) as out: help(kept)
+checks['help'] = 'Fine-tunes a Llama chat model' in out.getvalue()
+def explicit():
+    from llama_nb import PerplexityEvaluator
+    return PerplexityEvaluator
+checks['named'] = explicit() is sys.modules['llama_nb.losses'].PerplexityEvaluator
+print(json.dumps([spent, before, [k for k,v in checks.items() if not v]]))""")
+    spent, before, wrong = found
+    assert not before and not wrong
+    assert spent < 2, f'{spent:.1f} s of processor time'
 
 
 CONTRACT = """ModelConfig LoRAConfig DataConfig TrainingConfig EvaluationConfig RunConfig load_config preset

@@ -114,3 +114,114 @@ def test_fast_and_plain_paths_agree_under_every_adapter(tiny):
         assert abs(a - b) < 1e-5, choice
         assert ga.keys() == gb.keys()
         for name in ga: torch.testing.assert_close(ga[name], gb[name], rtol=1e-3, atol=1e-6, msg=f'{choice} {name}')
+
+
+def test_early_stopping_proven_ends_the_run_and_publishes_the_pick(tiny):
+    "With a large delta no further gain is plausible at the third evaluation; the adapter is that of the pick."
+    knobs = dict(early_stopping='proven', early_stopping_delta=50.0, max_steps=12, eval_steps=2, learning_rate=1e-3)
+    made = LLAMATrainer(ModelConfig(str(tiny/'tiny'), use_4bit=False, max_length=256), LoRAConfig(r=4),
+                        DataConfig('dailydialog', 'sample', max_samples=48, val_size=.5, on_overflow='drop_turns'),
+                        TrainingConfig(output_dir=str(tiny/'runs'), run_name='proven', save_total_limit=9, per_device_train_batch_size=1, **knobs), device='cpu')
+    run = made.train(progress=False)
+    stopped, chosen = (next(e for e in run.events() if e['kind'] == kind) for kind in ('stopped', 'chosen'))
+    assert stopped['step'] == 6 < 12 and run.status == 'finished' and stopped['bound'] < 50
+    assert chosen['published'] <= chosen['best'] <= 6 and chosen['published'] == 2, chosen  # all are within delta of the best
+    for step in (chosen['published'], chosen['best']): assert (run.folder/f'checkpoint-{step}').is_dir()
+    assert weights(run) == (run.folder/f"checkpoint-{chosen['published']}"/'adapter_model.safetensors').read_bytes()
+    assert f"the weights of step {chosen['published']}" in (run.folder/'README.md').read_text()
+
+
+def test_load_best_model_at_end_publishes_the_lowest_loss(tiny):
+    "A rate that is too high makes later losses worse, so the last checkpoint is not the best."
+    run = trainer(tiny, 'lowest', dict(load_best_model_at_end=True, learning_rate=.5, eval_steps=1, max_steps=6), {}).train(progress=False)
+    losses = dict(run.metrics('eval_loss'))
+    best = min(losses, key=losses.get)
+    assert best != max(losses), losses
+    assert weights(run) == (run.folder/f'checkpoint-{best}'/'adapter_model.safetensors').read_bytes()
+
+
+def test_push_to_hub_uploads_a_finished_run_and_nothing_unasked(tiny, monkeypatch):
+    import huggingface_hub
+    calls = []
+    class Api:
+        def create_repo(self, name, private, exist_ok): calls.append(('repo', name, private))
+        def upload_folder(self, repo_id, folder_path, allow_patterns): calls.append(('upload', repo_id, tuple(allow_patterns)))
+        def __getattr__(self, name): raise AssertionError(f'{name} was asked of the Hub')
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    monkeypatch.setattr(huggingface_hub, 'get_token', lambda: 'hf_not_a_token')
+    monkeypatch.setattr(huggingface_hub.constants, 'is_offline_mode', lambda: False)
+    trainer(tiny, 'unasked', {}, {}, max_steps=1).train(progress=False)
+    assert calls == []
+    run = trainer(tiny, 'asked', dict(push_to_hub=True, hub_model_id='me/mine'), {}, max_steps=1).train(progress=False)
+    assert [c[:2] for c in calls] == [('repo', 'me/mine'), ('upload', 'me/mine')] and calls[0][2] is True
+    sent = [p.name for p in run.folder.iterdir() if any(p.match(pattern) for pattern in calls[1][2])]
+    assert 'adapter_model.safetensors' in sent and not {'events.jsonl', 'config.yaml', 'data.json', 'trained_rows.txt', 'optimizer.pt'} & set(sent)
+    assert any(e['kind'] == 'uploaded' for e in run.events())
+
+
+def test_trainable_token_indices_train_those_rows_alone(tiny):
+    made = trainer(tiny, 'tokens', {}, dict(trainable_token_indices=[5, 7]), max_steps=2)
+    from safetensors.torch import load
+    before = made.model.get_base_model().get_input_embeddings()
+    base = getattr(before, 'original_module', before).weight.detach().clone()
+    found = {n: t for n, t in load(weights(made.train(progress=False))).items() if 'token' in n}
+    assert [len(t) for t in found.values()] == [2], found.keys()
+    after = made.model.get_base_model().get_input_embeddings()
+    assert torch.equal(getattr(after, 'original_module', after).weight, base), 'the rows of other tokens moved'
+
+
+def test_loraplus_trains_B_at_its_own_rate(tiny):
+    made = trainer(tiny, 'plus', dict(loraplus_lr_ratio=8.0, lr_scheduler_type='constant', warmup_ratio=0.0), {}, max_steps=1)
+    made.train(progress=False)
+    groups = made.hf_trainer.optimizer.param_groups
+    by_name = {id(p): n for n, p in made.model.named_parameters()}
+    rates = {kind: {round(g['lr'], 6) for g in groups for p in g['params'] if kind in by_name[id(p)]} for kind in ('lora_A', 'lora_B')}
+    assert rates == {'lora_A': {.01}, 'lora_B': {.08}}
+
+
+def test_neftune_and_label_smoothing_change_training_and_not_validation(tiny):
+    "The first validation loss, before any step has acted on the weights, is that of a plain run; the training loss is not."
+    plain = trainer(tiny, 'plain-loss', {}, {}, max_steps=1, learning_rate=1e-9).train(progress=False)
+    for name, knobs in (('noise', dict(neftune_noise_alpha=20.0)), ('smooth', dict(label_smoothing=.3))):
+        run = trainer(tiny, name, knobs, {}, max_steps=1, learning_rate=1e-9).train(progress=False)
+        assert abs(run.metrics('loss')[0][1] - plain.metrics('loss')[0][1]) > 1e-4, name
+        assert abs(run.metrics('eval_loss')[0][1] - plain.metrics('eval_loss')[0][1]) < 1e-5, name
+
+
+def test_a_chat_template_counts_for_a_tokenizer_in_memory(tiny):
+    from llama_nb.model import load_tokenizer
+    own = load_tokenizer(str(tiny/'tiny'))
+    before = own.chat_template
+    text = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    made = LLAMATrainer(ModelConfig(str(tiny/'tiny'), use_4bit=False), data_config=DataConfig('dailydialog', 'sample', chat_template=text), tokenizer=own, device='cpu')
+    assert made.tokenizer.chat_template == text and own.chat_template == before
+
+
+def test_load_in_8bit_holds_the_base_in_8_bits(tiny):
+    made = LLAMATrainer(ModelConfig(str(tiny/'tiny'), load_in_8bit=True, max_length=256), LoRAConfig(r=4), DataConfig('dailydialog', 'sample', max_samples=12, val_size=.25, on_overflow='drop_turns'),
+                        TrainingConfig(output_dir=str(tiny/'runs'), run_name='eight', max_steps=2, learning_rate=1e-2, per_device_train_batch_size=1), device='cpu')
+    run = made.train(progress=False)
+    assert {type(m).__name__ for n, m in made.model.named_modules() if n.endswith('q_proj.base_layer')} == {'Linear8bitLt'}
+    from llama_nb.model import load_tuned
+    assert {type(m).__name__ for n, m in load_tuned(run, device='cpu')[0].named_modules() if n.endswith('q_proj.base_layer')} == {'Linear8bitLt'}
+
+
+def test_special_tokens_take_their_roles(tiny):
+    made = LLAMATrainer(ModelConfig(str(tiny/'tiny'), use_4bit=False, special_tokens={'unk_token': '<pad>'}, additional_special_tokens=['A']), device='cpu')
+    assert made.tokenizer.unk_token == '<pad>' and 'A' in made.tokenizer.all_special_tokens
+
+
+def test_report_to_opens_only_what_was_named(tiny):
+    run = trainer(tiny, 'tracked', dict(report_to=('tensorboard',)), {}, max_steps=1).train(progress=False)
+    assert list((run.folder/'tensorboard').glob('events*')) and not (run.folder/'wandb').exists()
+    assert not (trainer(tiny, 'untracked', {}, {}, max_steps=1).train(progress=False).folder/'tensorboard').exists()
+
+
+def test_a_chat_template_counts_for_a_tokenizer_by_name(tiny, tmp_path):
+    "The template's text, or a Jinja file; one that is not there is named."
+    from llama_nb.errors import ConfigError
+    (tmp_path/'own.jinja').write_text("{% for m in messages %}<|im_start|>{{ m['role'] }}> {{ m['content'] }}<|im_end|>{% endfor %}")
+    def named(template): return LLAMATrainer(ModelConfig(str(tiny/'tiny'), use_4bit=False), data_config=DataConfig('dailydialog', 'sample', chat_template=template), device='cpu').tokenizer
+    assert named(str(tmp_path/'own.jinja')).chat_template == (tmp_path/'own.jinja').read_text()
+    assert named('{{ messages }}').chat_template == '{{ messages }}'
+    with pytest.raises(ConfigError, match='no.jinja: cannot be read'): named(str(tmp_path/'no.jinja'))

@@ -1,4 +1,5 @@
 """Tools, calls, results and thoughts at full size: ids as the official templates write them, every planted fault found, and nothing from a value ever a control token."""
+import hashlib
 import inspect
 import json
 import os
@@ -131,10 +132,39 @@ def test_500_generated_conversations(name):
     assert calls.exact == calls.total > 400 and not calls.failures, str(calls)
 
 
+# version -> sha256 of the official text, as the model's repository has it (3.1 and 3.3 have the same), and of what it writes for `renderings`
+OFFICIAL_HASHES = {'3.1': ('e10ca381b1ccc5cf9db52e371f3b6651576caee0a630b452e2816b2d404d4b65', '57c39015039828ca87c5044bec4f8f1c29666ba65e12a90ec3e3f9c46351e70b'),
+                   '3.2': ('5816fce10444e03c2e9ee1ef8a4a1ea61ae7e69e438613f3b17b69d0426223a4', '57c39015039828ca87c5044bec4f8f1c29666ba65e12a90ec3e3f9c46351e70b'),
+                   '3.3': ('e10ca381b1ccc5cf9db52e371f3b6651576caee0a630b452e2816b2d404d4b65', '57c39015039828ca87c5044bec4f8f1c29666ba65e12a90ec3e3f9c46351e70b')}
+
+
+def renderings(tok, text):
+    "SHA-256 of what a template writes for 300 conversations with tools and 100 without, finished and asking for an answer."
+    digest = hashlib.sha256()
+    for seed in range(400):
+        row, place = generated(seed), PLACES[seed % 3]
+        if seed >= 300: row = {'messages': [m for m in row['messages'] if m['role'] in ('system', 'user') or m.get('content')]}
+        for ask in (False, True):
+            written = tok.apply_chat_template(row['messages'], chat_template=text, tools=row.get('tools'), date_string=PINNED_DATE, tokenize=False, add_generation_prompt=ask, **where(place))
+            digest.update(written.encode() + b'\0')
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize('version', ['3.1', '3.2', '3.3'])
+def test_ours_writes_what_the_official_text_writes(version):
+    "The licence of the official text lets nobody copy it into here, so its hash and the hash of what it writes are kept."
+    assert renderings(tokenizer('toy'), TEMPLATES['llama-3.1' if version != '3.2' else 'llama-3.2'].text) == OFFICIAL_HASHES[version][1]
+    changed = TEMPLATES['llama-3.1'].text.replace('ipython<|end_header_id|>', 'tool<|end_header_id|>')
+    assert renderings(tokenizer('toy'), changed) != OFFICIAL_HASHES[version][1]
+
+
 @pytest.mark.parametrize('version', ['3.1', '3.2', '3.3'])
 def test_the_official_files(version):
     if not OFFICIAL.get(version) or not OFFICIAL[version].exists(): pytest.skip(f'LLAMA_NB_TEST_DATA has no tokenizers/llama{version}/chat_template.jinja')
-    text, tok = OFFICIAL[version].read_text(encoding='utf-8'), tokenizer('llama3')
+    raw, tok = OFFICIAL[version].read_bytes(), tokenizer('llama3')
+    assert hashlib.sha256(raw).hexdigest() == OFFICIAL_HASHES[version][0], 'another text than the hashes here are of'
+    text = raw.decode('utf-8')
+    assert renderings(tokenizer('toy'), text) == OFFICIAL_HASHES[version][1]
     own = ChatTemplate('tokenizer', text)
     for seed in range(200):
         row, place = generated(seed), PLACES[seed % 3]

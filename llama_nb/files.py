@@ -712,7 +712,7 @@ def data_files(
     files, aside = look_into(path)
     workbook = next((p for p in aside if p.suffix.lower() in _EXCEL), None)
     if not files and workbook: raise _unknown_kind(workbook)
-    if not files: raise DataError(f'{shorten(path)}: no data files in this folder (known: {_KINDS})')
+    if not files: raise DataError(f'{shorten(path, 70)}: no data files in this folder (known: {_KINDS})')
     for p in files:
         if p.resolve().is_relative_to(border): continue
         raise DataError(f'{p.name}: a link that leads out of the data folder (copy the file)')

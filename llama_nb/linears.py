@@ -109,7 +109,7 @@ def _lora_B_gradient(
 )->Tensor: # `(n, r)` gradient of `lora_B`
     "`grad.t() @ low`, computed in the form that reads `grad` along its rows."
     product = _scaled_matmul(low.t(), grad, scaling)
-    return product.new_empty(product.shape[1], product.shape[0], dtype=dtype).copy_(product.t())
+    return product.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 # %% ../nbs/42_linears.ipynb #e63668fd
 def lora_backward(

@@ -49,7 +49,7 @@ def check_address(
     try: fsspec.get_filesystem_class(protocol)
     except ImportError:
         package = _PACKAGES.get(protocol, f'the package of fsspec for {protocol}')
-        how = "pip install '.[mirror]' in your clone of llama_nb" if protocol in _PACKAGES else f'pip install {package}'
+        how = "pip install '.[mirror]' in your clone of llama_nb" if package == 's3fs' else f'pip install {package}'
         raise ConfigError(f'training.mirror: {protocol}:// needs {package}, which is not installed; run {how}') from None
     except ValueError:
         raise ConfigError(f'training.mirror: {shown}: {protocol}:// is not known to fsspec; use s3://, gs://, hf:// or file://') from None
@@ -360,13 +360,18 @@ def _download(store, copy, path):
     except FileNotFoundError: return 'is not there'
     return '' if digest.hexdigest() == copy.sha256 else 'is not as it was written: its SHA-256 differs from its name'
 
+def _is_known(member):
+    "Whether an entry of an archive is a plain file with a name that copies have, within the folder."
+    return member.isfile() and '..' not in member.name.split('/') and bool(_KNOWN.fullmatch(member.name))
+
 def _unpack(path, stage, copy):
     "Unpack a copy into a folder like that of a run; what is wrong with it, an empty text if nothing is."
     with tarfile.open(path) as archive:
         members = archive.getmembers()
-        if strange := [m.name for m in members if not (m.isfile() and _KNOWN.fullmatch(m.name))]:
+        if strange := [m.name for m in members if not _is_known(m)]:
             return f'holds {shorten(repr(strange[0]), 60)}, which no copy has'
-        archive.extractall(stage, members, filter='data')
+        safely = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {} # before Python 3.11.4 there is no filter
+        archive.extractall(stage, members, **safely)
     for part in sorted((stage/'run').iterdir()): part.rename(stage/part.name)
     (stage/'run').rmdir()
     checkpoint = (stage/'checkpoint').rename(stage/f'checkpoint-{copy.step}')

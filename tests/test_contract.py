@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sys
 
 PACKAGES = ('transformers', 'peft', 'accelerate', 'bitsandbytes', 'torch', 'datasets', 'evaluate', 'tokenizers', 'huggingface_hub')
 PACKAGE = Path(importlib.util.find_spec('llama_nb').origin).parent  # the one that is installed here
@@ -237,6 +238,7 @@ def scheduler():
 
 
 OBJECTS = [  # what makes it, what to call it, the attributes we read or set, where
+    (lambda: sys, 'sys', '_getframe', '__init__'),
     (trainer, 'a transformers.Trainer', 'args state control callback_handler optimizer lr_scheduler accelerator model data_collator train_dataset eval_dataset model_accepts_loss_kwargs _train_batch_size current_flos', 'guards, loop'),
     (scheduler, 'a LambdaLR', '_last_lr lr_lambdas base_lrs last_epoch', 'loop'),
     (lambda: trainer().args, 'transformers.TrainingArguments', '_n_gpu n_gpu world_size eval_strategy save_total_limit device per_device_eval_batch_size', 'loop, guards'),

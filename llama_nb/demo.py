@@ -14,19 +14,18 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import RunConfig, load_config, to_dict
+from .config import load_config, RunConfig, to_dict
 from .dialogue import encode
-from .masks import show_mask
-from .losses import adapter_off
 from .generate import generate_replies
+from .losses import adapter_off
+from .masks import show_mask
 from .memory import MemoryPlan, plan
 from .model import load_model
-from .sources import demo_model
 from .report import load_report, verdict
-from .runs import Run, list_runs
+from .runs import list_runs, Run
+from .sources import demo_model
 from .train import LLAMATrainer
-from .views import write_json
-from .views import View, plain_text, table
+from .views import plain_text, table, View, write_json
 
 # %% ../nbs/92_demo.ipynb #a2125e48
 def demo_config(

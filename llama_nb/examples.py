@@ -6,7 +6,8 @@
 __all__ = ['ACTIONS', 'TouchedRow', 'Ledger', 'ExampleSet', 'encode_all', 'check_vocabulary']
 
 # %% ../nbs/35_examples.ipynb #1e87b1b5
-import json, os
+import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import DataConfig
-from .conversation import IGNORE_INDEX, ROLES, Source, Span
-from .conversation import Example
+from .conversation import Example, IGNORE_INDEX, ROLES, Source, Span
 from .dialogue import encode
 from .errors import ConfigError, DataError, logger, redact
-from .views import View, progress, table
+from .views import progress, table, View
 
 # %% ../nbs/35_examples.ipynb #076a4658
 ACTIONS = ('dropped', 'shortened', 'bad')

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from torch import nn
 
-from .config import DataConfig, LoRAConfig, ModelConfig, load_config
+from .config import DataConfig, load_config, LoRAConfig, ModelConfig
+from .conversation import Conversation, Message
 from .data import DatasetLoader, DataSplits, get_loader, selected
 from .errors import CheckpointError, ConfigError, DataError, redact
 from .lora import add_lora
 from .model import disable_cpu_4bit_trap_
 from .store import joined
-from .conversation import Conversation
-from .conversation import Message
 
 # %% ../nbs/68_inputs.ipynb #b4cbb5d7
 IN_MEMORY = 'in memory' # `data.dataset_name` of a run whose data was given as an object

@@ -10,16 +10,22 @@ __all__ = ['SCALER_FILE', 'AUTO_TOKENS', 'MIN_STEPS', 'COMPILE_WORK', 'COMPILE_F
            'batch_collator', 'recomputes_layers', 'set_checkpointing_', 'start_fp8_', 'start_compiled_']
 
 # %% ../nbs/71_loop.ipynb #dd15bc8e
+import functools
+import inspect
 import math
 import os
 import random
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, set_seed, Trainer, TrainingArguments
 
 from .attention import newest_flash
 from .config import LoRAConfig, ModelConfig, TrainingConfig
@@ -28,33 +34,16 @@ from .errors import CheckpointError, ConfigError, LlamaNbError, logger, one_line
 from .fastpath import compiled_gap, fp8_copies_, fp8_gap, uses_autocast
 from .guards import FiniteGuard, is_out_of_memory
 from .linears import AdapterCopies, compile_layers_, uncompile_layers_
-from .loss import batch_loss, token_scores
+from .loss import batch_loss, supervised_loss, taught_positions, token_scores
 from .memory import CUDA_CONTEXT_BYTES, decide
 from .packing import pack, PackedCollator, PackedRow
+from .ranks import (
+    all_values, FILLER, num_ranks, rank, RankBatches, sum_gradients_, summed, weights_from_main_)
 from .runs import Run
 from .safe_trainer import SafeTrainer
 from .scaling import LossScaler
-from .views import progress
-import functools
-import inspect
-from torch import Tensor
-from transformers import EvalPrediction
-from .loss import supervised_loss
-from .loss import taught_positions
-from .views import write_json
-from dataclasses import replace
-from itertools import chain
-from accelerate.data_loader import DataLoaderShard
-from transformers import set_seed
-from .ranks import all_values
-from .ranks import FILLER
-from .ranks import num_ranks
-from .ranks import rank
-from .ranks import RankBatches
-from .ranks import sum_gradients_
-from .ranks import summed
-from .ranks import weights_from_main_
 from .shards import is_sharded
+from .views import progress, write_json
 
 # %% ../nbs/71_loop.ipynb #e8c71be6
 class EpochOrder(Sampler):

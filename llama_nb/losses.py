@@ -27,8 +27,7 @@ from .model import disable_cpu_4bit_trap_
 from .packing import PackedCollator
 from .quality import languages
 from .segments import get_template
-from .views import escape, PALETTE, plain_text, progress, View
-from .views import rgba
+from .views import escape, PALETTE, plain_text, progress, rgba, View
 
 # %% ../nbs/64_losses.ipynb #7c7daf99
 @contextmanager

@@ -9,18 +9,15 @@ __all__ = ['GiB', 'CARDS', 'CUDA_CONTEXT_BYTES', 'STEP_TOKENS', 'UNPACK_TOKENS',
 
 # %% ../nbs/45_memory.ipynb #06e05023
 import dataclasses
+import itertools
 import os
+import re
 from dataclasses import dataclass, field
 
 from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
 from .errors import ConfigError
-from .shapes import matrix_shapes, parameter_counts
+from .shapes import CACHED_LOGITS, CHUNK_LOGITS, matrix_shapes, parameter_counts, TILE
 from .views import bars, table, View
-from .shapes import CACHED_LOGITS
-from .shapes import CHUNK_LOGITS
-from .shapes import TILE
-import re
-import itertools
 
 # %% ../nbs/45_memory.ipynb #a7c4fc38
 GiB = 2**30 # Bytes

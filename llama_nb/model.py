@@ -19,15 +19,12 @@ import torch
 from torch import nn, Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .config import load_config, LoRAConfig, ModelConfig
-from .errors import CheckpointError, ConfigError, redact, ResourceError, shorten
+from .config import load_config, LoRAConfig, ModelConfig, RunConfig
+from .errors import CheckpointError, ConfigError, did_you_mean, redact, ResourceError, shorten
 from .lora import add_lora, check_adapter, load_adapter
-from .quantization import import_bitsandbytes, bnb_config, compute_dtype
-from .sources import check_llama, model_shape
-from .sources import chosen_rope, from_source, find_model, ROPE_FILE, scale_rope_
+from .quantization import bnb_config, compute_dtype, import_bitsandbytes
+from .sources import check_llama, chosen_rope, find_model, from_source, model_shape, ROPE_FILE, scale_rope_
 from .views import PALETTE, picture, table, tell, View
-from .config import RunConfig
-from .errors import did_you_mean
 
 # %% ../nbs/14_model.ipynb #c3e4be10
 _STOPS = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>', '<eos>', '<|end|>')

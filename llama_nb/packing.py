@@ -15,8 +15,7 @@ from itertools import chain
 
 import torch
 
-from .conversation import IGNORE_INDEX, Source
-from .conversation import Example
+from .conversation import Example, IGNORE_INDEX, Source
 
 # %% ../nbs/36_packing.ipynb #20e2d76a
 @dataclass(frozen=True)

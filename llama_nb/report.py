@@ -20,9 +20,9 @@ import numpy as np
 from .errors import ConfigError, DataError, did_you_mean, shorten
 from .intervals import bootstrap_interval, Difference, FEW, Interval, paired_difference
 from .metrics import bleu_from_stats, chrf_from_stats, distinct, perplexity, ratio
-from .views import escape, follow_theme_, PALETTE, picture, plain_json, plain_text, side_by_side, table, View
-from .views import write_json
-from .views import write_jsonl
+from llama_nb.views import (
+    escape, follow_theme_, PALETTE, picture, plain_json, plain_text, side_by_side, table, View, write_json,
+    write_jsonl)
 
 # %% ../nbs/63_report.ipynb #e380c303
 STATISTICS = dict(perplexity=perplexity, perplexity_without_eot=perplexity, word_perplexity=perplexity,

@@ -9,21 +9,19 @@ __all__ = ['TokenizerCopies', 'content_ids', 'tokenizer_copies', 'FixedPart', 'C
 
 # %% ../nbs/22_segments.ipynb #b0eb53f1
 import json
+import re
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from .errors import ConfigError, DataError, LlamaNbError, did_you_mean, shorten
-from .template import TEMPLATES, ChatTemplate, is_known_template, compile_template, try_template, WatchedText
-import re
-from bisect import bisect_right
-from .conversation import Conversation
-from .conversation import Message
-from .conversation import ToolCall
-from .template import open_values
-from .template import WatchedDict
+from .conversation import Conversation, Message, ToolCall
+from .errors import ConfigError, DataError, did_you_mean, LlamaNbError, shorten
+from llama_nb.template import (
+    ChatTemplate, compile_template, is_known_template, open_values, TEMPLATES, try_template, WatchedDict,
+    WatchedText)
 
 # %% ../nbs/22_segments.ipynb #a273e5f4
 _SEQUENCES = ('normalizers', 'pretokenizers', 'decoders')

@@ -21,6 +21,8 @@ _MODULES = {
     'model': 'load_tokenizer load_model load_tuned architecture',
     'conversation': 'Message ToolCall Conversation Example',
     'template': 'ChatTemplate',
+    'tokens': '',
+    'layouts': '',
     'segments': 'get_template',
     'dialogue': 'encode encode_prompt',
     'masks': 'show_mask show_batch',
@@ -71,7 +73,7 @@ _MODULES = {
 _OWNER = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = ['__version__', *_OWNER]
 # modules that import no torch; the names of all others wait for their first use after `import *`
-_LIGHT = set('''errors config views shapes conversation template segments dialogue masks verification prepared auditing files
+_LIGHT = set('''errors config views shapes conversation template tokens layouts segments dialogue masks verification prepared auditing files
 formats data_report data quality examples memory checkpoints runs'''.split())
 _LAZY = {name: lazy_name(f'{__name__}.{module}', name) for name, module in _OWNER.items() if module not in _LIGHT}
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 from .conversation import (
     as_conversation, as_tools, Conversation, Example, IGNORE_INDEX, Message, Span, TRAIN_ON, TRAIN_PARTS)
 from .errors import ConfigError, DataError, did_you_mean, shorten
-from .segments import (
-    content_ids, ContentSlot, FixedPart, get_encoder, LayoutValue, TemplateEncoder, written_by_template,
-    written_ids, WrittenConversation)
+from .layouts import LayoutValue, written_by_template, written_ids, WrittenConversation
+from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder
 from .template import ChatTemplate
+from .tokens import content_ids
 
 # %% ../nbs/25_dialogue.ipynb #1ddf3d61
 class _Part(NamedTuple):

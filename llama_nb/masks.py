@@ -13,8 +13,9 @@ from itertools import accumulate
 from .conversation import Example, IGNORE_INDEX, Span
 from .dialogue import check_train_on, prepared_conversation, encode_to_length, label_runs
 from .errors import ConfigError, DataError
-from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder, tokenizer_copies, TokenizerCopies
+from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder
 from .template import ChatTemplate
+from .tokens import tokenizer_copies, TokenizerCopies
 from .views import token_strip, View
 
 # %% ../nbs/26_masks.ipynb #6876f908

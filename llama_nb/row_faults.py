@@ -14,8 +14,9 @@ from .conversation import Example, IGNORE_INDEX
 from .dialogue import encode
 from .errors import ConfigError, DataError, shorten
 from .prepared import PreparedRow
-from .segments import get_template, tokenizer_copies
+from .segments import get_template
 from .template import ChatTemplate, TEMPLATES
+from .tokens import tokenizer_copies
 
 # %% ../nbs/38_row_faults.ipynb #0911df1c
 _PROBES = (('user', 'assistant')*2, ('system', 'user', 'assistant'), ('user', 'assistant', 'tool', 'assistant'),

@@ -19,10 +19,11 @@ from .dialogue import (
     message_texts, has_fixed_parts, part_of_item, taught_messages, taught_parts, check_train_on, encode, encode_to_length,
     label_runs, prepared_conversation)
 from .errors import ConfigError, DataError, did_you_mean, one_line, shorten
-from .segments import (
-    call_opening, ContentSlot, FixedPart, get_encoder, LayoutText, LayoutValue, official_text, TemplateEncoder,
-    TokenizerCopies, written_by_template, WrittenConversation)
+from .layouts import (
+    call_opening, LayoutText, LayoutValue, official_text, written_by_template, WrittenConversation)
+from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder
 from .template import ChatTemplate
+from .tokens import TokenizerCopies
 
 # %% ../nbs/27_verification.ipynb #d2229626
 class MaskFailure(NamedTuple):

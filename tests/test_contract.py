@@ -134,7 +134,7 @@ TABLE = [
     Row('accelerate.Accelerator.unwrap_model', ('model',), 'guards', starts=True),
     Row('huggingface_hub.constants.HF_HUB_OFFLINE', (), 'doctor'),
     Row('huggingface_hub.get_token', (), 'doctor'),
-    Row('transformers.PreTrainedTokenizerFast.backend_tokenizer', (), 'segments, train'),
+    Row('transformers.PreTrainedTokenizerFast.backend_tokenizer', (), 'tokens, train'),
 ]
 
 

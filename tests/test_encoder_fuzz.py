@@ -13,7 +13,8 @@ import pytest
 
 from llama_nb.conversation import IGNORE_INDEX
 from llama_nb.dialogue import encode, encode_prompt
-from llama_nb.segments import tokenizer_copies, stop_ids
+from llama_nb.segments import stop_ids
+from llama_nb.tokens import tokenizer_copies
 from llama_nb.template import PINNED_DATE, toy_tokenizer
 from llama_nb.errors import DataError
 from llama_nb.model import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from llama_nb.conversation import ROLES, Conversation, Message, Source, as_conversation
 from llama_nb.dialogue import encode, encode_prompt
-from llama_nb.segments import tokenizer_copies
+from llama_nb.tokens import tokenizer_copies
 from llama_nb.template import toy_tokenizer
 from llama_nb.errors import DataError
 from llama_nb.model import load_tokenizer

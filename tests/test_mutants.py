@@ -28,8 +28,8 @@ MUTANTS = {
     'one process at a time': ('resume', "if run.status == 'running' and", 'if False and', 'test_stop.py::test_two_processes_do_not_share_a_run'),
     'headers are walked before they are believed': ('sources', 'check_gguf(file)\n', 'pass\n', 'test_hostile.py::test_hostile_gguf'),
     'a role is one of four words': ('conversation', 'if self.role not in ROLES:', 'if False:', 'test_injection.py::test_a_role_is_one_of_four_words'),
-    'content is read without control tokens': ('segments', 'content = _without_control(state, set(self.control.values()))', 'content = state', 'test_injection.py::test_no_control_token_from_content'),
-    'a template is tried first': ('segments', 'if why: _refuse(', 'if False: _refuse(', 'test_hostile.py::test_hostile_chat_template'),
+    'content is read without control tokens': ('tokens', 'content = _without_control(state, set(self.control.values()))', 'content = state', 'test_injection.py::test_no_control_token_from_content'),
+    'a template is tried first': ('layouts', 'if why: refuse_template(', 'if False: refuse_template(', 'test_hostile.py::test_hostile_chat_template'),
     'pickles are refused by name': ('checkpoints', "'.bin', '.pkl'", "'.never'", 'test_hostile.py::test_code_files_are_refused'),
 }
 

@@ -10,7 +10,8 @@ import pytest
 
 from llama_nb.dialogue import encode, encode_prompt
 from llama_nb.verification import verify_masks
-from llama_nb.segments import tokenizer_copies, get_encoder, get_template, stop_ids
+from llama_nb.segments import get_encoder, get_template, stop_ids
+from llama_nb.tokens import tokenizer_copies
 from llama_nb.template import PINNED_DATE, TEMPLATES, ChatTemplate, toy_tokenizer
 from llama_nb.errors import ConfigError, DataError, one_line
 from llama_nb.model import load_tokenizer

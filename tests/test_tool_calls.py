@@ -13,7 +13,7 @@ import pytest
 from llama_nb.conversation import IGNORE_INDEX, as_conversation
 from llama_nb.dialogue import encode, encode_prompt
 from llama_nb.verification import added_tokens, verify_masks, verify_tools
-from llama_nb.segments import tokenizer_copies
+from llama_nb.tokens import tokenizer_copies
 from llama_nb.template import PINNED_DATE, TEMPLATES, ChatTemplate, toy_tokenizer
 from llama_nb.errors import DataError
 from llama_nb.model import load_tokenizer

@@ -504,7 +504,7 @@ def _named(conversation, name, train_on=None):
 # %% ../nbs/33_data.ipynb #c65ddbce
 class _Mix(DatasetLoader):
     "Several loaders as one, in exact shares. `meta['dataset']` names the set."
-    def __init__(self, loaders:dict[str, DatasetLoader], weights:dict[str, float]|None, train_on:dict|None, options:dict):
+    def __init__(self, loaders:dict, weights:dict|None, train_on:dict|None, options:dict):
         super().__init__(None, **options)
         self.loaders, self.weights, self.train_on = loaders, weights, train_on or {}
 

@@ -452,41 +452,13 @@ _AllowTrained = _option(bool, '--allow-trained', help='Measure on conversations 
 _EVALUATE_READS = ('evaluation.', 'model.model_name=', 'model.revision=', 'model.use_4bit=', 'model.max_length=',
                    'data.dataset_name=', 'data.data_path=', 'data.on_overflow=', 'data.on_bad=')
 
-def _evaluated(run, overrides, data, name):
-    "Settings of an evaluation and the name of its folder; raises `ConfigError` for a setting that is not read."
-    from llama_nb.config import name_problem
+def _evaluation_config(run, overrides):
+    "Settings of an evaluation; raises `ConfigError` for a setting that is not read."
     for text in overrides:
         if not text.strip().startswith(_EVALUATE_READS):
             raise ConfigError(f'{shorten(text, 60)}: an evaluation does not read this setting, it belongs to the training; '
                               'for other conversations: --data FILE --name NAME')
-    cfg = _run_config(run, overrides)
-    if bool(data) != bool(name): raise ConfigError('--data FILE and --name NAME go together')
-    if name and (name == 'validation' or name_problem(name)):
-        problem = name_problem(name) or 'the run keeps the scores of its own held-out conversations there'
-        raise ConfigError(f'--name {shorten(repr(name))}: {problem}; choose another name, e.g. test')
-    in_training = _run_config(run).model.use_4bit
-    if name is None: name = 'validation' + ('' if cfg.model.use_4bit == in_training else '-4bit' if cfg.model.use_4bit else '-16bit')
-    return cfg, name
-
-# %% ../nbs/93_cli.ipynb #3a7f28aa
-def _conversations(cfg, run, data, overrides, trained):
-    "The settings, and the conversations to measure; raises `DataError` for rows that were trained on."
-    from llama_nb.conversation import conversation_hash
-    from llama_nb.data import load_data
-    if data is None: chosen = load_data(cfg.data).validation
-    else:
-        whole = dict(dataset_name=data, data_path=None, mix_weights=None, val_size=0.0, max_samples=None)
-        chosen = load_data(dataclasses.replace(cfg.data, **whole)).train
-        if not any(text.strip().startswith('evaluation.num_samples=') for text in overrides):
-            cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, num_samples=len(chosen)))
-    if not len(chosen):
-        raise DataError(f'{redact(run)}: no conversations were held out in training; measure others: --data FILE --name NAME')
-    moved = any(text.strip().startswith(('data.dataset_name=', 'data.data_path=')) for text in overrides)
-    seen = [c for c in chosen if conversation_hash(c) in trained] if data or moved else []
-    if seen:
-        raise DataError(f'{redact(data or cfg.data.dataset_name)}: {len(seen)} of {len(chosen)} conversations were trained on '
-                        f'(first: {seen[0].row}), so their scores would show memory; leave them out, or add --allow-trained')
-    return cfg, chosen
+    return _run_config(run, overrides)
 
 # %% ../nbs/93_cli.ipynb #96ad373a
 @app.command('evaluate', epilog=_examples("llama-nb evaluate runs/run-1 --max-perplexity 12", "llama-nb evaluate runs/run-1 --data test.jsonl --name test"))
@@ -495,16 +467,16 @@ def _evaluate(run:_Run, overrides:_Overrides=None, data:_EvalData=None, name:_Ev
               allow_trained:_AllowTrained=False, max_perplexity:_MaxPerplexity=None, fail_under:_FailUnder=None,
               data_text:_DataText=True, by:_By=None, everything:_All=False, as_json:_Json=False):
     "Compare base and tuned model on the held-out conversations of a run, or on a file of your own."
-    thresholds = _thresholds(fail_under, max_perplexity) # before the long part
-    cfg, name = _evaluated(run, overrides or [], data, name)
+    from llama_nb.runs import scores_name
+    thresholds, overrides = _thresholds(fail_under, max_perplexity), overrides or []
+    cfg = _evaluation_config(run, overrides)
+    if bool(data) != bool(name): raise ConfigError('--data FILE and --name NAME go together')
+    scores_name(cfg, cfg, name, data) # refused before the long part, like a threshold that nothing measures
     _check_thresholds(thresholds, cfg.evaluation.metrics)
     tell(f'evaluating {redact(run)}: reading {redact(data) if data else "its held-out conversations"}') # imports take seconds
     from llama_nb.evaluation import evaluate_saved
-    from llama_nb.runs import trained_rows
-    trained = trained_rows(run)
-    if trained is None: tell(f'{redact(run)} keeps no list of the rows it was trained on, so this is not checked')
-    cfg, chosen = _conversations(cfg, run, data, overrides or [], set() if allow_trained else trained or set())
-    report = evaluate_saved(run, cfg, chosen, name, by, data_text)
+    asked = any(text.strip().startswith('evaluation.num_samples=') for text in overrides)
+    report = evaluate_saved(run, cfg, None, name, by, data_text, data, cfg.evaluation.num_samples if asked else None, allow_trained)
     return _judged(report, thresholds, everything)
 
 # %% ../nbs/93_cli.ipynb #2ffbc28b

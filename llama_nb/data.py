@@ -501,19 +501,26 @@ def _named(conversation, name, train_on=None):
     own = {} if train_on is None or conversation.train_on else dict(train_on=train_on)
     return replace(conversation, meta={**conversation.meta, 'dataset': name}, **own)
 
-def _interleaved(parts, counts, seed, train_on=None):
-    "The conversations of all sets in mixed order, each with the name of its set."
-    chosen, start = {}, 0
-    for k,n in counts.items():
-        chosen[k] = iter([start + i for i in _rounds(len(parts[k]), n, seed)])
-        start += len(parts[k])
-    order = [k for k,n in counts.items() for _ in range(n)]
-    random.Random(seed).shuffle(order)
-    named = [changed(parts[k], partial(_named, name=k, train_on=(train_on or {}).get(k))) for k in counts]
-    return select(joined(*named), (next(chosen[k]) for k in order))
+# %% ../nbs/33_data.ipynb #c65ddbce
+class _Mix(DatasetLoader):
+    "Several loaders as one, in exact shares. `meta['dataset']` names the set."
+    def __init__(self, loaders:dict, weights:dict|None, train_on:dict|None, options:dict):
+        super().__init__(None, **options)
+        self.loaders, self.weights, self.train_on = loaders, weights, train_on or {}
+
+    def interleaved(self, parts:dict, counts:dict[str, int]):
+        "The conversations of all sets in mixed order, each with the name of its set."
+        chosen, start = {}, 0
+        for k,n in counts.items():
+            chosen[k] = iter([start + i for i in _rounds(len(parts[k]), n, self.seed)])
+            start += len(parts[k])
+        order = [k for k,n in counts.items() for _ in range(n)]
+        random.Random(self.seed).shuffle(order)
+        named = [changed(parts[k], partial(_named, name=k, train_on=self.train_on.get(k))) for k in counts]
+        return select(joined(*named), (next(chosen[k]) for k in order))
 
 # %% ../nbs/33_data.ipynb #638bf29b
-class CombinedDatasetLoader(DatasetLoader):
+class CombinedDatasetLoader(_Mix):
     "Several loaders as one: mixed in exact shares, then split by conversation. `meta['dataset']` names the data set."
     name = 'both'
 
@@ -522,26 +529,25 @@ class CombinedDatasetLoader(DatasetLoader):
         mix_weights:dict[str, float]|None=None, # Share per name; `None`: all conversations of each
         **options, # As in `DatasetLoader`, except `data_path`
     ):
-        super().__init__(None, **options)
-        self.loaders, self.mix_weights = loaders, mix_weights
+        super().__init__(loaders, mix_weights, None, options)
 
     @property
-    def settings(self): return {**super().settings, 'mix_weights': self.mix_weights}
+    def settings(self): return {**super().settings, 'mix_weights': self.weights}
 
     @cached_property
     def _parts(self): return {k: loader.read('train') for k,loader in self.loaders.items()}
 
     def read(self, split='train'):
         read = self._parts.values()
-        counts = mix_counts({k: len(p) for k,p in self._parts.items()}, self.mix_weights, self.max_samples)
-        mixed = _interleaved(self._parts, counts, self.seed)
+        counts = mix_counts({k: len(p) for k,p in self._parts.items()}, self.weights, self.max_samples)
+        mixed = self.interleaved(self._parts, counts)
         self.notes = sum((loader.notes for loader in self.loaders.values()), Counter())
         source, format = ' + '.join(p.source for p in read), ' + '.join(p.format for p in read)
         bad, notes = [b for p in read for b in p.bad], sum((p.notes for p in read), Counter())
         return Conversations(mixed, source, format, bad, sum(p.num_rows for p in read), notes)
 
 # %% ../nbs/33_data.ipynb #77d170e9
-class MixedDatasetLoader(DatasetLoader):
+class MixedDatasetLoader(_Mix):
     "Any loaders as one, in exact shares. Each set is split first. `meta['dataset']` names the set."
     name = 'mix'
 
@@ -552,8 +558,7 @@ class MixedDatasetLoader(DatasetLoader):
         train_on:dict|None=None, # As in `encode`, per name, for sets that differ from the config
         **options, # As in `DatasetLoader`, except `data_path`
     ):
-        super().__init__(None, **options)
-        self.loaders, self.weights, self.train_on = loaders, weights, train_on or {}
+        super().__init__(loaders, weights, train_on, options)
         self.stopping_strategy = stopping_strategy
 
     @property
@@ -582,7 +587,7 @@ class MixedDatasetLoader(DatasetLoader):
         counts = self._counts(train, total, self.stopping_strategy == 'all_exhausted')
         self.mix = dict(stopping_strategy=self.stopping_strategy, weights=self.weights,
                         mix=', '.join(f'{k} {n:,} of {sizes[k]:,}' for k,n in counts.items()))
-        both = [_interleaved(*part, self.seed, self.train_on) for part in ((train, counts), (held, held_counts))]
+        both = [self.interleaved(*part) for part in ((train, counts), (held, held_counts))]
         read = [Conversations((), d.report.source, d.report.format, d.report.bad, d.report.num_rows, d.report.notes)
                 for d in data.values()]
         self.files = self._named_files(data)

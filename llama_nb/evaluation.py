@@ -36,7 +36,7 @@ from llama_nb.metrics import (
     rouge_signature)
 from .model import load_model, load_tuned
 from .report import EvaluationReport, LABELS, STATISTICS
-from .runs import last_step, Run, trained_rows
+from .runs import last_step, Run, scores_name, trained_rows
 from .segments import get_template
 from .views import stage, tell
 from .store import changed
@@ -403,25 +403,58 @@ def _changes(own, asked):
     changes = {'base': (own.model_name, asked.model_name), 'use_4bit': (own.use_4bit, asked.use_4bit)}
     return {key: new for key,(old, new) in changes.items() if old != new}
 
+# %% ../nbs/65_evaluation.ipynb #5eb2687a
+def _to_measure(config:RunConfig, data, num_samples:int|None)->tuple[RunConfig,Sequence]:
+    "The settings with the number of samples, and the conversations: what was held out, or a whole file."
+    found = config.data
+    if data is not None: # where this file is and how it is split: nothing of the training's data holds for it
+        own = dict.fromkeys(('data_path', 'mix_weights', 'max_samples', 'datasets', 'subset', 'revision', 'split'))
+        found = replace(found, dataset_name=str(data), val_size=0., **own)
+    splits = load_data(found)
+    chosen = splits.validation if data is None else splits.train
+    if data is not None: num_samples = num_samples or len(chosen)
+    if num_samples: config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
+    return config, chosen
+
+# %% ../nbs/65_evaluation.ipynb #07e7c1ef
+def _refuse_trained(conversations:Sequence, trained:set, source):
+    "Raises `DataError` if the run was trained on some of these conversations."
+    seen = [c for c in conversations if conversation_hash(c) in trained]
+    if seen: raise DataError(
+        f'{redact(source)}: {len(seen)} of {len(conversations)} conversations were trained on (first: {seen[0].row}), '
+        'so their scores would show memory; leave them out, or allow them with allow_trained (--allow-trained)')
+
 # %% ../nbs/65_evaluation.ipynb #a192a37c
 def evaluate_saved(
     folder, # Folder of a finished run, or a `Run`
     config:RunConfig|None=None, # Settings to use, e.g. with another base; `None`: those of the run
-    conversations:Sequence|None=None, # What to measure on; `None`: what the run held out
-    name:str='validation', # As in `evaluate_held_out`
+    conversations:Sequence|None=None, # What to measure on; `None`: `data`, or what the run held out
+    name:str|None=None, # Folder below `eval/`; `None`: `validation`, and e.g. `validation-16bit` for another precision
     by:str|Callable|None=None, # As in `evaluate_held_out`
     data_text:bool=True, # As in `evaluate_held_out`
+    data=None, # A file, folder or Hub id of your own to measure on, whole; it needs a `name`
+    num_samples:int|None=None, # Conversations to measure; `None`: all of `data`, else as in the settings
+    allow_trained:bool=False, # Measure on `data` although the run was trained on some of it; the scores say so
 )->EvaluationReport: # As `evaluate_held_out`
-    "Load the model of a run and its held-out conversations, and compare it with its base."
+    """Load the model of a run and its held-out conversations, and compare it with its base.
+
+    Raises `DataError` for `data` that the run was trained on, or if nothing was held out, `ConfigError` for a name."""
     run = Run(folder)
-    own = load_config(run.folder/'config.yaml')
+    own, trained = load_config(run.folder/'config.yaml'), trained_rows(run)
     config = config or own
-    held_out = load_data(config.data).validation if conversations is None else conversations
-    if not len(held_out):
-        raise DataError(f'{redact(run.folder)}: no conversations were held out; give some, e.g. data.val_size=0.1')
+    name = scores_name(own, config, name, data)
+    if conversations is None:
+        config, conversations = _to_measure(config, data, num_samples)
+        moved = (config.data.dataset_name, config.data.data_path) != (own.data.dataset_name, own.data.data_path)
+        if (data is not None or moved) and not allow_trained:
+            if trained is None: tell(f'{redact(run.folder)} keeps no list of the rows it was trained on: not checked')
+            _refuse_trained(conversations, trained or set(), data or config.data.dataset_name)
+    if not len(conversations):
+        raise DataError(f'{redact(run.folder)}: no conversations were held out in training; measure others, '
+                        'with data and name (--data FILE --name NAME)')
     with stage(f"loading {redact(config.model.model_name)}{' in 4 bits' if config.model.use_4bit else ''}"):
         model, tokenizer = load_tuned(run.folder, **_changes(own.model, config.model))
-    return evaluate_held_out(model, tokenizer, config, held_out, run, name, by, data_text, trained=trained_rows(run))
+    return evaluate_held_out(model, tokenizer, config, conversations, run, name, by, data_text, trained=trained)
 
 # %% ../nbs/65_evaluation.ipynb #48484fdb
 def _numbers(metrics):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STALE_S', 'TRAINED_ROWS', 'PACKAGES', 'append_event', 'read_events', 'history', 'is_alive', 'Run', 'save_config',
-           'cell_number', 'last_step', 'check_name', 'create_run', 'trained_rows', 'environment', 'smooth', 'plot_run',
-           'spoken_time', 'total_steps', 'seconds_left', 'summary_line', 'save_plot', 'seconds_trained', 'RunList',
-           'list_runs', 'spoken_size', 'event_lines', 'RunView', 'follow', 'watch']
+           'cell_number', 'last_step', 'check_name', 'create_run', 'trained_rows', 'scores_name', 'environment',
+           'smooth', 'plot_run', 'spoken_time', 'total_steps', 'seconds_left', 'summary_line', 'save_plot',
+           'seconds_trained', 'RunList', 'list_runs', 'spoken_size', 'event_lines', 'RunView', 'follow', 'watch']
 
 # %% ../nbs/51_runs.ipynb #b52611f2
 import hashlib
@@ -28,7 +28,7 @@ import psutil
 import yaml
 
 from .checkpoints import checkpoints, disk_full, is_disk_full, latest_valid
-from .config import name_problem, to_yaml
+from .config import name_problem, RunConfig, to_yaml
 from .errors import ConfigError, redact, ResourceError, shorten
 from .views import escape, picture, plain_json, table, tell, View, write_json, write_text
 
@@ -296,6 +296,24 @@ def trained_rows(
     "What a run was trained on, to compare with `conversation_hash`."
     path = Path(getattr(run, 'folder', run))/TRAINED_ROWS
     return set(path.read_text(encoding='utf-8').split()) if path.is_file() else None
+
+# %% ../nbs/51_runs.ipynb #f51d245a
+def scores_name(
+    trained:RunConfig, # Settings of the run
+    config:RunConfig, # Settings of the evaluation
+    name:str|None=None, # The name you ask for; `None`: `validation`, with the precision if that is not the run's
+    data=None, # A file of your own that is measured; `None`: what the run held out
+)->str: # Folder below `eval/`
+    "Where the scores of an evaluation are kept. Raises `ConfigError` for a name that is missing, taken or impossible."
+    if name is None and data is not None: raise ConfigError('data needs a name for its scores, e.g. --name test')
+    if name is None:
+        suffix = '-4bit' if config.model.use_4bit else '-16bit'
+        return 'validation' + suffix*(config.model.use_4bit != trained.model.use_4bit)
+    problem = name_problem(name)
+    if name == 'validation' and data is not None:
+        problem = 'the run keeps the scores of its own held-out conversations there'
+    if problem: raise ConfigError(f'name {shorten(repr(name))}: {problem}; choose another name, e.g. test')
+    return name
 
 # %% ../nbs/51_runs.ipynb #85fa8ddd
 PACKAGES = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'safetensors',

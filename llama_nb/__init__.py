@@ -65,6 +65,9 @@ _MODULES = {
     'inputs': '',
     'resume': '',
     'loop': '',
+    'training_data': '',
+    'checks': '',
+    'publishing': '',
     'train': 'LLAMATrainer',
     'worker': '',
     'doctor': 'selfcheck',  # likewise `from llama_nb.doctor import doctor`

@@ -323,7 +323,7 @@ def _dry_run(cfg):
     "Answer of `train --dry-run`: config, data report, sizes, steps, masks and memory plan."
     trainer = _trainer(cfg)
     from llama_nb.memory import plan
-    from llama_nb.train import touched_line
+    from llama_nb.training_data import touched_line
     context = {} if trainer.device.type == 'cuda' else {'context_bytes': 0} # there is no CUDA context on a CPU
     planned = plan(cfg.model, cfg.training, cfg.lora, **context)
     packed = trainer.rows() # raises as training would, for bad rows and for conversations that are too long
@@ -333,7 +333,7 @@ def _dry_run(cfg):
     def of_parts(keys): return {part: {k: facts[part][k] for k in keys} for part in parts}
     sizes, touched = of_parts(counted), of_parts(('shortened', 'dropped', 'bad'))
     lines = [_part_line(part, sizes[part]) for part in parts]
-    if line := touched_line(trainer): lines.append(line)
+    if line := touched_line(trainer.encoded): lines.append(line)
     lines += [f'optimizer steps: {steps:,}', f"masks exact: {masks['exact']} of {masks['total']}"]
     text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join(lines), *views, repr(planned),
             'dry run: nothing was trained']

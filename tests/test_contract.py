@@ -43,7 +43,7 @@ TABLE = [
     Row(TRAINER + '_evaluate', ('trial',), 'guards', starts=True),
     Row(TRAINER + '_get_output_dir', ('trial',), 'guards'),
     Row(TRAINER + '_save', ('output_dir', 'state_dict'), 'guards', starts=True),
-    Row(TRAINER + '_load_from_checkpoint', ('resume_from_checkpoint', 'model'), 'guards, train', starts=True),
+    Row(TRAINER + '_load_from_checkpoint', ('resume_from_checkpoint', 'model'), 'guards, publishing, train', starts=True),
     Row(TRAINER + '_load_optimizer_and_scheduler', ('checkpoint',), 'guards, loop', starts=True),
     Row(TRAINER + '_load_rng_state', ('checkpoint',), 'guards', starts=True),
     Row(TRAINER + '_load_scaler', ('checkpoint',), 'guards', starts=True),
@@ -69,7 +69,7 @@ TABLE = [
     Row(TRAINER + 'train', ('resume_from_checkpoint',), 'train'),
     *_rows('guards', ' '.join(f'transformers.TrainerCallback.{event}' for event in EVENTS.split()), ('args', 'state', 'control'), starts=True, takes_more=True),
     Row('transformers.TrainerState.load_from_json', ('json_path',), 'train', starts=True),
-    Row('transformers.TrainerState.save_to_json', ('json_path',), 'train', starts=True),
+    Row('transformers.TrainerState.save_to_json', ('json_path',), 'publishing', starts=True),
     # Llama's modules, whose forward we replace in training
     Row(LLAMA + 'LlamaRMSNorm.forward', ('hidden_states',), 'layers', starts=True),
     Row(LLAMA + 'LlamaRotaryEmbedding.forward', ('x', 'position_ids'), 'layers, memory', starts=True),
@@ -133,7 +133,7 @@ TABLE = [
     Row('evaluate.Metric.compute', ('predictions', 'references'), 'metrics', takes_more=True),
     Row('accelerate.Accelerator.unwrap_model', ('model',), 'guards', starts=True),
     Row('huggingface_hub.constants.HF_HUB_OFFLINE', (), 'doctor'),
-    Row('huggingface_hub.get_token', (), 'doctor'),
+    Row('huggingface_hub.get_token', (), 'checks, doctor'),
     Row('transformers.PreTrainedTokenizerFast.backend_tokenizer', (), 'tokens, train'),
 ]
 
@@ -242,7 +242,7 @@ OBJECTS = [  # what makes it, what to call it, the attributes we read or set, wh
     (trainer, 'a transformers.Trainer', 'args state control callback_handler optimizer lr_scheduler accelerator model data_collator train_dataset eval_dataset model_accepts_loss_kwargs _train_batch_size current_flos', 'guards, loop'),
     (scheduler, 'a LambdaLR', '_last_lr lr_lambdas base_lrs last_epoch', 'loop'),
     (lambda: trainer().args, 'transformers.TrainingArguments', '_n_gpu n_gpu world_size eval_strategy save_total_limit device per_device_eval_batch_size', 'loop, guards'),
-    (lambda: trainer().state, 'transformers.TrainerState', 'global_step max_steps epoch log_history', 'guards, train'),
+    (lambda: trainer().state, 'transformers.TrainerState', 'global_step max_steps epoch log_history', 'guards, publishing, train'),
     (lambda: trainer().control, 'transformers.TrainerControl', 'should_save should_evaluate should_log should_training_stop', 'guards'),
     (lambda: trainer().callback_handler, "the trainer's callback handler", 'callbacks on_evaluate', 'guards, loop, train'),
     (lambda: trainer().accelerator, 'accelerate.Accelerator', 'unwrap_model gradient_accumulation_steps', 'loop, guards'),

@@ -141,7 +141,7 @@ CORRECT = {'versions': (versions, 2), 'attention against float32': (attention_er
 RATES = {'machine': (machine, 20), 'attention rates': (attention_rates, 8)}
 STEPS = {'7B': (product(), 15), '7B, profile': (product(profile=True), 15), '7B, fp8': (product(compute='fp8'), 20), '7B, fp8, profile': (product(compute='fp8', profile=True), 20), "7B, torch's operations": (product(kernels=False), 12),
          '7B, no unpacked copy': (product(with_copy=False), 12), '7B, 2k tokens': (lambda: ours('7B', Here.few, model=seven_billion()), 8), "7B, 2k tokens, torch's operations": (lambda: ours('7B', Here.few, kernels=False, model=seven_billion()), 8),
-         '7B, all recomputed': (product(checkpointing=True), 15), '7B, compiled': (product(compiled=True), 45), '7B, fp8, compiled': (product(compute='fp8', compiled=True), 45), 'planner, 7B': (plan_rows, 30)}
+         '7B, all recomputed': (product(checkpointing=True), 15), '7B, all recomputed, inputs in host memory': (product(checkpointing=True, offload=True), 15), '7B, compiled': (product(compiled=True), 45), '7B, fp8, compiled': (product(compute='fp8', compiled=True), 45), 'planner, 7B': (plan_rows, 30)}
 PEERS = {'other sizes': (drop_model, 1), '8B': (lambda: ours('8B'), 25), '8B, one row, all recomputed': (lambda: ours('8B', Here.seq, checkpointing=True, with_copy=False), 20), '13B': (lambda: ours('13B'), 35),
          'TRL, packed, our attention, 7B': (lambda: trl('7B', packing=True, attention='varlen'), 60), 'TRL as shipped, 7B': (lambda: trl('7B'), 60),
          'TRL, packed, our attention, Liger, 7B': (lambda: without_checkpointing('7B', packing=True, attention='varlen', liger=True), 60)}

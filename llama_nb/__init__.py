@@ -43,6 +43,7 @@ _MODULES = {
     'loss': 'supervised_loss batch_loss',
     'fastpath': 'apply_fast_path_',
     'memory': 'plan MemoryPlan',
+    'offloading': '',
     'shards': '',
     'ranks': '',
     'checkpoints': 'verify_checkpoint',

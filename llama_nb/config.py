@@ -119,6 +119,7 @@ OTHER_NAMES = { # name in other trainers -> our setting
     'bf16': 'training.compute', 'fp16': 'training.compute', 'fp8': 'training.compute', 'tf32': 'training.compute',
     'mixed_precision': 'training.compute', 'precision': 'training.compute', 'torch_compile': 'training.compile',
     'sample_packing': 'training.packing', 'use_gradient_checkpointing': 'training.gradient_checkpointing',
+    'enable_activation_offloading': 'training.activation_offloading', 'offload_activations': 'training.activation_offloading',
     'evaluation_strategy': 'training.eval_strategy', 'early_stopping_patience': 'training.early_stopping',
     'label_smoothing_factor': 'training.label_smoothing', 'neftune_noise': 'training.neftune_noise_alpha',
     'hub_repo': 'training.hub_model_id', 'repo_id': 'training.hub_model_id', 'logging_dir': 'training.output_dir',
@@ -428,6 +429,11 @@ def _training_faults(t):
         for key in ('adam_beta1', 'adam_beta2', 'adam_epsilon'):
             unread = t.optim not in _HAS_BETAS or key == 'adam_epsilon'
             if unread and getattr(t, key) != getattr(type(t), key): yield key, f'the optimizer {t.optim} does not read it'
+    if t.activation_offloading is True and t.gradient_checkpointing is False:
+        yield 'activation_offloading', ("found true with gradient_checkpointing false, allowed: false or 'auto'; only inputs of "
+                                        'recomputed layers are moved')
+    if t.activation_offloading is True and t.compile is True:
+        yield 'activation_offloading', "found true with compile true, allowed: false or 'auto'; compiled layers keep their inputs"
     if t.push_to_hub != (t.hub_model_id is not None):
         yield ('hub_model_id', 'push_to_hub needs the name of a repository, e.g. name/model') if t.push_to_hub else (
             'hub_model_id', 'nothing is uploaded unless push_to_hub is true')
@@ -463,6 +469,9 @@ class TrainingConfig:
     packing: StrictBool = True # Fill each row with several whole conversations that do not attend to one another
     # Recompute activations in the backward pass: less memory, more computation
     gradient_checkpointing: StrictBool|Literal['auto'] = 'auto'
+    # Keep the inputs of recomputed layers in pinned host memory; true: recompute all layers; `"auto"`: on a GPU, if the
+    # run does not fit otherwise
+    activation_offloading: StrictBool|Literal['auto'] = 'auto'
     # dtype of the layers; bf16 falls back to fp16 on GPUs without it, to fp32 on such CPUs; fp16 scales its gradients;
     # fp8 is experimental: it multiplies frozen weights in 8 bits
     compute: Literal['bf16', 'fp16', 'fp32', 'fp8'] = 'bf16'

@@ -6,8 +6,9 @@
 __all__ = ['SCALER_FILE', 'AUTO_TOKENS', 'MIN_STEPS', 'COMPILE_WORK', 'COMPILE_FILLED', 'DECAY_SHARE', 'MULTIPLE', 'EpochOrder',
            'deterministic', 'warm_from_start_', 'noisy_embeddings', 'optimizer_kind', 'RankRows', 'RankCollator',
            'in_turn', 'conversation_sums', 'save_conversation_losses', 'PackedTrainer', 'to_rows', 'room_bytes',
-           'auto_batch_size', 'num_steps', 'auto_compile', 'warmup_steps', 'schedule_kwargs', 'training_arguments',
-           'batch_collator', 'recomputes_layers', 'set_checkpointing_', 'start_fp8_', 'start_compiled_']
+           'host_room_bytes', 'auto_batch_size', 'num_steps', 'auto_compile', 'warmup_steps', 'schedule_kwargs',
+           'training_arguments', 'batch_collator', 'recomputes_layers', 'set_checkpointing_', 'start_fp8_',
+           'start_compiled_']
 
 # %% ../nbs/71_loop.ipynb #dd15bc8e
 import functools
@@ -36,6 +37,7 @@ from .guards import FiniteGuard, is_out_of_memory
 from .linears import AdapterCopies, compile_layers_, uncompile_layers_
 from .loss import batch_loss, supervised_loss, taught_positions, token_scores
 from .memory import CUDA_CONTEXT_BYTES, decide
+from .offloading import offload_inputs_
 from .packing import pack, PackedCollator, PackedRow
 from .ranks import (
     all_values, FILLER, num_ranks, rank, RankBatches, sum_gradients_, summed, weights_from_main_)
@@ -434,6 +436,12 @@ def room_bytes(
     except (OSError, ValueError): limit = math.inf
     return int(min(limit, psutil.virtual_memory().available + psutil.Process().memory_info().rss)/2)
 
+def host_room_bytes(
+    training_config:TrainingConfig, # For the number of processes, which may all be on this machine
+)->int: # Bytes
+    "Host memory that one process may pin: its share of half of what is free."
+    return room_bytes('cpu')//training_config.num_processes
+
 def auto_batch_size(
     num_rows:int, # Rows of the training set
     model_config:ModelConfig, # For `max_length` and the memory plan
@@ -445,7 +453,9 @@ def auto_batch_size(
     if torch.device(device).type != 'cuda': return 1 if training_config.packing else min(4, max(1, num_rows))
     in_step = training_config.gradient_accumulation_steps*training_config.num_processes
     most_rows = max(1, num_rows//(MIN_STEPS*in_step))
-    return decide(model_config, room_bytes(), training_config, lora_config, AUTO_TOKENS, most_rows).settings['rows']
+    planned = decide(model_config, room_bytes(), training_config, lora_config, AUTO_TOKENS, most_rows,
+                     host_bytes=host_room_bytes(training_config))
+    return planned.settings['rows']
 
 def num_steps(
     num_rows:int, # Rows of the training set
@@ -548,6 +558,7 @@ def recomputes_layers(
 def set_checkpointing_(
     model, # A PEFT model
     on:bool|int, # Recompute activations in the backward pass: of all layers, of none, or of that many
+    offload:bool=False, # Keep the inputs of recomputed layers in pinned host memory
 ):
     "Switch recomputing on or off, layer by layer, by whichever name this transformers has for it."
     inner = model.get_base_model()
@@ -556,6 +567,7 @@ def set_checkpointing_(
     elif recomputes_layers(model): getattr(inner, f'{name}_checkpointing_disable')()
     if on is not True:
         for layer in inner.model.layers[on:]: layer.gradient_checkpointing = False
+    offload_inputs_(model, offload)
 
 # %% ../nbs/71_loop.ipynb #ef4575bf
 def _gap(hf, measure, rows):

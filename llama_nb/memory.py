@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
 from .errors import ConfigError
-from .shapes import CACHED_LOGITS, CHUNK_LOGITS, matrix_shapes, parameter_counts, TILE
+from .shapes import CACHED_LOGITS, CHUNK_LOGITS, KEPT_NEAR, matrix_shapes, parameter_counts, PIECE_BYTES, TILE
 from .views import bars, table, View
 
 # %% ../nbs/45_memory.ipynb #a7c4fc38
@@ -180,7 +180,8 @@ def fp8_bytes(
     return sum(n*(2*o*i + 4*(o + i)) for o,i,n in inside if o % 16 == 0 and i % 16 == 0)
 
 # %% ../nbs/45_memory.ipynb #b760d8a6
-def _assumed_settings(model_config, training_config, shape, checkpointed_layers=None, dequantised_copy=False):
+def _assumed_settings(model_config, training_config, shape, checkpointed_layers=None, dequantised_copy=False,
+                      offloaded_inputs=None):
     "The settings of a plan, with every undecided `auto` replaced by the careful choice."
     t, m = training_config, model_config
     rows = 1 if t.per_device_train_batch_size == 'auto' else t.per_device_train_batch_size
@@ -191,7 +192,8 @@ def _assumed_settings(model_config, training_config, shape, checkpointed_layers=
             'gradient_checkpointing': checkpointed_layers > 0, 'checkpointed_layers': checkpointed_layers,
             'dequantised_copy': dequantised_copy, 'use_4bit': m.use_4bit, 'use_nested_quant': m.use_nested_quant,
             'compute': t.compute, 'optim': t.optim, 'fast_path': t.fast_path, 'load_in_8bit': m.load_in_8bit,
-            'label_smoothing': t.label_smoothing}
+            'label_smoothing': t.label_smoothing,
+            'offloaded_inputs': t.activation_offloading is True if offloaded_inputs is None else offloaded_inputs}
 
 # %% ../nbs/45_memory.ipynb #78eb270a
 def _norm_bytes(shape, lora_config, element_bytes):
@@ -201,6 +203,12 @@ def _norm_bytes(shape, lora_config, element_bytes):
     fused = not lora_config.use_dora and not lora_config.lora_dropout
     return element_bytes*shape.hidden_size*groups*fused
 
+def _pinned_bytes(shape, s):
+    "Host memory for the inputs of checkpointed layers, in whole pieces; 0 if they stay on the device."
+    if not s['offloaded_inputs']: return 0
+    input_bytes = s['tokens']*shape.hidden_size*(4 if s['compute'] == 'fp32' else 2)
+    return s['checkpointed_layers']*-(-input_bytes//PIECE_BYTES)*PIECE_BYTES
+
 def _step_bytes(shape, s, lora_config, on_gpu, layer_bytes):
     "Bytes of activations, of the loss, and of what the backward pass of one layer needs beyond the loss."
     e, tokens, checkpointed = 4 if s['compute'] == 'fp32' else 2, s['tokens'], s['checkpointed_layers']
@@ -209,6 +217,7 @@ def _step_bytes(shape, s, lora_config, on_gpu, layer_bytes):
     if layer_bytes is not None:
         plain_layers = shape.num_hidden_layers - checkpointed
         activations = int(tokens*(plain_layers*layer_bytes + checkpointed*e*shape.hidden_size))
+    if s['offloaded_inputs']: activations -= tokens*max(0, checkpointed - KEPT_NEAR)*e*shape.hidden_size
     if s['recomputed_norms']:
         activations -= tokens*(shape.num_hidden_layers - checkpointed)*_norm_bytes(shape, lora_config, e)
     chunked = s['fast_path'] and not s['label_smoothing'] and 'lm_head' not in (lora_config.modules_to_save or ())
@@ -244,6 +253,7 @@ def _headline(settings, counts, num_layers):
     s, n = settings, settings['checkpointed_layers']
     checkpointing = f"{'with' if s['gradient_checkpointing'] else 'without'} gradient checkpointing"
     if 0 < n < num_layers: checkpointing += f' of {n} layers'
+    if s['pinned_host_bytes']: checkpointing += f", {s['pinned_host_bytes']/GiB:.1f} GiB of inputs in host memory"
     if s['recomputed_norms']: checkpointing += ', norms recomputed'
     if s['dequantised_copy']: checkpointing += ', unpacked copy'
     return (f"{s['rows']} x {s['max_length']} tokens per micro-batch, {checkpointing}, {s['compute']}, "
@@ -303,6 +313,7 @@ def plan(
     dequantised_copy:bool=False, # Hold the frozen weights unpacked as well, so that a step unpacks nothing
     decoded_scales:bool=False, # Hold nested block scales unpacked
     recomputed_norms:bool=False, # Compute norms again in the backward pass, instead of saving them
+    offloaded_inputs:bool|None=None, # Keep inputs of checkpointed layers in host memory; `None`: by the config, no if `"auto"`
     layer_bytes:float|None=None, # Bytes one layer saves per token, see `measured_layer_bytes`; `None` takes the formula
 )->MemoryPlan: # Bytes by part
     "What a run needs, from its config alone; raises `ResourceError` if the model's shape needs a download."
@@ -315,13 +326,14 @@ def plan(
         from llama_nb.sources import model_shape
         shape = model_shape(model_config)
     counts = {**parameter_counts(shape), 'trained': trained_numbers(shape, lora_config)}
-    settings = _assumed_settings(model_config, training_config, shape, checkpointed_layers, dequantised_copy)
+    settings = _assumed_settings(model_config, training_config, shape, checkpointed_layers, dequantised_copy, offloaded_inputs)
     settings.update(decoded_scales=decoded_scales, recomputed_norms=recomputed_norms)
+    settings['pinned_host_bytes'] = _pinned_bytes(shape, settings)
     parts = _part_bytes(shape, settings, training_config, lora_config, context_bytes, layer_bytes)
     return MemoryPlan(parts, settings, counts, (shape, model_config, training_config, lora_config, context_bytes))
 
 # %% ../nbs/45_memory.ipynb #9f2092fc
-def _variations(shape, model, training, lora):
+def _variations(shape, model, training, lora, on_gpu=True):
     "Changes that save memory, the cheapest first: setting, cost, changed configs."
     s, replace = _assumed_settings(model, training, shape), dataclasses.replace
     def with_model(**changes): return replace(model, **changes), training, lora
@@ -338,6 +350,9 @@ def _variations(shape, model, training, lora):
     if not s['gradient_checkpointing']:
         yield ('training.gradient_checkpointing=true', 'computes each forward pass twice, same result',
                with_training(gradient_checkpointing=True))
+    elif on_gpu and not s['offloaded_inputs'] and training.compile is not True:
+        yield ('training.activation_offloading=true', 'copies to host memory beside the computation, same result',
+               with_training(activation_offloading=True))
     if s['compute'] == 'fp32': yield 'training.compute=bf16', 'lower precision', with_training(compute='bf16')
     if s['compute'] == 'fp8': yield 'training.compute=bf16', 'more precise than fp8', with_training(compute='bf16')
     if not s['use_4bit']: yield 'model.use_4bit=true', 'coarser frozen weights', with_model(use_4bit=True)
@@ -358,7 +373,7 @@ def cheapest_changes(
     shape, *configs, context = memory_plan.inputs
     steps, total = [], memory_plan.total
     while total > memory_bytes:
-        for setting,cost,changed in _variations(shape, *configs):
+        for setting,cost,changed in _variations(shape, *configs, on_gpu=context > 0):
             smaller = plan(*changed, shape=shape, context_bytes=context).total
             if smaller < total - 0.002*memory_bytes: break # skip changes that save next to nothing
         else: break
@@ -390,9 +405,29 @@ def _with_scales(best, usable, kwargs):
     nested = s['use_4bit'] and s['use_nested_quant'] and s['fast_path'] and s['compute'] != 'fp8'
     if not nested or s['dequantised_copy'] or not training.kernels: return best
     more = plan(model, training, lora, checkpointed_layers=s['checkpointed_layers'], decoded_scales=True,
-                recomputed_norms=s['recomputed_norms'], **kwargs)
+                recomputed_norms=s['recomputed_norms'], offloaded_inputs=s['offloaded_inputs'], **kwargs)
     return more if more.fits(int(usable)) else best
 
+
+# %% ../nbs/45_memory.ipynb #c4f3dcad
+def _fastest(first, usable, choices, offload, kwargs):
+    "The fastest plan that fits, or the smallest one; `choices`: rows, copies, norms and layers to consider."
+    shape, model, training, lora, _ = first.inputs
+    L, length, plans = shape.num_hidden_layers, first.settings['max_length'], []
+    packed = model.use_4bit and training.compute != 'fp8'
+    rows_choices, copies, norm_choices, layers = choices
+    for rows,copy,norms in itertools.product(rows_choices, copies, norm_choices):
+        changed = dataclasses.replace(training, per_device_train_batch_size=rows)
+        for n in layers:
+            p = plan(model, changed, lora, checkpointed_layers=n, dequantised_copy=copy, recomputed_norms=norms,
+                     offloaded_inputs=offload, **kwargs)
+            plans.append((_relative_time(L, n, rows*length, packed and not copy, norms), p.total, p))
+            if p.fits(usable): break # more recomputing would only cost time
+    fitting = [p for p in plans if p[1] <= usable]
+    if not fitting: return min(plans, key=lambda p: p[1])[2]
+    return _with_scales(min(fitting, key=lambda p: p[:2])[2], usable, kwargs)
+
+# %% ../nbs/45_memory.ipynb #afdeb4e0
 def decide(
     model_config, # What `plan` takes
     memory_bytes:int, # Memory that is free for the run
@@ -401,28 +436,26 @@ def decide(
     most_tokens:int=16384, # Largest micro-batch to consider
     most_rows:int|None=None, # Largest number of rows; `None`: no limit
     with_copy:bool=True, # Consider an unpacked copy of 4-bit weights
+    host_bytes:int|None=None, # Host memory that may be pinned for inputs of layers; `None`: no limit
     **kwargs, # `shape`, `context_bytes`, `layer_bytes` of `plan`
 )->MemoryPlan: # The plan chosen; the smallest one if none fits
     "Rows per micro-batch, checkpointed layers and unpacked copy: the fastest combination that fits."
     first = plan(model_config, training_config, lora_config, **kwargs)
-    shape, model, training, lora, _ = first.inputs
-    L, length, usable, plans = shape.num_hidden_layers, first.settings['max_length'], 0.9*memory_bytes, []
-    checkpointing = training.gradient_checkpointing
-    layers = range(L + 1) if checkpointing == 'auto' else [L if checkpointing else 0]
-    packed = model.use_4bit and training.compute != 'fp8'
-    copies = (True, False) if with_copy and packed and training.fast_path else (False,)
+    shape, model, training, lora, context = first.inputs
+    L, usable, checkpointing = shape.num_hidden_layers, int(0.9*memory_bytes), training.gradient_checkpointing
+    offload = training.activation_offloading
+    if offload is True: checkpointing = True
+    can_copy = with_copy and model.use_4bit and training.compute != 'fp8' and training.fast_path
     can_recompute = checkpointing == 'auto' and training.fast_path and training.kernels
-    norm_choices = (False, True) if can_recompute and _norm_bytes(shape, lora, 2) else (False,)
-    for rows in _row_choices(training, length, most_tokens, most_rows):
-        changed = dataclasses.replace(training, per_device_train_batch_size=rows)
-        for copy,norms in itertools.product(copies, norm_choices):
-            for n in layers:
-                p = plan(model, changed, lora, checkpointed_layers=n, dequantised_copy=copy, recomputed_norms=norms, **kwargs)
-                plans.append((_relative_time(L, n, rows*length, packed and not copy, norms), p.total, p))
-                if p.fits(int(usable)): break # more recomputing would only cost time
-    fitting = [p for p in plans if p[1] <= usable]
-    if not fitting: return min(plans, key=lambda p: p[1])[2]
-    return _with_scales(min(fitting, key=lambda p: p[:2])[2], usable, kwargs)
+    choices = (_row_choices(training, first.settings['max_length'], most_tokens, most_rows),
+               (True, False) if can_copy else (False,),
+               (False, True) if can_recompute and _norm_bytes(shape, lora, 2) else (False,),
+               range(L + 1) if checkpointing == 'auto' else [L if checkpointing else 0])
+    best = _fastest(first, usable, choices, offload is True, kwargs)
+    on_device = offload != 'auto' or not checkpointing or training.compile is True or not context
+    if on_device or best.fits(usable): return best
+    moved = _fastest(first, usable, choices, True, kwargs)
+    return best if host_bytes is not None and moved.settings['pinned_host_bytes'] > host_bytes else moved
 
 # %% ../nbs/45_memory.ipynb #e1739ecf
 def _own_tensors(model, layer):

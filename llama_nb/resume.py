@@ -60,7 +60,7 @@ def data_fingerprint(
 _FREE = { # settings that do not affect the weights
     'model.model_name', 'model.revision', 'data.data_path', 'training.output_dir', 'training.run_name',
     'training.logging_steps', 'training.save_steps', 'training.eval_steps', 'training.save_total_limit',
-    'training.gradient_checkpointing', 'training.allow_changes', 'training.report_to', 'training.save_strategy',
+    'training.gradient_checkpointing', 'training.activation_offloading', 'training.allow_changes', 'training.report_to', 'training.save_strategy',
     'training.eval_strategy', 'training.per_device_eval_batch_size', 'training.dataloader_num_workers',
     'training.save_only_model', 'training.load_best_model_at_end', 'training.early_stopping',
     'training.early_stopping_delta', 'training.mirror', 'training.ddp_timeout', 'training.parallel',

@@ -58,6 +58,7 @@ from .trackers import guards, LiveView
 from .training_data import (
     encode_data, EncodedData, PackedData, rows_by_name, save_touched, settle_rope)
 from .views import live_text, stage, tell, write_json, write_text
+from .loop import host_room_bytes
 
 # %% ../nbs/75_train.ipynb #5242414e
 def resolve(
@@ -87,7 +88,8 @@ def _memory_error(trainer, phase=None):
     on_gpu = trainer.device.type == 'cuda'
     if phase is None: # within training: plan with the settings in use
         training = replace(training, per_device_train_batch_size=hf.args.per_device_train_batch_size,
-                           gradient_checkpointing=recomputes_layers(hf.model))
+                           gradient_checkpointing=recomputes_layers(hf.model),
+                           activation_offloading=trainer.planned.settings['offloaded_inputs'])
     planned = plan(c.model, training, c.lora, context_bytes=CUDA_CONTEXT_BYTES if on_gpu else 0)
     return out_of_memory(phase or hf.phase, planned, room_bytes() if on_gpu else None)
 
@@ -313,7 +315,7 @@ class LLAMATrainer:
 
 # %% ../nbs/75_train.ipynb #84635ff7
 def _auto_settings(trainer, checkpoint):
-    "Rows per micro-batch, number of steps, whether to compile; a resumed run keeps the values of its checkpoint."
+    "Rows per micro-batch, number of steps, whether to compile; makes the memory plan. A resumed run keeps its values."
     c, t, rows = trainer.config, trainer.config.training, trainer.rows().train
     checkpoint = checkpoint if is_main() else None # its values count for all
     size, compiled = t.per_device_train_batch_size, t.compile
@@ -322,8 +324,12 @@ def _auto_settings(trainer, checkpoint):
     steps = num_steps(len(rows), size, t)
     if compiled == 'auto': compiled = settled(checkpoint, 'training.compile')
     if compiled is None: compiled = _auto_compile(trainer, size, steps)
+    was_compiled = t.compile == 'auto' and bool(settled(checkpoint, 'training.compile'))
+    size, steps, compiled, was_compiled = from_main([size, steps, compiled, was_compiled])
     in_parts = _is_in_parts(trainer) # all ranks ask
-    return from_main([size, steps, compiled and not in_parts])
+    trainer.planned = _memory_plan(trainer, size, was_compiled)
+    moved = any(all_values(trainer.planned.settings['offloaded_inputs']))
+    return size, steps, compiled and not in_parts and not moved
 
 def _auto_compile(trainer, batch_size, steps):
     "Whether compiled layers are worth it in this run, see `auto_compile`."
@@ -334,14 +340,17 @@ def _auto_compile(trainer, batch_size, steps):
     return auto_compile(weights, steps*t.gradient_accumulation_steps*t.num_processes*batch_tokens, filled, t, trainer.device)
 
 # %% ../nbs/75_train.ipynb #0aed3a91
-def _memory_plan(trainer, batch_size):
+def _memory_plan(trainer, batch_size, was_compiled=False):
     "The memory plan of this run: on a GPU one layer is measured, on a CPU layers are recomputed only if you ask."
     c = trainer.config
     t = replace(_as_computed(c, trainer.device), per_device_train_batch_size=batch_size)
     if trainer.device.type == 'cuda': measured = dict(layer_bytes=measured_layer_bytes(trainer.model))
-    else: t, measured = replace(t, gradient_checkpointing=t.gradient_checkpointing is True), dict(context_bytes=0)
+    else:
+        recompute = True in (t.gradient_checkpointing, t.activation_offloading)
+        t, measured = replace(t, gradient_checkpointing=recompute), dict(context_bytes=0)
     shape = trainer.model.get_base_model().config
-    return decide(c.model, room_bytes(trainer.device), t, c.lora, shape=shape, **measured)
+    if was_compiled: t = replace(t, activation_offloading=False) # a resumed run: compiled layers keep their inputs
+    return decide(c.model, room_bytes(trainer.device), t, c.lora, shape=shape, host_bytes=host_room_bytes(t), **measured)
 
 # %% ../nbs/75_train.ipynb #2b73e890
 def _is_in_parts(trainer):
@@ -372,7 +381,9 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, o
     on_cpu = trainer.device.type == 'cpu'
     args = training_arguments(c.training, run.folder, steps, batch_size, bool(data.validation), on_cpu)
     settings = trainer.planned.settings
-    set_checkpointing_(model, settings['checkpointed_layers'])
+    set_checkpointing_(model, settings['checkpointed_layers'], settings['offloaded_inputs'])
+    if pinned := settings['pinned_host_bytes']:
+        tell(f"inputs of {settings['checkpointed_layers']} layers wait in host memory, {pinned/1e9:,.1f} GB of it")
     in_parts = _is_in_parts(trainer)
     if settings['dequantised_copy'] and not in_parts: unpack_copies_(model)
     if settings['decoded_scales'] and not in_parts: unpack_scales_(model)
@@ -527,7 +538,6 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         stops = t.load_best_model_at_end or t.early_stopping
         if stops: callbacks.insert(0, StopGuard(run, t.early_stopping_delta if t.early_stopping else None))
         if t.mirror: callbacks.append(Mirror(run, t.mirror, t.save_total_limit))
-        trainer.planned = _memory_plan(trainer, size)
         hf = _make_trainer(trainer, run, facts, [*callbacks, *trainer.given.callbacks, *more_callbacks], size, steps, compiled, optimizers)
         trainer._hf_trainer = hf
         trainer._chat = trainer._error = None

@@ -116,7 +116,21 @@ def test_a_booking_in_one_process(tmp_path, part):
     if part == 'second': return
     losses = {n: r['loss'] for n, r in rows.items() if 'loss' in r and '2k' not in n}
     assert losses['7B'] == losses['7B, profile'] == losses["7B, torch's operations"] == losses['7B, no unpacked copy'], losses
+    assert losses['7B, all recomputed, inputs in host memory'] == losses['7B, all recomputed'] and rows['7B, all recomputed, inputs in host memory']['offloaded_inputs'], losses
     assert all(abs(loss/losses['7B'] - 1) < .02 for loss in losses.values()) and rows['7B, profile']['profile'][0]['share'] > 0
+
+
+def test_a_gate_without_numbers_is_not_passed(monkeypatch):
+    "A reference loss of 0 divides nothing, and proves nothing."
+    import torch
+    from bench import gpu_row
+    assert [gpu_row.relative(*pair) for pair in ((0., 0.), (-1e-9, 0.), (-.5, 2.), (3., -4.))] == [0., float('inf'), .25, .75]
+    Here.set('cpu', True)
+    fine = gpu_row.gate()
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, 'cross_entropy', lambda *args, **kwargs: 0*real(*args, **kwargs))
+    found = gpu_row.gate()
+    assert fine['passed'] and found['loss'] == 0 and not found['passed'] and found['ours']['loss'] == float('inf')
 
 
 def test_an_item_without_time_or_with_a_fault_ends_nothing(tmp_path, monkeypatch):
@@ -145,3 +159,11 @@ def test_the_plan_is_within_five_percent_of_the_allocator():
                         checkpointed_layers=r['recomputed_layers'], layer_bytes=layer_bytes)
             off = (made.total - CUDA_CONTEXT_BYTES)/2**30/r['measured_gib'] - 1
             assert abs(off) <= .05, (r, off)
+    for r in counts['offloading']:
+        Here.tiny = False
+        try: shape = shape_of('8B', max_position_embeddings=r['tokens'])
+        finally: Here.tiny = tiny
+        made = plan(ModelConfig(max_length=r['tokens']), TrainingConfig(per_device_train_batch_size=1), LoRAConfig(r=16, target_modules='all-linear'), shape=shape,
+                    checkpointed_layers=r['recomputed_layers'], offloaded_inputs=r['inputs_in_host_memory'])
+        off = (made.total - CUDA_CONTEXT_BYTES)/2**30/r['allocated_gib'] - 1
+        assert abs(off) <= .05 and made.settings['pinned_host_bytes']/2**30 == r['pinned_gib'], (r, off)

@@ -115,7 +115,7 @@ TABLE = [
     *_rows('attention', 'torch.nn.attention.varlen.varlen_attn', ('query', 'key', 'value', 'cu_seq_q', 'cu_seq_k', 'max_q', 'max_k'), starts=True),
     *_rows('attention, linears', 'torch.library.custom_op', ('name',), starts=True),
     *_rows('guards', 'torch.nn.utils.get_total_norm', ('tensors',), starts=True),
-    *_rows('memory', 'torch.autograd.graph.saved_tensors_hooks', ('pack_hook', 'unpack_hook'), starts=True),
+    *_rows('memory, offloading', 'torch.autograd.graph.saved_tensors_hooks', ('pack_hook', 'unpack_hook'), starts=True),
     Row('torch.optim.AdamW', ('fused',), 'config'),
     # several ranks
     Row(TRAINER + 'get_train_dataloader', (), 'loop'), Row(TRAINER + 'store_flos', (), 'loop'), Row(TRAINER + '_save_rng_state', ('output_dir',), 'safe_trainer', starts=True),
@@ -232,6 +232,14 @@ def trainer():
     return Trainer(tuned(False), TrainingArguments(tempfile.mkdtemp(), report_to='none', use_cpu=True, disable_tqdm=True), train_dataset=[{'input_ids': [1]}])
 
 
+def recomputed():
+    "A layer that is recomputed in the backward pass."
+    from llama_nb.loop import set_checkpointing_
+    model = tuned(False)
+    set_checkpointing_(model, True)
+    return model.get_base_model().model.layers[0]
+
+
 def scheduler():
     import torch
     return torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.), lambda step: 1.)
@@ -250,6 +258,7 @@ OBJECTS = [  # what makes it, what to call it, the attributes we read or set, wh
     (llama, 'transformers.LlamaForCausalLM', 'model lm_head generation_config', 'fastpath, generate'),
     (lambda: llama().model, 'LlamaModel', 'layers norm rotary_emb', 'memory, layers'),
     (decoder_layer, 'LlamaDecoderLayer', 'self_attn mlp input_layernorm post_attention_layernorm gradient_checkpointing _compiled_call_impl', 'layers, loop'),
+    (recomputed, 'a LlamaDecoderLayer that is recomputed', '_gradient_checkpointing_func', 'offloading'),
     (lambda: decoder_layer().self_attn, 'LlamaAttention', 'config head_dim q_proj k_proj v_proj o_proj attention_dropout scaling', 'layers'),
     (lambda: decoder_layer().mlp, 'LlamaMLP', 'config gate_proj up_proj down_proj', 'layers'),
     (lambda: decoder_layer().input_layernorm, 'LlamaRMSNorm', 'weight variance_epsilon', 'layers'),

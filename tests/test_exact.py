@@ -32,6 +32,7 @@ SETUPS = {
     'two epochs later': (dict(gradient_accumulation_steps=6, max_steps=8), 5),
     'plain twin of the fast path': (dict(fast_path=False), 3),
     'recomputed activations': (dict(gradient_checkpointing=True), 3),
+    'inputs of layers in host memory': (dict(activation_offloading=True, gradient_accumulation_steps=2), 3),
     'another optimizer and schedule': (dict(optim='adafactor', lr_scheduler_type='linear', weight_decay=0.1), 3),
     'float32': (dict(compute='fp32'), 3),
     'float16 with overflows': (dict(compute='fp16'), 3),

@@ -45,6 +45,7 @@ _MODULES = {
     'memory': 'plan MemoryPlan',
     'offloading': '',
     'shards': '',
+    'staging': '',
     'ranks': '',
     'checkpoints': 'verify_checkpoint',
     'runs': 'Run list_runs watch save_config',

@@ -101,6 +101,7 @@ class _Faults(ValueError):
 # %% ../nbs/01_config.ipynb #18274dd6
 def _unknown_key(name, keys):
     if other := _other_name(name): return f'unknown; its name here is {other}'
+    if missing := _what_is_missing(name): return missing
     return f"unknown{did_you_mean(name, keys) or '; known: ' + ', '.join(keys)}"
 
 # %% ../nbs/01_config.ipynb #01a7e338
@@ -145,6 +146,24 @@ def _other_name(name):
     "Our setting for a name from another trainer; `None` if it is not known."
     return OTHER_NAMES.get(str(name).rpartition('.')[2].lower().replace('-', '_'))
 
+# %% ../nbs/01_config.ipynb #adbadb9c
+_MISSING = { # what is not there, and what to do -> names that other trainers have for it
+    'context parallelism is not there: each process works on whole conversations, so the longest must fit one GPU; '
+    'lower model.max_length, or set training.gradient_checkpointing=true':
+        ('context_parallel context_parallel_size context_parallel_degree cp cp_size sequence_parallel '
+         'sequence_parallel_size sequence_parallel_degree sp_size ulysses_size ring_attention context sequence'),
+    'tensor and pipeline parallelism are not there; set training.parallel=fsdp for a base that does not fit one GPU':
+        'tensor_parallel tensor_parallel_size tp tp_size tensor pipeline_parallel pipeline_parallel_size pp pp_size pipeline',
+    'DeepSpeed is not supported; set training.parallel=fsdp for a base that does not fit one GPU':
+        'deepspeed deepspeed_config ds_config zero zero_stage zero3 deepspeed_plugin',
+    'weights are not moved to the host (CPU offload): with training.parallel=fsdp more processes hold smaller parts':
+        'cpu_offload fsdp_cpu_offload fsdp_offload_params offload_params offload_param param_offload offload_policy'}
+
+def _what_is_missing(name):
+    "What this version cannot do that a name asks for; `None` if the name asks for nothing known."
+    name = str(name).rpartition('.')[2].lower().replace('-', '_')
+    return next((text for text,names in _MISSING.items() if name in names.split()), None)
+
 # %% ../nbs/01_config.ipynb #929b77fb
 def _fault_text(value, kind, loc):
     "What was found and what is allowed, for one field."
@@ -170,6 +189,7 @@ def _fault_lines(error, cls, section):
         if isinstance(broken, _Faults):
             for k,m in broken.faults: lines['.'.join([*prefix, k])] = m
         elif key and key not in hints: lines[where] = _unknown_key(key, list(hints))
+        elif key == 'parallel' and (missing := _what_is_missing(fault['input'])): lines[where] = missing
         else: lines.setdefault(where, _fault_text(fault['input'], hints.get(key, owner), loc))
     return [f'{where}: {text}' for where,text in lines.items()]
 
@@ -605,6 +625,8 @@ class RunConfig:
         if self.training.compute == 'fp16' and self.lora.modules_to_save:
             yield 'training.compute', ("found 'fp16' with lora.modules_to_save; modules trained in full need more digits, "
                                        'use bf16, or fp32 on a GPU without it')
+        if self.training.parallel == 'fsdp' and self.model.load_in_8bit:
+            yield 'training.parallel', "found 'fsdp' with model.load_in_8bit, allowed: auto or ddp; weights in 8 bits are not cut"
         method = INIT_METHODS.get(start, InitMethod())
         if (method.full_base or method.packed_base) and self.model.load_in_8bit:
             yield 'lora.init_lora_weights', f'{start} cannot start from a base in 8 bits; set model.load_in_8bit=false'
@@ -620,6 +642,7 @@ def _unknown_setting(name):
     "What is wrong with the name of a setting (`section.key`); an empty text if it exists."
     section, _, key = name.partition('.')
     if not key and (other := _other_name(name)): return f'unknown; its name here is {other}'
+    if not key and (missing := _what_is_missing(name)): return missing
     keys = {s: [f.name for f in dataclasses.fields(globals()[c])] for s,c in _SECTIONS.items()}
     if section in keys: return '' if key in keys[section] else _unknown_key(key, keys[section])
     owners = [f'{s}.{name}' for s,ks in keys.items() if name in ks]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GiB', 'CARDS', 'CUDA_CONTEXT_BYTES', 'STEP_TOKENS', 'UNPACK_TOKENS', 'NORM_TIME', 'linear_bytes', 'weight_bytes',
-           'trained_numbers', 'activation_bytes', 'logits_bytes', 'backward_bytes', 'fp8_bytes', 'MemoryPlan', 'plan',
-           'cheapest_changes', 'decide', 'measured_layer_bytes']
+           'trained_numbers', 'activation_bytes', 'logits_bytes', 'backward_bytes', 'fp8_bytes', 'cut_bytes',
+           'MemoryPlan', 'plan', 'cheapest_changes', 'decide', 'parallel_plans', 'choose_parallel',
+           'measured_layer_bytes']
 
 # %% ../nbs/45_memory.ipynb #06e05023
 import dataclasses
@@ -18,6 +19,7 @@ from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
 from .errors import ConfigError
 from .shapes import CACHED_LOGITS, CHUNK_LOGITS, KEPT_NEAR, matrix_shapes, parameter_counts, PIECE_BYTES, TILE
 from .views import bars, table, View
+from .errors import ResourceError
 
 # %% ../nbs/45_memory.ipynb #a7c4fc38
 GiB = 2**30 # Bytes
@@ -256,8 +258,30 @@ def _headline(settings, counts, num_layers):
     if s['pinned_host_bytes']: checkpointing += f", {s['pinned_host_bytes']/GiB:.1f} GiB of inputs in host memory"
     if s['recomputed_norms']: checkpointing += ', norms recomputed'
     if s['dequantised_copy']: checkpointing += ', unpacked copy'
+    if s.get('parallel') == 'fsdp': checkpointing += f", on each of {s['num_processes']} processes (fsdp)"
     return (f"{s['rows']} x {s['max_length']} tokens per micro-batch, {checkpointing}, {s['compute']}, "
             f"{counts['trained']:,} trained = {counts['trained']/counts['total']:.2%}")
+
+# %% ../nbs/45_memory.ipynb #f16c9194
+def cut_bytes(
+    shape, # `transformers.LlamaConfig`
+    num_processes:int=1, # That share the base
+    use_4bit:bool=True, # Linears of the blocks in 4 bits
+    element_bytes:int=2, # Size of every other number
+)->int: # Bytes on the process that holds most
+    "Bytes of the frozen decoder layers that one process holds under FSDP, without scales."
+    def share(rows, row_bytes): return -(-rows//num_processes)*row_bytes
+    matrices = [(o*i//8, 4) if use_4bit else (o, i*element_bytes) for o,i in matrix_shapes(shape).values()]
+    norms = 2*share(shape.hidden_size, element_bytes)
+    return shape.num_hidden_layers*(sum(share(*m) for m in matrices) + norms)
+
+def _shared_parts(parts, shape, s, num_processes):
+    "The parts of a plan on one of several processes that share the base."
+    args = dict(use_4bit=s['use_4bit'], element_bytes=4 if s['compute'] == 'fp32' else 2)
+    whole, here = (cut_bytes(shape, n, **args) for n in (1, num_processes))
+    kept = {name: size for name,size in parts.items() if name not in ('dequantised copy', 'unpacked scales')}
+    linears = next(iter(kept))
+    return {**kept, linears: kept[linears] - whole + here, 'gathered layer, twice': 2*whole//shape.num_hidden_layers}
 
 # %% ../nbs/45_memory.ipynb #54875627
 @dataclass(frozen=True)
@@ -330,6 +354,8 @@ def plan(
     settings.update(decoded_scales=decoded_scales, recomputed_norms=recomputed_norms)
     settings['pinned_host_bytes'] = _pinned_bytes(shape, settings)
     parts = _part_bytes(shape, settings, training_config, lora_config, context_bytes, layer_bytes)
+    settings.update(parallel=training_config.parallel, num_processes=training_config.num_processes)
+    if training_config.parallel == 'fsdp': parts = _shared_parts(parts, shape, settings, training_config.num_processes)
     return MemoryPlan(parts, settings, counts, (shape, model_config, training_config, lora_config, context_bytes))
 
 # %% ../nbs/45_memory.ipynb #9f2092fc
@@ -403,11 +429,10 @@ def _with_scales(best, usable, kwargs):
     shape, model, training, lora, _ = best.inputs
     s = best.settings
     nested = s['use_4bit'] and s['use_nested_quant'] and s['fast_path'] and s['compute'] != 'fp8'
-    if not nested or s['dequantised_copy'] or not training.kernels: return best
+    if not nested or s['dequantised_copy'] or not training.kernels or training.parallel == 'fsdp': return best
     more = plan(model, training, lora, checkpointed_layers=s['checkpointed_layers'], decoded_scales=True,
                 recomputed_norms=s['recomputed_norms'], offloaded_inputs=s['offloaded_inputs'], **kwargs)
     return more if more.fits(int(usable)) else best
-
 
 # %% ../nbs/45_memory.ipynb #c4f3dcad
 def _fastest(first, usable, choices, offload, kwargs):
@@ -445,7 +470,7 @@ def decide(
     L, usable, checkpointing = shape.num_hidden_layers, int(0.9*memory_bytes), training.gradient_checkpointing
     offload = training.activation_offloading
     if offload is True: checkpointing = True
-    can_copy = with_copy and model.use_4bit and training.compute != 'fp8' and training.fast_path
+    can_copy = with_copy and model.use_4bit and training.compute != 'fp8' and training.fast_path and training.parallel != 'fsdp'
     can_recompute = checkpointing == 'auto' and training.fast_path and training.kernels
     choices = (_row_choices(training, first.settings['max_length'], most_tokens, most_rows),
                (True, False) if can_copy else (False,),
@@ -456,6 +481,34 @@ def decide(
     if on_device or best.fits(usable): return best
     moved = _fastest(first, usable, choices, True, kwargs)
     return best if host_bytes is not None and moved.settings['pinned_host_bytes'] > host_bytes else moved
+
+# %% ../nbs/45_memory.ipynb #9e1e6886
+def parallel_plans(
+    model_config, # What `plan` takes
+    memory_bytes:int, # Memory of each process
+    training_config:TrainingConfig, # With `num_processes`
+    lora_config:LoRAConfig|None=None, # `None` takes the defaults
+    **kwargs, # What `decide` takes
+)->dict[str,MemoryPlan]: # `'ddp'` and `'fsdp'`, or only what `training.parallel` and the other settings allow
+    "What `decide` decides for each way to share the base among processes."
+    t = training_config
+    in_8bit = getattr(getattr(model_config, 'model', model_config), 'load_in_8bit', False)
+    can_cut = t.num_processes > 1 and t.compile is not True and t.compute != 'fp8' and not in_8bit
+    kinds = [t.parallel] if t.parallel != 'auto' else ['ddp', 'fsdp'] if can_cut else ['ddp']
+    return {kind: decide(model_config, memory_bytes, dataclasses.replace(t, parallel=kind), lora_config, **kwargs)
+            for kind in kinds}
+
+def choose_parallel(
+    plans:dict[str,MemoryPlan], # From `parallel_plans`
+    memory_bytes:int, # Memory of each process
+)->tuple[str,str]: # `'ddp'` or `'fsdp'`, and why
+    "The first plan that fits. Raises `ResourceError` if none does."
+    needs = ' and '.join(f'{kind} needs {p.total/GiB:.1f} GiB' for kind,p in plans.items())
+    n, room = next(iter(plans.values())).settings['num_processes'], f'{memory_bytes/GiB:.1f} GiB'
+    for kind,p in plans.items():
+        if p.fits(memory_bytes): return kind, f'{needs} for each of {n} processes, which has {room}'
+    raise ResourceError(f'training.parallel: {needs} for each of {n} processes, which has {room}; raise '
+                        'training.num_processes, or lower model.max_length')
 
 # %% ../nbs/45_memory.ipynb #e1739ecf
 def _own_tensors(model, layer):

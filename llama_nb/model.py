@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 from torch import nn, Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from .config import load_config, LoRAConfig, ModelConfig, RunConfig
 from .errors import CheckpointError, ConfigError, did_you_mean, redact, ResourceError, shorten
 from .lora import add_lora, check_adapter, load_adapter
 from .quantization import bnb_config, compute_dtype, import_bitsandbytes
-from .sources import check_llama, chosen_rope, find_model, from_source, model_shape, ROPE_FILE, scale_rope_
+from .sources import (
+    check_llama, chosen_rope, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
 from .views import PALETTE, picture, table, tell, View
 
 # %% ../nbs/14_model.ipynb #c3e4be10
@@ -189,8 +190,19 @@ def _set_compute_dtype_(model, dtype):
         if type(m).__name__ == 'Linear4bit': m.compute_dtype, m.compute_type_is_set = dtype, True
     model.config.quantization_config.bnb_4bit_compute_dtype = dtype
 
+# %% ../nbs/14_model.ipynb #835a5e9c
+def _from_weights(shape, weights, source, packing, wanted):
+    "The model of a config, with weights by name that are packed as `packing` says, and how loading went."
+    shape = copy.deepcopy(shape)
+    for key,settings in packing.items(): setattr(shape, key, settings.to_dict())
+    with quiet_transformers(): model, info = LlamaForCausalLM.from_pretrained(None, config=shape, state_dict=weights, **wanted)
+    model.name_or_path = model.config.name_or_path = str(source)
+    if (Path(source)/'generation_config.json').is_file():
+        model.generation_config = from_source(GenerationConfig, source)
+    return model, info
+
 # %% ../nbs/14_model.ipynb #e8202b33
-def _load_base(model_config, device, use_4bit):
+def _load_base(model_config, device, use_4bit, weights=None):
     "The base model, complete, without an adapter."
     source, attention = find_model(model_config.model_name), model_config.attn_implementation
     if attention in ('auto', 'llama_nb_packed'): attention = 'sdpa' # the trainer switches packed attention on
@@ -203,11 +215,12 @@ def _load_base(model_config, device, use_4bit):
     stored = _stored_4bit(shape, model_config, use_4bit)
     if stored: tell(f'{shorten(redact(model_config.model_name))} is stored in 4 bits already, and used as it is')
     import_bitsandbytes() # before transformers and peft import it, which would log more
-    model, info = from_source(
-        AutoModelForCausalLM, source, model_config.revision, device_map={'': device}, output_loading_info=True,
-        dtype=compute_dtype(model_config.bnb_4bit_compute_dtype, device),
-        attn_implementation=attention, **({'config': shape} if rope else {}),
-        **({'quantization_config': bnb_config(model_config, device)} if use_4bit and not stored else {}))
+    wanted = dict(device_map={'': device}, output_loading_info=True, attn_implementation=attention,
+                  dtype=compute_dtype(model_config.bnb_4bit_compute_dtype, device))
+    packing = {'quantization_config': bnb_config(model_config, device)} if use_4bit and not stored else {}
+    if weights is not None: model, info = _from_weights(shape, weights, source, packing, wanted)
+    else: model, info = from_source(AutoModelForCausalLM, source, model_config.revision, **wanted, **packing,
+                                    **({'config': shape} if rope else {}))
     if lost := sorted({*info['missing_keys'], *map(str, info.get('mismatched_keys', ()))}):
         raise CheckpointError(f'model {shorten(redact(source))}: {len(lost)} weights are missing in its files (first: '
                               f'{lost[0]}) and would be random; download it again')
@@ -223,6 +236,7 @@ def load_model(
     model_config:ModelConfig, # Which model, and how its weights are stored
     lora_config:LoRAConfig|None=None, # Adapter to attach; `None`: base only
     device:str|torch.device|None=None, # `None`: CUDA if available, else the CPU
+    weights:dict[str,Tensor]|None=None, # `state_dict()` of the same base, already packed; `None`: read its files
 ): # A `LlamaForCausalLM`, or a `PeftModel` around it; eval mode
     """Load a base model in 4 bits or 16, and attach LoRA.
 
@@ -235,7 +249,7 @@ def load_model(
         has_kernels = ', though bitsandbytes has kernels for it' if device.type in ('mps', 'xpu') else ''
         raise ResourceError(f"device '{device}': llama_nb runs on CUDA and on the CPU, where gradients and resuming are proved{has_kernels}; "
                             "use device='cpu'")
-    model = _load_base(model_config, device, model_config.use_4bit or model_config.load_in_8bit)
+    model = _load_base(model_config, device, model_config.use_4bit or model_config.load_in_8bit, weights)
     if lora_config is None: return model
     model.config.use_cache = False
     full_weight = None

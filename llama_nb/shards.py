@@ -7,6 +7,7 @@ __all__ = ['shard_base_', 'is_shard', 'is_sharded', 'frozen_layer_bytes']
 
 # %% ../nbs/48_shards.ipynb #eb41e8b6
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn, Tensor
@@ -33,20 +34,26 @@ def _give_states(linears, module, args):
 
 # %% ../nbs/48_shards.ipynb #31216a9e
 def shard_base_(
-    model:nn.Module, # A PEFT model on this rank's device, the same on all ranks; changed in place
+    model:nn.Module, # A PEFT model, the same on all ranks; changed in place
+    device:str|torch.device|None=None, # Where it will compute; `None`: where it is
+    after_layer:Callable[[],None]|None=None, # Called after each layer, e.g. to wait for the others
 ):
     "Cut the frozen weights of all decoder layers into one part per rank. Raises `LlamaNbError` if one stays whole."
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    mesh = init_device_mesh(next(model.parameters()).device.type, (get_world_size(),))
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (get_world_size(),))
     for layer in inner.model.layers:
+        layer.to(device)
         linears = _packed_linears(layer)
         for linear in linears: _as_float32_(linear)
         trained = {p for p in layer.parameters() if p.requires_grad}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
         layer.register_forward_pre_hook(functools.partial(_give_states, linears))
+        if after_layer is not None: after_layer()
+    for part in (inner.model.embed_tokens, inner.model.norm, inner.model.rotary_emb, inner.lm_head): part.to(device)
     whole = [name for name,p in inner.model.layers.named_parameters() if not p.requires_grad and not is_shard(p)]
     if whole: raise LlamaNbError(f'training.parallel: {whole[0]} was not sharded; set it to ddp')
 

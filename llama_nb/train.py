@@ -59,6 +59,11 @@ from .training_data import (
     encode_data, EncodedData, PackedData, rows_by_name, save_touched, settle_rope)
 from .views import live_text, stage, tell, write_json, write_text
 from .loop import host_room_bytes
+from .memory import choose_parallel
+from .memory import cut_bytes
+from .memory import parallel_plans
+from .ranks import meet
+from .staging import load_staged
 
 # %% ../nbs/75_train.ipynb #5242414e
 def resolve(
@@ -143,10 +148,15 @@ def _make_model(trainer):
     "The model with its adapter: your own, one to go on from, or a new one."
     given, c = trainer.given, trainer.config
     if given.adapter is not None:
-        base = given.model if given.model is not None else load_model(c.model, device=trainer.device)
+        base = given.model if given.model is not None else _load(trainer, None)
         tuned = load_adapter(base, Path(getattr(given.adapter, 'folder', given.adapter)).expanduser())
         return adopt_model(tuned, c.lora).eval()
-    return load_model(c.model, c.lora, trainer.device) if given.model is None else adopt_model(given.model, c.lora).eval()
+    return _load(trainer, c.lora) if given.model is None else adopt_model(given.model, c.lora).eval()
+
+def _load(trainer, lora_config):
+    "The model of the settings; with all ranks together if they will share it."
+    load = load_staged if _is_in_parts(trainer) else load_model
+    return load(trainer.config.model, lora_config, trainer.device)
 
 # %% ../nbs/75_train.ipynb #6087bf51
 def _precision(model_config):
@@ -320,7 +330,7 @@ def _auto_settings(trainer, checkpoint):
     checkpoint = checkpoint if is_main() else None # its values count for all
     size, compiled = t.per_device_train_batch_size, t.compile
     if size == 'auto': size = settled(checkpoint, 'training.per_device_train_batch_size')
-    if size is None: size = auto_batch_size(len(rows), c.model, _as_computed(c, trainer.device), c.lora, trainer.device)
+    if size is None: size = auto_batch_size(len(rows), c.model, _as_planned(trainer), c.lora, trainer.device)
     steps = num_steps(len(rows), size, t)
     if compiled == 'auto': compiled = settled(checkpoint, 'training.compile')
     if compiled is None: compiled = _auto_compile(trainer, size, steps)
@@ -343,11 +353,12 @@ def _auto_compile(trainer, batch_size, steps):
 def _memory_plan(trainer, batch_size, was_compiled=False):
     "The memory plan of this run: on a GPU one layer is measured, on a CPU layers are recomputed only if you ask."
     c = trainer.config
-    t = replace(_as_computed(c, trainer.device), per_device_train_batch_size=batch_size)
-    if trainer.device.type == 'cuda': measured = dict(layer_bytes=measured_layer_bytes(trainer.model))
-    else:
+    t, measured = replace(_as_planned(trainer), per_device_train_batch_size=batch_size), {}
+    if trainer.device.type == 'cpu':
         recompute = True in (t.gradient_checkpointing, t.activation_offloading)
         t, measured = replace(t, gradient_checkpointing=recompute), dict(context_bytes=0)
+    elif not _is_in_parts(trainer): # else it is on the CPU still
+        measured = dict(layer_bytes=measured_layer_bytes(trainer.model))
     shape = trainer.model.get_base_model().config
     if was_compiled: t = replace(t, activation_offloading=False) # a resumed run: compiled layers keep their inputs
     return decide(c.model, room_bytes(trainer.device), t, c.lora, shape=shape, host_bytes=host_room_bytes(t), **measured)
@@ -358,21 +369,33 @@ def _is_in_parts(trainer):
     t = trainer.config.training
     if t.num_processes == 1 or t.parallel == 'ddp': return False
     if t.parallel == 'fsdp': return True
-    if trainer.device.type != 'cuda': return False
-    if trainer.in_parts is None:
-        size = t.per_device_train_batch_size if t.per_device_train_batch_size != 'auto' else 1
-        trainer.in_parts = from_main(not _memory_plan(trainer, size).fits(room_bytes(trainer.device)))
-        kind, why = ('fsdp', 'the base does not fit') if trainer.in_parts else ('ddp', 'the whole base fits')
-        tell(f'training.parallel: {kind}, because {why} each GPU')
+    if trainer.device.type != 'cuda' or trainer.given.model is not None: return False
+    if trainer.in_parts is None: trainer.in_parts = _choose_parts(trainer)
     return trainer.in_parts
+
+def _choose_parts(trainer):
+    "Decide before the model is loaded, from its shape; the main process decides for all. Says which and why."
+    c, room = trainer.config, room_bytes(trainer.device)
+    t = replace(_as_computed(c, trainer.device), per_device_train_batch_size=1) # the smallest that is possible
+    if c.training.per_device_train_batch_size != 'auto': t = c.training
+    kind, why = choose_parallel(parallel_plans(c.model, room, t, c.lora, shape=model_shape(c.model)), room)
+    tell(f'training.parallel: {kind}, because {why}')
+    return from_main(kind == 'fsdp')
+
+def _as_planned(trainer):
+    "Training settings for the memory plan: as computed, and with the decision between ddp and fsdp."
+    t = _as_computed(trainer.config, trainer.device)
+    return t if t.num_processes == 1 else replace(t, parallel='fsdp' if _is_in_parts(trainer) else 'ddp')
 
 def _share_base(trainer, run):
     "Cut the base into parts, and say how much of it each rank holds."
     whole = frozen_layer_bytes(trainer.model)[1]
-    shard_base_(trainer.model)
+    shard_base_(trainer.model, trainer.device, after_layer=meet)
     held = [here for here,_ in all_values(frozen_layer_bytes(trainer.model))]
-    run.log('shards', step=0, bytes=held, whole_bytes=whole)
-    tell(f'fsdp: each process holds at most {max(held)/whole:.0%} of the {whole/1e6:,.1f} MB of the layers; no sample replies')
+    c, exact = trainer.config, compute_dtype(trainer.config.model.bnb_4bit_compute_dtype, trainer.device) == torch.float32
+    planned = cut_bytes(trainer.model.get_base_model().config, c.training.num_processes, c.model.use_4bit, 4 if exact else 2)
+    run.log('shards', step=0, bytes=held, whole_bytes=whole, planned_bytes=planned)
+    tell(f'fsdp: each process holds at most {max(held)/whole:.0%} of the {whole/1e6:,.1f} MB of the layers')
 
 # %% ../nbs/75_train.ipynb #bbceb976
 def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, optimizers=(None, None)):
@@ -385,6 +408,7 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, o
     if pinned := settings['pinned_host_bytes']:
         tell(f"inputs of {settings['checkpointed_layers']} layers wait in host memory, {pinned/1e9:,.1f} GB of it")
     in_parts = _is_in_parts(trainer)
+    if in_parts: _share_base(trainer, run)
     if settings['dequantised_copy'] and not in_parts: unpack_copies_(model)
     if settings['decoded_scales'] and not in_parts: unpack_scales_(model)
     if c.training.fast_path: recompute_norms_(model, settings['recomputed_norms'])
@@ -398,7 +422,6 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, o
                          same_bits=c.training.deterministic)
     made.remove_callback(PrinterCallback)
     if on_cpu and c.training.fast_path: keep_freed_memory_()
-    if in_parts: _share_base(trainer, run)
     return made
 
 def _validation_rows(trainer):
@@ -469,7 +492,10 @@ def _reply_sampler(trainer):
     "The function that answers held-out prompts at each validation; `None` if the settings ask for none."
     from llama_nb.generate import reply_sampler
     e, data = trainer.config.evaluation, trainer.data
-    if not e.sample_prompts or _is_in_parts(trainer): return None # all ranks would have to write
+    if e.sample_prompts and _is_in_parts(trainer):
+        tell('evaluation.sample_prompts: no sample replies, because with fsdp no process has the whole base; '
+             'ask the trained model, or set it to 0')
+    if not e.sample_prompts or _is_in_parts(trainer): return None
     return reply_sampler(trainer.model, trainer.tokenizer, data.validation, data.train, e.sample_prompts,
                          trainer.config.data.template, e.max_new_tokens)
 

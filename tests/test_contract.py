@@ -125,6 +125,8 @@ TABLE = [
     *_rows('ranks', 'torch.distributed.rendezvous.rendezvous torch.distributed.distributed_c10d._get_default_store torch.distributed.init_process_group torch.distributed.PrefixStore'),
     *_rows('shards', 'torch.distributed.get_world_size torch.distributed.device_mesh.init_device_mesh torch.distributed.tensor.DTensor'),
     Row('torch.distributed.fsdp.fully_shard', (), 'shards'),
+    Row('torch.from_file', (), 'staging'), Row('torch.utils._python_dispatch.TorchDispatchMode', (), 'staging'),
+    Row('transformers.PreTrainedModel.from_pretrained', ('pretrained_model_name_or_path',), 'model', starts=True, takes_more=True),
     Row('torch.distributed.launcher.api.LaunchConfig', (), 'worker'),
     *_rows('worker', 'torch.distributed.launcher.api.elastic_launch torch.distributed.elastic.multiprocessing.DefaultLogsSpecs torch.distributed.elastic.multiprocessing.Std'),
     Row('torch.distributed.elastic.multiprocessing.errors.ChildFailedError', (), 'worker'),

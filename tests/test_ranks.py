@@ -206,6 +206,8 @@ def test_fsdp_of_a_4bit_base_is_ddp(packed, checkpointing):
     shares = [line.split() for text in said for line in text.splitlines() if line.startswith('SHARE')]
     assert len(shares) == 2 and all(share[1] == 'True' and int(share[2]) >= 14 and float(share[3]) <= 0.55 for share in shares), shares
     fsdp = Run(ddp.folder.parent/names['fsdp'])
+    cut = next(e for e in fsdp.events() if e['kind'] == 'shards')
+    assert max(cut['bytes']) == cut['planned_bytes'] and sum(cut['bytes']) == cut['whole_bytes'], cut  # as the memory plan says
     worst = max(gap(gradients(packed, names['ddp'], step), gradients(packed, names['fsdp'], step, number)) for step in range(6) for number in (0, 1))
     assert worst < 1e-6 and gap(weights(ddp), weights(fsdp)) < 1e-6, worst
     for name in ('loss', 'eval_loss'): assert dict(fsdp.metrics(name)) == pytest.approx(dict(ddp.metrics(name)), abs=1e-6), name

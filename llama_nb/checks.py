@@ -132,8 +132,8 @@ def check_same(
     try: check_settings(checkpoint, facts, config.training.allow_changes, run)
     except ConfigError as e:
         if config.data.dataset_name != IN_MEMORY or 'data.rows' not in str(e): raise
-        raise ConfigError(f'{e}. This is other data than the run was trained on: give the same again with data=... '
-                          '(and validation=...), in the same order, or start a new run') from None
+        raise ConfigError(f"{str(e).partition('; put them back')[0]}; give the same data again with data=... "
+                          '(and validation=...) in the same order, or start a new run') from None
     check_same_step(checkpoint, facts)
 
 # %% ../nbs/73_checks.ipynb #67e67bbd

@@ -233,7 +233,7 @@ def _config_presets(as_json:_Json=False):
 # %% ../nbs/93_cli.ipynb #8443e5c9
 _Key = Annotated[str, typer.Argument(metavar='KEY', help='A setting, such as training.warmup_steps.')]
 
-@_config_app.command('explain')
+@_config_app.command('explain', epilog=_examples('llama-nb config explain training.warmup_steps'))
 @_command
 def _config_explain(key:_Key, as_json:_Json=False):
     "Say what a setting means, what it may be, and its default."
@@ -449,13 +449,13 @@ _EvalName = _option(Optional[str], '--name', help='Folder below eval/ of the run
 _AllowTrained = _option(bool, '--allow-trained', help='Measure on conversations that were trained on, and mark the scores.')
 
 # %% ../nbs/93_cli.ipynb #fe3e76ba
-_EVALUATE_READS = ('evaluation.', 'model.model_name=', 'model.revision=', 'model.use_4bit=', 'model.max_length=',
+_EVALUATE_READS = ('evaluation.', 'model.model_name=', 'model.use_4bit=', 'model.max_length=',
                    'data.dataset_name=', 'data.data_path=', 'data.on_overflow=', 'data.on_bad=')
 
 def _evaluation_config(run, overrides):
     "Settings of an evaluation; raises `ConfigError` for a setting that is not read."
     for text in overrides:
-        if not text.strip().startswith(_EVALUATE_READS):
+        if not text.strip().startswith(_EVALUATE_READS) or text.strip().startswith('evaluation.sample_prompts='):
             raise ConfigError(f'{shorten(text, 60)}: an evaluation does not read this setting, it belongs to the training; '
                               'for other conversations: --data FILE --name NAME')
     return _run_config(run, overrides)
@@ -509,8 +509,8 @@ def _load_chat(model, folder, cfg, overrides):
     named = {text.partition('=')[0].strip() for text in overrides}
     loading = _loading(cfg.model) if folder is None else f'loading {redact(folder)}'
     with stage(loading): # before the imports, which take seconds
-        from llama_nb.model import load_model, load_tokenizer, load_tuned
-        if folder is None: return load_model(cfg.model), load_tokenizer(cfg.model.model_name, cfg.model.revision)
+        from llama_nb.model import load_model, load_tuned, run_tokenizer
+        if folder is None: return load_model(cfg.model), run_tokenizer(cfg)
         return load_tuned(folder, use_4bit=cfg.model.use_4bit if 'model.use_4bit' in named else None,
                           base=cfg.model.model_name if 'model.model_name' in named else None)
 
@@ -759,12 +759,6 @@ def _checked(found, cfg, wanted):
     tell(f'checking {len(found.train) + len(found.validation):,} conversations', on_screen_only=True)
     return check_data(found, tokenizer, cfg.data.template, cfg.data.train_on, cfg.model.max_length, fix=wanted)
 
-# %% ../nbs/93_cli.ipynb #ac72684d
-def _refusal(bad):
-    "Why training refuses a data set with these bad rows."
-    rows = 'its bad rows are' if len(bad) > 1 else 'its bad row is'
-    return f'training refuses this set until {rows} corrected, or left out with data.on_bad=skip'
-
 # %% ../nbs/93_cli.ipynb #ee94bdf4
 def _refusal(bad):
     "Why training refuses a data set with these bad rows."
@@ -813,7 +807,7 @@ _TrainOn = _option(Optional[str], '--train-on', metavar='assistant|last',
 _Tool = _option(str, '--tool', metavar='TOOL', help='Who prepared the rows, for the repairs: trl, unsloth, axolotl or '
                 'llamafactory. Default: guess.')
 
-@app.command('audit')
+@app.command('audit', epilog=_examples('llama-nb audit prepared --conversations chats.jsonl --model demo'))
 @_command
 def _audit(prepared:_Prepared, conversations:_Chats=None, model:_AuditModel='demo', template:_Template='auto',
            train_on:_TrainOn=None, tool:_Tool='', as_json:_Json=False):

@@ -99,10 +99,17 @@ class _Faults(ValueError):
         self.faults = faults
 
 # %% ../nbs/01_config.ipynb #18274dd6
+def _owners(name):
+    "The settings of this name, with their sections."
+    return [f'{s}.{name}' for s,c in _SECTIONS.items()
+            if name in getattr(globals().get(c), '__dataclass_fields__', ())]
+
 def _unknown_key(name, keys):
     if other := _other_name(name): return f'unknown; its name here is {other}'
     if missing := _what_is_missing(name): return missing
-    return f"unknown{did_you_mean(name, keys) or '; known: ' + ', '.join(keys)}"
+    if owners := _owners(name): return f"not in this section; write {' or '.join(owners)}"
+    listed = 'known: ' + ', '.join(keys) if len(keys) < 20 else 'llama-nb config show lists all settings'
+    return f'unknown{did_you_mean(name, keys) or "; " + listed}'
 
 # %% ../nbs/01_config.ipynb #01a7e338
 OTHER_NAMES = { # name in other trainers -> our setting
@@ -139,7 +146,21 @@ OTHER_NAMES = { # name in other trainers -> our setting
     'dataset': 'data.dataset_name', 'dataset_path': 'data.dataset_name', 'train_file': 'data.dataset_name',
     'chat_template_path': 'data.chat_template', 'test_size': 'data.val_size', 'val_set_size': 'data.val_size',
     'validation_split': 'data.val_size', 'max_train_samples': 'data.max_samples', 'train_on_inputs': 'data.train_on',
-    'assistant_only_loss': 'data.train_on', 'completion_only_loss': 'data.train_on'}
+    'assistant_only_loss': 'data.train_on', 'completion_only_loss': 'data.train_on', 'dataset_text_field': 'data.columns',
+    'train_data': 'data.dataset_name', 'eval_data': 'LLAMATrainer(validation=...)', 'val_data': 'LLAMATrainer(validation=...)',
+    'val_split': 'data.val_size', 'validation_split_percentage': 'data.val_size', 'eval_dataset': 'LLAMATrainer(validation=...)',
+    'n_epochs': 'training.num_train_epochs', 'max_epochs': 'training.num_train_epochs', 'num_epoch': 'training.num_train_epochs',
+    'per_device_batch_size': 'training.per_device_train_batch_size', 'eval_batch': 'training.per_device_eval_batch_size',
+    'learning_rate_scheduler': 'training.lr_scheduler_type', 'adam_eps': 'training.adam_epsilon', 'beta1': 'training.adam_beta1',
+    'beta2': 'training.adam_beta2', 'max_norm': 'training.max_grad_norm', 'clip_grad': 'training.max_grad_norm',
+    'gradient_clipping': 'training.max_grad_norm', 'random_seed': 'training.seed', 'seed_everything': 'training.seed',
+    'metric_for_best_model': 'training.load_best_model_at_end', 'greater_is_better': 'training.load_best_model_at_end',
+    'save_best_model': 'training.load_best_model_at_end', 'group_by_length': 'training.packing',
+    'logging_strategy': 'training.logging_steps', 'wandb': 'training.report_to', 'log_with': 'training.report_to',
+    'resume': 'train(resume=...)', 'deepspeed': 'training.parallel', 'fsdp': 'training.parallel', 'ddp': 'training.parallel',
+    'num_gpus': 'training.num_processes', 'gpus': 'training.num_processes', 'nproc_per_node': 'training.num_processes',
+    'context_length': 'model.max_length', 'ctx_len': 'model.max_length', 'model_max_length': 'model.max_length',
+    'bits': 'model.use_4bit', 'quant': 'model.use_4bit', 'lora_bias': 'lora.bias', 'target_linear_modules': 'lora.target_modules'}
 
 # %% ../nbs/01_config.ipynb #c67448b1
 def _other_name(name):
@@ -774,7 +795,7 @@ def _override(text):
     "`section.key=value` as section, key and value."
     name, equals, value = text.partition('=')
     name = name.strip()
-    if not equals:
+    if not equals or not name:
         raise ConfigError(f'{shorten(repr(text))}: not an override; write section.key=value, '
                           'e.g. training.max_steps=10')
     if name == 'preset': return 'preset', '', value.strip()

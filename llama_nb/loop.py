@@ -46,6 +46,7 @@ from .safe_trainer import SafeTrainer
 from .scaling import LossScaler
 from .shards import is_sharded
 from .views import progress, write_json
+from .errors import shorten
 
 # %% ../nbs/71_loop.ipynb #e8c71be6
 class EpochOrder(Sampler):
@@ -284,6 +285,16 @@ def _evaluation_metrics(found, prefix):
     metrics = {f'{prefix}_loss': sum(total for total,*_ in found.values())/count, f'{prefix}_num_tokens': count}
     return metrics | {f'{prefix}_{name}_loss': total/n for name,(total, n, *_) in found.items() if name}
 
+# %% ../nbs/71_loop.ipynb #a6052e41
+def _own_metrics(
+    found, # What a `compute_metrics` returned
+    prefix, # Before each name
+)->dict: # Numbers by name
+    "Numbers of a `compute_metrics`. Raises `ConfigError` if it returned anything else."
+    try: return {f'{prefix}_{k}': float(v) for k,v in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(f'compute_metrics: found {shorten(repr(found), 60)}; return a dictionary of numbers') from None
+
 # %% ../nbs/71_loop.ipynb #01db6769
 class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
     "`transformers.Trainer` for packed batches: exact loss per token, seeded order, token-weighted evaluation."
@@ -386,7 +397,7 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         if self.compute_metrics and eval_dataset is None:
             outputs = [part for *_,more in found.values() for part in more]
             given = EvalPrediction(*(torch.cat(t, 1).cpu().numpy() for t in zip(*outputs)))
-            metrics |= {f'{metric_key_prefix}_{k}': float(v) for k,v in self.compute_metrics(given).items()}
+            metrics |= _own_metrics(self.compute_metrics(given), metric_key_prefix)
         if eval_dataset is None: save_conversation_losses(self.run, self.state.global_step, [e for f in found.values() for e in f[2]])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

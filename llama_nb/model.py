@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_template', 'run_tokenizer', 'load_tokenizer', 'pick_device', 'disable_cpu_4bit_trap_', 'load_model',
-           'architecture', 'sampled_bytes', 'base_fingerprint', 'tuned_config', 'load_tuned']
+           'architecture', 'sampled_bytes', 'base_fingerprint', 'check_base', 'adapter_folder', 'tuned_config',
+           'load_tuned']
 
 # %% ../nbs/14_model.ipynb #90005338
 import copy
@@ -26,6 +27,7 @@ from .quantization import bnb_config, compute_dtype, import_bitsandbytes
 from .sources import (
     check_llama, chosen_rope, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
 from .views import PALETTE, picture, table, tell, View
+import os
 
 # %% ../nbs/14_model.ipynb #c3e4be10
 _STOPS = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>', '<eos>', '<|end|>')
@@ -142,8 +144,14 @@ def _unused_gpu():
     if hasattr(torch, 'xpu') and torch.xpu.is_available(): return 'XPU'
     return 'MPS' if torch.backends.mps.is_available() else ''
 
-def pick_device()->torch.device: # CUDA if available, else the CPU
-    "The default device of a model. Names a GPU of another kind that it leaves unused."
+def pick_device(
+    device:str|torch.device|None=None, # The one asked for; `None`: CUDA if available, else the CPU
+)->torch.device: # Where a model will be
+    "The device of a model. Names a GPU of another kind that the default leaves unused. Raises `ConfigError` for no device."
+    if device is not None:
+        try: return torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ConfigError(f"device: found {shorten(repr(device), 40)}; give 'cpu', 'cuda', or None for the default") from None
     if torch.cuda.is_available(): return torch.device('cuda')
     if unused := _unused_gpu(): tell(f'training on the CPU: this machine has a GPU by {unused}, which llama_nb does not use')
     return torch.device('cpu')
@@ -242,7 +250,7 @@ def load_model(
 
     Raises `ResourceError` if model or device is missing or too small, `ConfigError` if it is no Llama or the LoRA
     settings do not fit it, `CheckpointError` if its files lack weights."""
-    device = torch.device(device) if device is not None else pick_device()
+    device = pick_device(device)
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ResourceError(f"device '{device}': there is no CUDA device here; use device='cpu'")
     if device.type not in ('cpu', 'cuda'):
@@ -451,19 +459,31 @@ def base_fingerprint(
     return {held: hashlib.sha256(b''.join(sorted(found))).hexdigest()[:16] for held,found in sorted(parts.items())}
 
 # %% ../nbs/14_model.ipynb #63e2d03c
-def _check_base(model, folder, config):
-    "Raise `CheckpointError` if a run remembers another base than this one."
+def check_base(
+    model:nn.Module, # A base model, or a PEFT model around it
+    folder:Path, # Folder of an adapter
+    name:str, # Name of the base, for the message
+):
+    "Raise `CheckpointError` if the run of an adapter remembers another base than this one."
     files = [place/'run.json' for place in (folder, folder.parent) if (place/'run.json').is_file()]
     try: known = json.loads(files[0].read_text(encoding='utf-8')).get('base') or {} if files else {}
     except (OSError, ValueError, AttributeError): known = {} # `verify_checkpoint` names it
     found = base_fingerprint(model) if known else {}
     if all(known[held] == digits for held,digits in found.items() if held in known): return
-    raise CheckpointError(f'{redact(folder)}: the adapter was trained on another base than {shorten(redact(config.model_name))} '
+    raise CheckpointError(f'{redact(folder)}: the adapter was trained on another base than {shorten(redact(name))} '
                           'is now: its weights differ; name the base it was trained on')
 
 # %% ../nbs/14_model.ipynb #c1aafa27
-def _adapter_folder(folder):
-    "A folder with an adapter: the folder itself, or its only subfolder with one, as peft saves an adapter of another name."
+def adapter_folder(
+    place, # A `Run`, its folder, a checkpoint in it, or any folder of peft
+)->Path: # The folder with the adapter; that of a run even if it has published none
+    """The folder of an adapter: the one named, or its only subfolder with one, as peft saves an adapter of another name.
+
+    Raises `ConfigError` for what is no place, `CheckpointError` if there are several adapters."""
+    folder = getattr(place, 'folder', place)
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigError(f'adapter: found {type(place).__name__}; give a run, its folder, a checkpoint, or an adapter folder of peft')
+    folder = Path(folder).expanduser()
     if (folder/'adapter_config.json').is_file() or (folder/'events.jsonl').is_file(): return folder
     inside = [file.parent for file in sorted(folder.glob('*/adapter_config.json'))]
     if len(inside) < 2: return inside[0] if inside else folder
@@ -483,7 +503,8 @@ def tuned_config(
         return replace(config, **{k: v for k,v in changes.items() if v is not None})
     name = base or json.loads((folder/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path')
     if not name:
-        raise CheckpointError(f'{redact(folder)}: adapter_config.json names no base model; name it: load_tuned(..., base=PATH)')
+        raise CheckpointError(f'{redact(folder)}: adapter_config.json names no base model; name it: load_tuned(..., base=PATH) or '
+                              'LLAMATrainer(ModelConfig(PATH), adapter=...)')
     return _with_stretched_rope(_foreign_config(str(name), use_4bit), folder)
 
 def _with_stretched_rope(config, folder):
@@ -536,14 +557,14 @@ def load_tuned(
 
     Raises `CheckpointError` for an adapter that is missing, damaged or untrained, or that was trained on another base;
     otherwise as `load_model`."""
-    folder = _adapter_folder(Path(getattr(run_folder, 'folder', run_folder)).expanduser())
+    folder = adapter_folder(run_folder)
     if not (folder/'adapter_config.json').is_file() and (why := _why_no_adapter(folder)): raise CheckpointError(why)
     check_adapter(folder)
     with _naming_new_place():
         config = tuned_config(folder, use_4bit, base)
         model = load_model(config, device=device)
     model = load_adapter(model, folder)
-    _check_base(model, folder, config)
+    check_base(model, folder, config.model_name)
     own_tokenizer = (folder/'tokenizer_config.json').is_file()
     source = folder if own_tokenizer else config.model_name
     return model, load_tokenizer(source, config.revision, model.get_input_embeddings().weight.shape[0])
@@ -555,5 +576,5 @@ def _naming_new_place():
     try: yield
     except ResourceError as e:
         if 'no such' not in str(e): raise
-        raise ResourceError(f'{e}; if the base model was moved, name its new place: load_tuned(..., base=PATH), or '
-                            'model.model_name=PATH on the command line') from None
+        raise ResourceError(f"{str(e).partition(';')[0]}; if the base model was moved, name its new place: "
+                            'load_tuned(..., base=PATH), or model.model_name=PATH on the command line') from None

@@ -49,7 +49,7 @@ def was_stopped(
     run:Run, # A run
     step:int, # Its last step
 )->bool: # `True`: there is nothing left to train
-    "Whether `early_stopping` ended this run at this step."
+    "Whether `early_stopping` or a callback ended this run at this step."
     last = next((e for e in run.events()[::-1] if e['kind'] in ('stopped', 'resume') and e.get('step', 0) <= step), None)
     stops = [e['step'] for e in run.events() if e['kind'] == 'stopped']
     return last is not None and step in stops
@@ -93,7 +93,8 @@ def load_published_(
     "Give a PEFT model the adapter of a finished run."
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
-    set_peft_model_state_dict(model, load_file(run.folder/'adapter_model.safetensors'))
+    adapter = load_file(run.folder/'adapter_model.safetensors')
+    set_peft_model_state_dict(model, adapter, adapter_name=model.active_adapter)
 
 # %% ../nbs/74_publishing.ipynb #b2022279
 UPLOADED = ('adapter_model.safetensors', 'adapter_config.json', 'rope_scaling.json', 'tokenizer*', 'special_tokens_map.json', '*.jinja', 'README.md')

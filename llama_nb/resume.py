@@ -132,7 +132,10 @@ def open_run(
     if is_address(resume): run = fetch_run(resume, t.output_dir, t.run_name)
     elif resume is True: run = last or _newest(Path(t.output_dir).expanduser(), t.run_name)
     else:
-        folder = Path(getattr(resume, 'folder', resume)).expanduser()
+        folder = getattr(resume, 'folder', resume)
+        if not isinstance(folder, (str, os.PathLike)):
+            raise ConfigError(f'resume: found {type(resume).__name__}; give True, a Run, its folder, a checkpoint, or an address')
+        folder = Path(folder).expanduser()
         run = Run(folder.parent if _is_checkpoint(folder) else folder)
         if not run.path.is_file():
             raise ConfigError(f'{redact(run.folder)} is no run: events.jsonl is missing; list_runs names the runs of a folder')

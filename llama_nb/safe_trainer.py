@@ -117,10 +117,16 @@ def save_adapter(
     model, # A PEFT model, or a plain transformers model
     folder, # Where to write
 ):
-    "Write the adapter, or all weights of a model without one, and the configuration. Removes a `README.md` from the folder: PEFT writes an empty one."
+    """Write the active adapter, or all weights of a model without one, and the configuration.
+
+    Removes a `README.md` from the folder: PEFT writes an empty one. Whatever the adapter's name, its files are in `folder` itself."""
+    name = model.active_adapter if hasattr(model, 'peft_config') else 'default'
     # peft would otherwise ask the Hub for the base model's config, to find out whether the vocabulary was extended
-    more = {'save_embedding_layers': False} if hasattr(model, 'peft_config') else {}
+    more = {'save_embedding_layers': False, 'selected_adapters': [name]} if hasattr(model, 'peft_config') else {}
     model.save_pretrained(str(folder), **more)
+    if name != 'default': # peft makes a folder of that name
+        for path in (Path(folder)/name).iterdir(): path.replace(Path(folder)/path.name)
+        (Path(folder)/name).rmdir()
     (Path(folder)/'README.md').unlink(missing_ok=True)
     if stretched := getattr(model, 'stretched_rope', None): write_json(Path(folder)/ROPE_FILE, stretched)
 

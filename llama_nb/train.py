@@ -64,6 +64,10 @@ from .memory import cut_bytes
 from .memory import parallel_plans
 from .ranks import meet
 from .staging import load_staged
+from transformers import EarlyStoppingCallback
+from .inputs import data_or_settings
+from .model import adapter_folder
+from .model import check_base
 
 # %% ../nbs/75_train.ipynb #5242414e
 def resolve(
@@ -129,8 +133,8 @@ def _object_settings(given, model_config, lora_config):
         raise ConfigError('adapter: the model has an adapter already; give one of the two')
     own = None
     if given.adapter is not None:
-        base, own = read_adapter(given.adapter)
-        model_config = model_config or (base if given.model is None else None)
+        base, own = read_adapter(given.adapter, with_base=given.model is None and model_config is None)
+        model_config = model_config or base
     if given.model is not None:
         was_asked = model_config is not None
         asked = model_config.max_length if model_config else ModelConfig().max_length
@@ -138,9 +142,9 @@ def _object_settings(given, model_config, lora_config):
         positions = getattr(given.model.config, 'max_position_embeddings', None) or asked
         if not was_asked: model_config = replace(model_config, max_length=min(asked, positions))
         if hasattr(given.model, 'peft_config'):
-            own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict())
+            own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
     if own is not None and lora_config is not None and lora_config != own:
-        named = [f'{k} {getattr(own, k)!r}' for k in vars(own) if not k.startswith('_') and getattr(own, k) != getattr(lora_config, k)]
+        named = [f'{k} {shorten(repr(getattr(own, k)), 40)}' for k in vars(own) if not k.startswith('_') and getattr(own, k) != getattr(lora_config, k)]
         raise ConfigError(f"lora: the adapter has {', '.join(named)}; leave lora_config out, or make it the same")
     return model_config, own if own is not None else lora_config
 
@@ -149,7 +153,9 @@ def _make_model(trainer):
     given, c = trainer.given, trainer.config
     if given.adapter is not None:
         base = given.model if given.model is not None else _load(trainer, None)
-        tuned = load_adapter(base, Path(getattr(given.adapter, 'folder', given.adapter)).expanduser())
+        folder = adapter_folder(given.adapter)
+        tuned = load_adapter(base, folder)
+        check_base(tuned, folder, c.model.model_name)
         return adopt_model(tuned, c.lora).eval()
     return _load(trainer, c.lora) if given.model is None else adopt_model(given.model, c.lora).eval()
 
@@ -170,7 +176,7 @@ class LLAMATrainer:
     def __init__(self,
         model_config:ModelConfig|None=None, # Which model, and how it is loaded
         lora_config:LoRAConfig|None=None, # The trainable update
-        data_config:DataConfig|None=None, # Which conversations
+        data_config:DataConfig|None=None, # Which conversations; conversations themselves may stand here too
         training_config:TrainingConfig|None=None, # How to train
         eval_config:EvaluationConfig|None=None, # How to evaluate
         device=None, # `None`: CUDA if available
@@ -183,7 +189,8 @@ class LLAMATrainer:
         callbacks=(), # `TrainerCallback`s for the loop
         compute_metrics=None, # As for `Trainer`: logits `(1, T, V)` and labels `(1, T)` to a dictionary of numbers
     ):
-        check_objects(tokenizer, callbacks)
+        data_config, data = data_or_settings(data_config, data)
+        check_objects(tokenizer, callbacks, compute_metrics=compute_metrics)
         self.given = Given(data, validation, model, tokenizer, adapter, tuple(callbacks), compute_metrics)
         model_config, lora_config = _object_settings(self.given, model_config, lora_config)
         if data is not None: data_config = replace(data_config or DataConfig(), dataset_name=IN_MEMORY, data_path=None, datasets=None)
@@ -192,7 +199,7 @@ class LLAMATrainer:
                     'evaluation': eval_config}
         given = {name: section for name,section in sections.items() if section is not None}
         if device is None and model is not None: device = next(model.parameters()).device
-        self.device = torch.device(device) if device is not None else rank_device() or pick_device()
+        self.device = pick_device(device) if device is not None else rank_device() or pick_device()
         self.config = resolve(RunConfig(**given), self.device)
         start_ranks(self.device, self.config.training.ddp_timeout) # if torchrun started this process
         self._hf_trainer = self.run = None # of the latest `train`
@@ -636,6 +643,19 @@ def _log_memory(trainer, run, before):
             measured_bytes=torch.cuda.max_memory_allocated(trainer.device) if on_gpu else None,
             planned_growth_bytes=planned.total - loaded, resident_growth_bytes=None if peak is None else peak - before)
 
+# %% ../nbs/75_train.ipynb #e8a307e7
+def _check_yours(hf):
+    "Check the optimizer and the callbacks that you gave; transformers' own `EarlyStoppingCallback` gets the metric it asks for."
+    if hf.optimizer is not None:
+        held = {id(p) for group in hf.optimizer.param_groups for p in group['params']}
+        if not any(p.requires_grad and id(p) in held for p in hf.model.parameters()):
+            raise ConfigError('optimizers: the optimizer holds no trained parameter of this model; make it from '
+                              '[p for p in trainer.model.parameters() if p.requires_grad]')
+    if not any(isinstance(c, EarlyStoppingCallback) for c in hf.callback_handler.callbacks): return
+    if hf.args.eval_strategy == 'no':
+        raise ConfigError('callbacks: EarlyStoppingCallback needs a validation loss; raise data.val_size or set training.eval_strategy')
+    if hf.args.metric_for_best_model is None: hf.args.metric_for_best_model, hf.args.greater_is_better = 'eval_loss', False
+
 # %% ../nbs/75_train.ipynb #cbe5340b
 def _train_loop(trainer, p):
     "Run the stock loop, and log how it ended."
@@ -644,6 +664,7 @@ def _train_loop(trainer, p):
     finished = from_main(finished)
     try:
         with _explained(trainer):
+            _check_yours(hf)
             if not finished: _warm_up(trainer, p)
             if on_gpu: torch.cuda.reset_peak_memory_stats(trainer.device)
             before = None if on_gpu else _resident_bytes('VmRSS', reset=True)
@@ -670,6 +691,9 @@ def _finish(trainer, p):
     "Write curves and model card; publish a finished run, and raise `RunInterrupted` for one that was stopped."
     run, state = p.run, trainer.hf_trainer.state
     step = state.global_step
+    if is_main() and step < state.max_steps and not p.interrupt.requested and not was_stopped(run, step):
+        run.log('stopped', step=step, by='a callback')
+        tell(f'a callback has ended the run at step {step} of {state.max_steps}')
     finished = from_main(step >= state.max_steps or was_stopped(run, step))
     with _explained(trainer, 'saving'):
         if finished and is_main():

@@ -1,0 +1,294 @@
+"""What you hand to a trainer yourself: data, models, adapters, callbacks, optimizers; and what its model is good for afterwards."""
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from fork_run import make_chats
+from peft import LoraConfig, get_peft_model
+from tiny_run import ENV, make_tiny
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+from llama_nb.attention import plain_attention
+from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig, load_config
+from llama_nb.data import load_data
+from llama_nb.errors import CheckpointError, ConfigError
+from llama_nb.lora import adapted_linears
+from llama_nb.model import load_tuned
+from llama_nb.train import LLAMATrainer
+
+IDS = torch.arange(20, 60)[None]
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('own')
+    make_tiny(folder/'tiny')
+    make_chats(folder/'chats.jsonl')
+    return folder
+
+
+def chats(n=12, word='heron'):
+    return [{'messages': [{'role': 'user', 'content': f'{word} {i}?'}, {'role': 'assistant', 'content': f'{i} of them, standing.'}]} for i in range(n)]
+
+
+def trainer(place, name=None, held=dict(), split=dict(), **objects):
+    training = {key: objects.pop(key) for key in list(objects) if key in TrainingConfig.__dataclass_fields__}
+    return LLAMATrainer(ModelConfig(str(place/'tiny'), **dict(use_4bit=False, max_length=128) | held), LoRAConfig(r=4),
+                        objects.pop('data_config', DataConfig(str(place/'chats.jsonl'), **dict(val_size=.2) | split)),
+                        TrainingConfig(str(place/'runs'), name, **dict(learning_rate=1e-2, max_steps=3, compute='fp32') | training), device='cpu', **objects)
+
+
+def logits(model):
+    with torch.no_grad(), plain_attention(model.eval()): return model(input_ids=IDS).logits.float()
+
+
+class Watch(TrainerCallback):
+    "Counts steps, and asks for a checkpoint after the first one."
+    steps = 0
+    def on_step_end(self, args, state, control, **kwargs):
+        Watch.steps += 1
+        control.should_save = control.should_save or state.global_step == 1
+        return control
+
+
+@pytest.mark.parametrize('how', ['instance', 'class', 'in train', 'in hf_trainer'])
+def test_callbacks(place, how):
+    Watch.steps = 0
+    given = {'instance': [Watch()], 'class': [Watch]}.get(how, ())
+    made = trainer(place, callbacks=given, save_steps=50)
+    if how == 'in hf_trainer': made.hf_trainer.add_callback(Watch())
+    run = made.train(progress=False, callbacks=[Watch()] if how == 'in train' else ())
+    assert Watch.steps == 3 and (run.folder/'checkpoint-1').is_dir()
+
+
+class Enough(TrainerCallback):
+    "Ends a run at its second step."
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+        return control
+
+
+def test_a_callback_may_end_a_run(place):
+    "The run is finished and its adapter published; a resume does not go on."
+    run = trainer(place, 'enough', callbacks=[Enough()], max_steps=6, save_steps=1).train(progress=False)
+    assert run.status == 'finished' and len(run.metrics('loss')) == 2
+    weights = (run.folder/'adapter_model.safetensors').read_bytes()
+    assert weights == (run.folder/'checkpoint-2'/'adapter_model.safetensors').read_bytes()
+    again = trainer(place, 'enough', max_steps=6, save_steps=1).train(resume=True, progress=False)
+    assert len(again.metrics('loss')) == 2 and (again.folder/'adapter_model.safetensors').read_bytes() == weights
+
+
+def test_early_stopping_of_transformers(place):
+    "Their callback gets the metric it asks for; without a validation set it is refused."
+    worse = dict(callbacks=[EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=50.)], max_steps=8, eval_steps=1, save_steps=1)
+    run = trainer(place, load_best_model_at_end=True, **worse).train(progress=False)
+    assert run.status == 'finished' and [step for step, _ in run.metrics('eval_loss')][-1] < 8
+    assert next(e for e in run.events() if e['kind'] == 'chosen')['published'] == min(run.metrics('eval_loss'), key=lambda found: found[1])[0]
+    with pytest.raises(ConfigError, match='EarlyStoppingCallback needs a validation loss'): trainer(place, split=dict(val_size=0.), **worse).train(progress=False)
+
+
+def test_an_optimizer_of_another_model_is_refused(place):
+    made, other = trainer(place), torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match='holds no trained parameter of this model'): made.train(progress=False, optimizers=(torch.optim.SGD(other.parameters(), lr=.1), None))
+
+
+def test_own_optimizer_and_scheduler_resume_exactly(place):
+    def train(resume=False):
+        made = trainer(place, 'sgd', max_steps=4, save_steps=2)
+        own = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=.5, momentum=.9)
+        return made.train(resume=resume, progress=False, optimizers=(own, torch.optim.lr_scheduler.StepLR(own, 1, .5)))
+    whole = train()
+    assert [rate for _, rate in whole.metrics('learning_rate')] == [.5, .25, .125, .0625]
+    before = (whole.folder/'adapter_model.safetensors').read_bytes(), whole.metrics('loss')
+    shutil.rmtree(whole.folder/'checkpoint-4')
+    again = train(resume=whole)
+    assert ((again.folder/'adapter_model.safetensors').read_bytes(), again.metrics('loss')) == before
+
+
+def test_hf_trainer_prepares_one_run(place):
+    made = trainer(place, 'prepared')
+    made.hf_trainer.args.max_grad_norm = 1e-9  # so small that nothing is learned
+    run = made.train(progress=False)
+    assert run.name == 'prepared' and made.hf_trainer.state.global_step == 3
+    assert (run.folder/'adapter_model.safetensors').read_bytes() != (trainer(place, 'as-set').train(progress=False).folder/'adapter_model.safetensors').read_bytes()
+    assert made.train(progress=False).name == 'prepared-2'
+
+
+@pytest.mark.parametrize('use_4bit', [True, False])
+def test_after_training_the_model_is_any_other(place, use_4bit):
+    "Forward passes with a mask, a loss, replies of a padded batch and pipelines, equal to those of the adapter loaded from disk."
+    from transformers import pipeline
+    made = trainer(place, held=dict(use_4bit=use_4bit))
+    run = made.train(progress=False)
+    loaded, tokenizer = load_tuned(run, device='cpu')
+    batch = tokenizer(['heron?', 'and how many of them stand there?'], return_tensors='pt', padding=True, padding_side='left', return_token_type_ids=False)
+    for model in (made.model, loaded): assert float(model(**batch, labels=batch['input_ids']).loss) > 0
+    torch.testing.assert_close(made.model(**batch).logits[batch['attention_mask'] == 1], loaded(**batch).logits[batch['attention_mask'] == 1], rtol=1e-4, atol=1e-4)
+    replies = [model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.pad_token_id) for model in (made.model, loaded)]
+    assert torch.equal(*replies)
+    write = pipeline('text-generation', model=made.model, tokenizer=made.tokenizer)
+    assert write('heron', max_new_tokens=3, do_sample=False)[0]['generated_text'].startswith('heron')
+    assert write([{'role': 'user', 'content': 'heron?'}], max_new_tokens=3, do_sample=False)[0]['generated_text'][-1]['role'] == 'assistant'
+
+
+@pytest.mark.parametrize('kind', ['list', 'frame', 'Dataset', 'loaded'])
+def test_the_data_may_stand_where_its_settings_would(place, kind):
+    rows = chats()
+    given = {'list': rows, 'frame': pd.DataFrame(rows), 'Dataset': datasets.Dataset.from_list(rows), 'loaded': load_data(rows, val_size=.25)}[kind]
+    run = trainer(place, data_config=given, max_steps=1).train(progress=False)
+    assert load_config(run.folder/'config.yaml').data.dataset_name == 'in memory'
+    with pytest.raises(ConfigError, match='data'): trainer(place, data_config=given, data=given)
+
+
+def test_named_validation_sets_and_the_best_checkpoint(place):
+    run = trainer(place, data=chats(), validation={'short': chats(4, 'owl'), 'long': chats(6, 'kingfisher')}, eval_steps=1, load_best_model_at_end=True,
+                  compute_metrics=lambda p: {'positions': p.label_ids.size}).train(progress=False)
+    for name in ('eval_loss', 'eval_short_loss', 'eval_long_loss', 'eval_positions'): assert len(run.metrics(name)) == 3, name
+    best = min(run.metrics('eval_loss'), key=lambda found: found[1])[0]
+    assert next(e for e in run.events() if e['kind'] == 'chosen')['best'] == best
+
+
+def trained(model): return {name.replace('.style', '.default') for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_foreign(place, folder, adapter_name='default', **settings):
+    "An adapter that peft alone has made; its logits, and the names of what it trains."
+    base = AutoModelForCausalLM.from_pretrained(place/'tiny', dtype=torch.float32)
+    made = get_peft_model(base, LoraConfig(**dict(r=3, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM') | settings), adapter_name=adapter_name)
+    for i, p in enumerate(p for p in made.parameters() if p.requires_grad): p.data += .05*torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    made.save_pretrained(folder)
+    return logits(made), trained(made)
+
+
+FOREIGN = {
+    'plain': {}, 'a pattern': dict(target_modules=r'.*layers\.0\..*(q|o)_proj'), 'some layers': dict(layers_to_transform=[1]), 'another name': dict(adapter_name='style'),
+    'an excluding pattern': dict(target_modules='all-linear', exclude_modules=r'.*mlp.*'), 'norms': dict(modules_to_save=['norm', 'input_layernorm']),
+    'embeddings': dict(target_modules=['embed_tokens']), 'tokens': dict(trainable_token_indices={'embed_tokens': [3, 9]}), 'ranks': dict(rank_pattern={r'layers\.1\..*v_proj': 1})}
+
+
+@pytest.mark.parametrize('kind', FOREIGN)
+def test_an_adapter_of_peft_is_loaded_and_continued(place, tmp_path, kind):
+    "Its rank and targets are taken over; the run starts at its weights and is loaded like any other."
+    wanted, names = save_foreign(place, tmp_path/'foreign', **FOREIGN[kind])
+    torch.testing.assert_close(logits(load_tuned(tmp_path/'foreign', device='cpu')[0]), wanted, rtol=1e-4, atol=1e-4)
+    made = LLAMATrainer(training_config=TrainingConfig(str(tmp_path/'runs'), learning_rate=1e-9, max_steps=1, compute='fp32'), data=chats(), adapter=tmp_path/'foreign', device='cpu')
+    torch.testing.assert_close(logits(made.model), wanted, rtol=1e-4, atol=1e-4)
+    assert trained(made.model) == names
+    run = made.train(progress=False)
+    torch.testing.assert_close(logits(load_tuned(run, device='cpu')[0]), wanted, rtol=1e-4, atol=1e-4)
+    assert made.config.lora.r == 3 and adapted_linears(run.folder) == adapted_linears(next((tmp_path/'foreign').rglob('adapter_config.json')).parent)
+
+
+@pytest.mark.parametrize('kind', ['another name', 'a pattern'])
+def test_a_peft_model_in_memory_is_trained_and_published(place, tmp_path, kind):
+    "Whatever the adapter is called and however its layers are named, the run's folder is an adapter folder, and a checkpoint resumes."
+    def go_on(resume=False):
+        base = AutoModelForCausalLM.from_pretrained(place/'tiny', dtype=torch.float32)
+        torch.manual_seed(0)
+        targets = r'.*layers\.1\..*(k|v)_proj' if kind == 'a pattern' else ['k_proj']
+        model = get_peft_model(base, LoraConfig(r=3, target_modules=targets, task_type='CAUSAL_LM'), adapter_name='default' if kind == 'a pattern' else 'style')
+        made = LLAMATrainer(training_config=TrainingConfig(str(tmp_path), 'own', learning_rate=1e-2, max_steps=4, save_steps=2), data=chats(), model=model)
+        return made, made.train(resume=resume, progress=False)
+    made, run = go_on()
+    torch.testing.assert_close(logits(load_tuned(run, device='cpu')[0]), logits(made.model), rtol=1e-4, atol=1e-4)
+    before = (run.folder/'adapter_model.safetensors').read_bytes()
+    shutil.rmtree(run.folder/'checkpoint-4')
+    assert (go_on(resume=True)[1].folder/'adapter_model.safetensors').read_bytes() == before
+    assert load_config(run.folder/'config.yaml').lora.target_modules == tuple(adapted_linears(run.folder)) or kind == 'another name'
+
+
+def test_an_adapter_stays_with_its_base(place):
+    from llama_nb.shapes import tiny_llama
+    run = trainer(place, max_steps=1).train(progress=False)
+    shutil.copytree(place/'tiny', place/'twin', dirs_exist_ok=True)
+    tiny_llama(vocab_size=259, max_position_embeddings=2048, seed=3).save_pretrained(place/'twin')
+    with pytest.raises(CheckpointError, match='was trained on another base'): LLAMATrainer(ModelConfig(str(place/'twin'), use_4bit=False), data=chats(), adapter=run, device='cpu').model
+
+
+def test_an_adapter_of_ours_is_continued_and_resumed(place):
+    first = trainer(place, 'first', max_steps=2).train(progress=False)
+    def go_on(resume=False):
+        made = LLAMATrainer(training_config=TrainingConfig(str(place/'runs'), 'second', learning_rate=1e-2, max_steps=4, save_steps=2), data=chats(), adapter=first, device='cpu')
+        return made.train(resume=resume, progress=False)
+    whole = go_on()
+    before = (whole.folder/'adapter_model.safetensors').read_bytes()
+    shutil.rmtree(whole.folder/'checkpoint-4')
+    assert (go_on(resume=True).folder/'adapter_model.safetensors').read_bytes() == before
+
+
+WRONG = {
+    'compute_metrics': (dict(compute_metrics=5), 'compute_metrics: found int'), 'device': (dict(device='gpu'), "device: found 'gpu'"), 'adapter': (dict(adapter=[1]), 'adapter: found list'),
+    'tokenizer': (dict(tokenizer='demo'), 'tokenizer: found str'), 'callbacks': (dict(callbacks=Watch()), 'callbacks: found Watch'),
+    'data': (dict(data=5), 'data: found int')}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_object_is_refused_by_name(name):
+    objects, told = WRONG[name]
+    with pytest.raises(ConfigError, match=told): LLAMATrainer(**objects)
+
+
+@pytest.mark.parametrize('place', [None, 5, ['run-1']])
+def test_load_tuned_wants_a_place(place):
+    with pytest.raises(ConfigError, match=f'found {type(place).__name__}; give a run, its folder'): load_tuned(place)
+
+
+def test_wandb_keeps_one_run_over_a_resume(place, caplog):
+    "One id in both halves, and the printed line names the place."
+    def train(resume): return trainer(place, 'tracked', max_steps=2, save_steps=1, report_to=['wandb']).train(resume=resume, progress=False)
+    with caplog.at_level(logging.WARNING, 'llama_nb'): run = train(False)
+    shutil.rmtree(run.folder/'checkpoint-2')
+    train(True)
+    assert len({p.name.rpartition('-')[2] for p in (run.folder/'wandb').glob('offline-run-*')}) == 1
+    line = next(r.getMessage() for r in caplog.records if 'wandb sync' in r.getMessage())
+    assert list(Path('/').glob(line.rpartition('sync ')[2].lstrip('/'))), line
+
+
+LOCALE = '''
+import os, sys
+sys.path.insert(0, 'tests')
+from pathlib import Path
+from test_own_objects import *
+place = Path(sys.argv[1])
+rows = [{'messages': [{'role': 'user', 'content': f'Où est le héron ? 鹭在哪里 {i}'}, {'role': 'assistant', 'content': f'Là-bas, à gauche: {i} 只'}]} for i in range(8)]
+data = place/'data.jsonl'
+data.write_text(chr(10).join(json.dumps(r, ensure_ascii=False) for r in rows), encoding='utf-8')
+settings = place/'run.yaml'
+settings.write_text(f'model: {{model_name: {place}/tiny, use_4bit: false, max_length: 256}}\\ndata: {{dataset_name: {data}, val_size: 0.25}}\\n'
+                    f'training: {{output_dir: {place}/runs, run_name: first, max_steps: 1}}\\nevaluation: {{num_samples: 2, max_new_tokens: 4, num_bootstrap: 100}}\\n', encoding='utf-8')
+made = LLAMATrainer.from_config(load_config(settings), device='cpu')
+run = made.train(progress=False)
+made.evaluate()
+card = run.folder/'README.md'
+card.write_text(card.read_text('utf-8') + '\\nCafé au lait, 茶\\n', encoding='utf-8')
+made.evaluate()
+assert card.read_text('utf-8').rstrip().endswith('Café au lait, 茶')
+load_tuned(run, device='cpu')
+print(ascii(made.chat('Où ça ? 哪里')))
+print('all read as UTF-8 in', __import__('locale').getpreferredencoding(False))
+'''
+
+
+@pytest.mark.parametrize('charmap', ['ASCII', 'GBK', 'CP1252'])
+def test_text_is_utf8_in_every_locale(place, tmp_path, charmap):
+    "Data, settings, card and reports with French and Chinese, where the system's encoding is another."
+    shutil.copytree(place/'tiny', tmp_path/'tiny')
+    env = {**ENV, 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'LC_ALL': 'C'}
+    if charmap != 'ASCII':
+        name = {'GBK': 'zh_CN', 'CP1252': 'en_US'}[charmap]
+        if shutil.which('localedef') is None: pytest.skip('localedef is not installed')
+        made = subprocess.run(['localedef', '-i', name, '-f', charmap, str(tmp_path/f'{name}.{charmap}')], capture_output=True, text=True)
+        if made.returncode > 1: pytest.skip(f'localedef cannot make {name}.{charmap}: {made.stderr[-100:]}')
+        env |= {'LOCPATH': str(tmp_path), 'LC_ALL': f'{name}.{charmap}'}
+    script = tmp_path/'script.py'
+    script.write_text(LOCALE, encoding='utf-8')
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], env=env, cwd=Path(__file__).parent.parent, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode('utf-8', 'replace')[-1500:]
+    assert b'all read as UTF-8 in' in done.stdout and b'UTF-8' not in done.stdout.rsplit(b' ', 1)[1], done.stdout

@@ -1,4 +1,6 @@
 """How much memory a data set takes on its way from a file to examples: reading, cleaning and encoding, as `LLAMATrainer` and `llama-nb data` do it."""
+import ctypes
+import gc
 import importlib
 import json
 import subprocess
@@ -16,6 +18,13 @@ SIZES_MB = (200,)
 class Highest:
     "The most memory of this process while a block runs, above what it had when the watch was made; a thread looks every 20 ms."
     def __init__(self): self.start = resident()
+
+    @classmethod
+    def clean(cls):
+        "A watch that starts after this process has returned what it no longer uses, which would hide later growth."
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return cls()
 
     def __enter__(self):
         self.peak, self.done = resident(), threading.Event()
@@ -50,7 +59,7 @@ def one(size_mb):
     with tempfile.TemporaryDirectory() as folder:
         path, found = Path(folder)/'chats.jsonl', {}
         count = write_chats(path, size_mb*MB)
-        watch = Highest()
+        watch = Highest.clean()
         with watch: data = load_data(path, val_size=.01)
         found['reading_mb'] = watch.growth_mb
         with watch: data = check_data(data, fix=('repeat', 'near repeat', 'leak', 'near leak'))

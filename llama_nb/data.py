@@ -17,11 +17,13 @@ import os
 import random
 import re
 import zipfile
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 
 from .config import DataConfig, DATASETS
@@ -41,12 +43,22 @@ class TooFewError(DataError):
     "There are too few conversations to hold one out."
 
 # %% ../nbs/33_data.ipynb #130e5b58
-def _by_key(conversations)->dict[str, list[int]]:
-    "Indices of the conversations, grouped by `conversation_key`."
-    groups = {}
-    for i,c in enumerate(progress(conversations, 'splitting', unit='conversation')):
-        groups.setdefault(conversation_key(c), []).append(i)
-    return groups
+def _ranks(conversations, seed)->array:
+    "A 64-bit number for each conversation: equal for equal ones, and in an order that the seed decides."
+    keys = map(conversation_key, progress(conversations, 'splitting', unit='conversation'))
+    hashes = (hashlib.sha256(f'{seed}:{key}'.encode()).digest() for key in keys)
+    return array('Q', (int.from_bytes(h[:8], 'big') for h in hashes))
+
+def _held_out(ranks, wanted)->set[int]:
+    "Indices of whole groups of equal conversations in the order of their ranks, `wanted` of them if that is possible."
+    held = set()
+    for _,group in groupby(sorted(range(len(ranks)), key=ranks.__getitem__), ranks.__getitem__):
+        group = list(group)
+        if len(held) + len(group) <= wanted: held.update(group)
+        if len(held) == wanted: break
+    if held: return held
+    smallest = min(ranks, key=Counter(ranks).__getitem__) # every group is larger than the share
+    return {i for i,rank in enumerate(ranks) if rank == smallest}
 
 # %% ../nbs/33_data.ipynb #4aa693e4
 def split_conversations(
@@ -57,15 +69,11 @@ def split_conversations(
     "Hold out whole conversations; equal ones stay on the same side. Raises `DataError` if there are too few to split."
     if not 0 <= val_size < 1: raise ValueError(f'val_size must be in [0, 1), got {val_size}')
     if not val_size: return conversations, []
-    groups, n = _by_key(conversations), len(conversations)
-    if len(groups) < 2:
-        raise TooFewError(f'{n} conversation{"s"[:n != 1]}, {len(groups)} of them distinct: '
+    ranks, n = _ranks(conversations, seed), len(conversations)
+    if all(rank == ranks[0] for rank in ranks):
+        raise TooFewError(f'{n} conversation{"s"[:n != 1]}, {min(n, 1)} of them distinct: '
                           'too few to hold one out (set val_size=0 to train on all)')
-    wanted, held = max(1, round(val_size*n)), set()
-    for key in sorted(groups, key=lambda key: hashlib.sha256(f'{seed}:{key}'.encode()).digest()):
-        if len(held) + len(groups[key]) <= wanted: held.update(groups[key])
-        if len(held) == wanted: break
-    if not held: held.update(min(groups.values(), key=len)) # every group is larger than the share
+    held = _held_out(ranks, max(1, round(val_size*n)))
     return select(conversations, (i for i in range(n) if i not in held)), select(conversations, sorted(held))
 
 # %% ../nbs/33_data.ipynb #15f79a75
@@ -97,7 +105,8 @@ def _sample(conversations, count, seed):
 # %% ../nbs/33_data.ipynb #7062b6c1
 class DatasetLoader:
     "Base class of all loaders. A subclass defines `rows`, and may set `name`, `format` and `splits`."
-    name, format, splits, shared = 'chat', 'auto', ('train',), 'on_bad'
+    name, format, splits = 'chat', 'auto', ('train',)
+    shared = 'on_bad' # training rows that are also in validation: as `on_bad` says, or always `'drop'` them
 
     def __init__(self,
         data_path=None, # A file or folder, `'sample'`, or whatever the subclass reads

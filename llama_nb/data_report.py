@@ -10,6 +10,7 @@ __all__ = ['CONTROL_TEXT', 'CHECKS', 'conversation_key', 'fingerprint', 'Finding
 import hashlib
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -342,21 +343,23 @@ def quantiles(
     return {k: ordered[min(len(ordered) - 1, int(share*len(ordered)))] for k,share in shares.items()}
 
 # %% ../nbs/32_data_report.ipynb #2ae98637
-def _text_counts(both, num_train, across):
-    "Counts over train and validation together; if `across`, also the `conversation_key`s of train (the first `num_train`), else no keys."
-    digest, rows, keys, words, roles, characters, control = hashlib.sha256(), set(), set(), [], Counter(), 0, 0
+def _text_counts(both, num_train, held):
+    "Counts over train and validation together, and which keys of `held` train has; train is the first `num_train`."
+    import numpy as np
+    digest, rows, words = hashlib.sha256(), array('Q'), array('q') # a few bytes for each conversation
+    shared, roles, characters, control = set(), Counter(), 0, 0
     for i,c in enumerate(progress(both, 'counting', unit='conversation')):
-        if across and i < num_train: keys.add(conversation_key(c))
+        if held and i < num_train and (key := conversation_key(c)) in held: shared.add(key)
         digest.update(row := _canonical(c))
-        rows.add(hashlib.sha256(row).digest())
+        rows.append(int.from_bytes(hashlib.sha256(row).digest()[:8], 'big'))
         words.append(sum(len(m.content.split()) for m in c.messages))
         roles.update(m.role for m in c.messages)
         characters += sum(len(m.content) for m in c.messages)
         control += any(CONTROL_TEXT.search(m.content) for m in c.messages)
     counts = dict(num_turns=roles.total(), num_words=sum(words), num_characters=characters, roles=dict(roles),
-                  duplicates=len(both) - len(rows), control_strings=control, words=tuple(words),
+                  duplicates=len(both) - np.unique(rows).size, control_strings=control, words=tuple(words),
                   words_per_conversation=quantiles(words), fingerprint=digest.hexdigest())
-    return counts, keys
+    return counts, shared
 
 # %% ../nbs/32_data_report.ipynb #12b975fc
 def data_report(
@@ -370,7 +373,8 @@ def data_report(
     "Count what is in a data set and what was done to it."
     both = joined(train, validation)
     read = list(read) or [Conversations(train, 'list', '', num_rows=len(both))]
-    counts, keys = _text_counts(both, len(train), bool(validation))
+    held = Counter(map(conversation_key, validation))
+    counts, shared = _text_counts(both, len(train), held)
     bad = tuple(b for r in read for b in r.bad)
     return DataReport(
         source=' + '.join(dict.fromkeys(r.source for r in read)),
@@ -380,4 +384,4 @@ def data_report(
         num_conversations=dict(train=len(train), validation=len(validation)),
         notes=dict(sum((r.notes for r in read), Counter()) + Counter(notes)), settings=dict(settings or {}),
         files={part: tuple(names) for part,names in (files or {}).items()},
-        duplicates_across_split=sum(conversation_key(c) in keys for c in validation), **counts)
+        duplicates_across_split=sum(held[key] for key in shared), **counts)

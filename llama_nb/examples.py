@@ -125,8 +125,9 @@ def _blocks(examples:Iterable[Example]):
     "Yield record batches of some examples each."
     import pyarrow as pa
     schema, rows, tokens = _schema(), [], 0
+    pool = pa.system_memory_pool() # the default pool keeps up to twice what a list of unknown length needs
     def batch():
-        columns = [pa.array([r[f.name] for r in rows], f.type) for f in schema]
+        columns = [pa.array([r[f.name] for r in rows], f.type, memory_pool=pool) for f in schema]
         return pa.RecordBatch.from_arrays(columns, schema=schema)
     for e in examples:
         rows.append(_record(e))

@@ -329,6 +329,11 @@ class _Document:
 # %% ../nbs/30_files.ipynb #6686ed58
 _MISSING = 'a comma or ] is missing; the file may be truncated'
 
+def _comma(doc, end):
+    "Pass the comma at this place. Raises `RowFault` if no item follows it, which standard JSON does not allow."
+    doc.pos += 1
+    if doc.peek() == end: raise RowFault('', 'broken JSON: trailing comma', f'remove the comma before {end}', doc.pos)
+
 def _items(doc):
     "Yield line, value and first fault of each item of the array that starts here."
     doc.pos += 1
@@ -336,7 +341,7 @@ def _items(doc):
         if not c: raise RowFault('', 'broken JSON', _MISSING, doc.pos)
         yield doc.at(doc.pos), *doc.value()
         after = doc.peek()
-        if after == ',': doc.pos += 1
+        if after == ',': _comma(doc, ']')
         elif after != ']': raise RowFault('', 'broken JSON', _MISSING, doc.pos)
     doc.pos += 1
 
@@ -377,7 +382,7 @@ def _members(doc):
         doc.pos += 1
         doc.peek()
         yield name
-        if doc.peek() == ',': doc.pos += 1
+        if doc.peek() == ',': _comma(doc, '}')
         elif doc.peek() != '}': raise RowFault('', 'broken JSON', _MISSING.replace(']', '}'), doc.pos)
     doc.pos += 1
 

@@ -68,12 +68,12 @@ def norm_again(
     weight:Tensor, # As in `rms_norm`
     eps:float, # As in `rms_norm`
 )->Tensor: # `(..., d)`, the same bits as in the forward pass
-    "The norm without a graph, for a backward pass that did not save it."
+    "Recompute the norm in a backward pass, without a graph."
     return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else _norm(x, weight, eps)[0]
 
 # %% ../nbs/41_layers.ipynb #85612fcc
 class OneKernel:
-    "A function of tensors by one kernel; the plain function from the first failure on."
+    "Calls a fused kernel; after its first failure, the plain torch function."
     def __init__(self,
         plain, # Function of tensors and numbers
         launch, # The same function by a kernel
@@ -244,7 +244,7 @@ def swiglu(
 def kernel_errors(
     device, # Where to run the kernels
     dtype:torch.dtype=torch.bfloat16, # Of activations
-)->dict[str,float]: # Largest error of each kernel, in units of one rounding of `dtype`
+)->dict[str,float]: # Largest error of each kernel, in units of the dtype's `eps`
     "Compare the kernels with the plain functions in float32 on random numbers."
     g, eps, found = torch.Generator().manual_seed(0), torch.finfo(dtype).eps, {}
     def random(*shape): return torch.randn(*shape, generator=g).to(device, dtype)
@@ -290,7 +290,7 @@ def take_rows(
 # %% ../nbs/41_layers.ipynb #a29c0011
 class FusedNorm:
     "`rms_norm` as the forward of transformers' layer, when gradients are needed."
-    again = False # whether layers behind it compute it again instead of saving it, see `recompute_norms_`
+    again = False # whether the layers after it recompute it instead of saving it, see `recompute_norms_`
 
     def forward(self,
         hidden_states:Tensor, # `(..., d)`
@@ -316,7 +316,7 @@ class FusedRotary:
 def _together(x, first, *others):
     "Several linears on one input; LoRA linears share it."
     shared = getattr(first, 'with_others', None)
-    if shared is None: return [layer(x) for layer in (first, *others)] # torch 2.11 cannot trace the truth of a method
+    if shared is None: return [layer(x) for layer in (first, *others)] # torch 2.11 cannot trace `bool(method)`
     return shared(x, *others)
 
 @functools.cache

@@ -31,14 +31,14 @@ from transformers import EvalPrediction, set_seed, Trainer, TrainingArguments
 from .attention import newest_flash
 from .config import LoRAConfig, ModelConfig, TrainingConfig
 from .conversation import IGNORE_INDEX
-from .errors import CheckpointError, ConfigError, LlamaNbError, logger, one_line
+from .errors import CheckpointError, ConfigError, LlamaNbError, logger, one_line, shorten
 from .fastpath import compiled_gap, fp8_copies_, fp8_gap, uses_autocast
 from .guards import FiniteGuard, is_out_of_memory
 from .linears import AdapterCopies, compile_layers_, uncompile_layers_
 from .loss import batch_loss, supervised_loss, taught_positions, token_scores
 from .memory import CUDA_CONTEXT_BYTES, decide
 from .offloading import offload_inputs_
-from .packing import pack, PackedCollator, PackedRow
+from .packing import pack, PackedCollator, PackedRows
 from .ranks import (
     all_values, FILLER, num_ranks, rank, RankBatches, sum_gradients_, summed, weights_from_main_)
 from .runs import Run
@@ -46,7 +46,6 @@ from .safe_trainer import SafeTrainer
 from .scaling import LossScaler
 from .shards import is_sharded
 from .views import progress, write_json
-from .errors import shorten
 
 # %% ../nbs/71_loop.ipynb #e8c71be6
 class EpochOrder(Sampler):
@@ -425,12 +424,13 @@ def to_rows(
     max_length:int, # Longest row, in tokens
     packing:bool=True, # Fill rows; else one conversation each
     seed:int=0, # Decides the order
-)->list: # `PackedRow`s in the order of the first epoch
+)->PackedRows: # `PackedRow`s in the order of the first epoch, each made when it is asked for
     "Rows for a trainer, packed or not."
     if packing: return pack(examples, max_length, seed)
-    rows = [PackedRow(e.input_ids, e.labels, (len(e.input_ids),), (e.row,)) for e in examples]
-    random.Random(seed).shuffle(rows)
-    return rows
+    members = [[i] for i in range(len(examples))]
+    random.Random(seed).shuffle(members)
+    lengths = getattr(examples, 'lengths', None) # an `ExampleSet` knows them without reading the tokens
+    return PackedRows(examples, members, [len(e) for e in examples] if lengths is None else lengths.tolist())
 
 # %% ../nbs/71_loop.ipynb #0f4c51d7
 AUTO_TOKENS, MIN_STEPS = 16384, 50

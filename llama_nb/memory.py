@@ -16,10 +16,9 @@ import re
 from dataclasses import dataclass, field
 
 from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig
-from .errors import ConfigError
+from .errors import ConfigError, ResourceError
 from .shapes import CACHED_LOGITS, CHUNK_LOGITS, KEPT_NEAR, matrix_shapes, parameter_counts, PIECE_BYTES, TILE
 from .views import bars, table, View
-from .errors import ResourceError
 
 # %% ../nbs/45_memory.ipynb #a7c4fc38
 GiB = 2**30 # Bytes

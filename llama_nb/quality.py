@@ -8,6 +8,7 @@ __all__ = ['BAD_ROWS', 'scan_text', 'word_runs', 'near_repeats', 'languages', 'f
 # %% ../nbs/34_quality.ipynb #7a8d41be
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -117,12 +118,34 @@ def word_runs(
     return {' '.join(words[i:i+size]) for i in range(max(1, len(words) - size + 1))} if words else set()
 
 # %% ../nbs/34_quality.ipynb #95c54822
-def _sketches(rensa, items):
-    "Yield (index, runs, MinHash sketch) of every conversation that has words."
-    for start in range(0, len(items), 200):
-        runs = [word_runs(c) for c in items[start:start+200]]
-        sketches = rensa.RMinHash.from_token_sets([sorted(r) for r in runs], 128, 42)
-        yield from ((start + k, r, sketch) for k,(r,sketch) in enumerate(zip(runs, sketches)) if r)
+_BANDS = 32 # of 4 numbers each
+
+def _band_hashes(rensa, items, what):
+    "`(len(items), 32)` hashes of the bands of each sketch, and which conversations have words, `(len(items),)`."
+    import numpy as np
+    bands, has_words = np.zeros((len(items), _BANDS), np.uint64), np.zeros(len(items), bool)
+    with progress(None, what, len(items), 'conversation') as bar:
+        for start in range(0, len(items), 200):
+            runs = [word_runs(c) for c in items[start:start+200]]
+            sketches = rensa.RMinHash.from_token_sets([sorted(r) for r in runs], 128, 42)
+            numbers = np.array([s.digest() for s in sketches], np.uint64).reshape(len(runs), _BANDS, -1)
+            for k in range(numbers.shape[-1]): # a multiplicative hash of the four numbers
+                bands[start:start+200] = (bands[start:start+200] ^ numbers[..., k])*np.uint64(0x9E3779B97F4A7C15)
+            has_words[start:start+200] = [bool(r) for r in runs]
+            bar.update(len(runs))
+    return bands, has_words
+
+# %% ../nbs/34_quality.ipynb #bb00eb87
+def _agree(bands, others=None):
+    "`(n, 32)` booleans: whether another row, or a row of `others`, has the same hash in that band."
+    import numpy as np
+    agree = np.zeros(bands.shape, bool)
+    for b in range(bands.shape[1]):
+        if others is not None: agree[:, b] = np.isin(bands[:, b], others[:, b])
+        else:
+            _, inverse, counts = np.unique(bands[:, b], return_inverse=True, return_counts=True)
+            agree[:, b] = counts[inverse] > 1
+    return agree
 
 # %% ../nbs/34_quality.ipynb #f568ac3a
 def _first_near(runs, candidates, known, threshold):
@@ -131,6 +154,13 @@ def _first_near(runs, candidates, known, threshold):
         other = word_runs(known[j])
         overlap = len(runs & other)/len(runs | other)
         if overlap >= threshold: return j, overlap
+
+# %% ../nbs/34_quality.ipynb #8bb391ae
+def _keys(bands, agree, has_words):
+    "Yield the index of each row that agrees with another one, and its keys: pairs of a band and a hash."
+    import numpy as np
+    for i in np.flatnonzero(agree.any(1) & has_words).tolist():
+        yield i, [(b, int(bands[i, b])) for b in np.flatnonzero(agree[i]).tolist()]
 
 # %% ../nbs/34_quality.ipynb #c9af1b0e
 def near_repeats(
@@ -141,15 +171,19 @@ def near_repeats(
     """Find conversations that nearly repeat another one.
 
     Raises `ImportError` without rensa. Source: Broder 1997, MinHash."""
-    rensa, found = import_extra('rensa', 'data'), {}
-    index, known = rensa.RMinHashLSH(threshold, 128, 32), conversations if reference is None else reference
-    what = 'near repeats' if reference is None else 'near leaks'
-    def sketches(items): return progress(_sketches(rensa, items), what, len(items), 'conversation')
-    for j,_,sketch in sketches(reference or []): index.insert(j, sketch)
-    for i,runs,sketch in sketches(conversations):
-        near = _first_near(runs, index.query(sketch), known, threshold)
+    rensa, found, index = import_extra('rensa', 'data'), {}, {}
+    what, known = ('near repeats', conversations) if reference is None else ('near leaks', reference)
+    (bands, has_words), others = _band_hashes(rensa, conversations, what), None
+    if reference is not None:
+        others, may_be_near = _band_hashes(rensa, reference, what)
+        for j,keys in _keys(others, _agree(others, bands), may_be_near):
+            for key in keys: index.setdefault(key, []).append(j)
+    for i,keys in _keys(bands, _agree(bands, others), has_words):
+        candidates = {j for key in keys for j in index.get(key, ())}
+        near = _first_near(word_runs(conversations[i]), candidates, known, threshold)
         if near: found[i] = near
-        elif reference is None: index.insert(i, sketch)
+        elif reference is None:
+            for key in keys: index.setdefault(key, []).append(i)
     return found
 
 # %% ../nbs/34_quality.ipynb #cdf405d1
@@ -209,13 +243,25 @@ def _finding(kind, part, items, i, other, detail=''):
     "A finding about conversation `i` of a part, which repeats `other`."
     return Finding(kind, part, i, items[i].row, f'{other.row}{detail}')
 
+def _short_keys(items)->array:
+    "The first 64 bits of every `conversation_key`."
+    every = progress(items, 'repeats', unit='conversation')
+    return array('Q', (int(conversation_key(c)[:16], 16) for c in every))
+
+def _repeated(keys)->set[int]:
+    "The keys that occur more than once."
+    import numpy as np
+    values, counts = np.unique(keys, return_counts=True)
+    return set(values[counts > 1].tolist())
+
 def _equal(parts):
     "Findings about equal conversations: repeats in each part, and leaks."
     found, keys = [], {}
     for part,items in parts.items():
-        keys[part] = [conversation_key(c) for c in progress(items, 'repeats', unit='conversation')]
-        first = {}
+        keys[part], first = _short_keys(items), {}
+        twice = _repeated(keys[part])
         for i,key in enumerate(keys[part]):
+            if key not in twice: continue
             if (other := first.setdefault(key, i)) != i: found.append(_finding('repeat', part, items, i, items[other]))
     held = {key: i for i,key in reversed([*enumerate(keys['validation'])])}
     for i,key in enumerate(keys['train']):
@@ -259,8 +305,8 @@ def _by_language(parts):
     every = joined(*parts.values())
     try: codes = languages(every)
     except ImportError as e: return [], {}, f'not checked; {e}'
-    places = [(part, i) for part,items in parts.items() for i in range(len(items))]
-    found = [Finding('other language', *places[k], every[k].row, codes[k]) for k in _off_language(codes)]
+    def place(k): return ('train', k) if k < len(parts['train']) else ('validation', k - len(parts['train']))
+    found = [Finding('other language', *place(k), every[k].row, codes[k]) for k in _off_language(codes)]
     return found, codes, 'py3langid on the first 500 characters'
 
 def _by_length(parts, encoded, max_length):
@@ -327,9 +373,9 @@ def check_data(
         long, measured = _by_length(parts, encoded, max_length)
         found += long
     gone = {(f.part, f.index): f for f in found if f.kind in fix}
-    keys = [(part, i) for part,items in parts.items() for i in range(len(items))]
-    left = {part: [i for i in range(len(items)) if (part, i) not in gone] for part,items in parts.items()}
-    kept = {part: selected(items, select(items, left[part])) for part,items in parts.items()}
+    def left(part, items): return select(items, (i for i in range(len(items)) if (part, i) not in gone))
+    kept = {part: selected(items, left(part, items)) for part,items in parts.items()}
+    keys = ((part, i) for part,items in parts.items() for i in range(len(items)))
     measured = {k: m for k,m in measured.items() if k not in gone}
     tokens, overflow = {}, {}
     if measured: tokens, overflow = _token_facts(measured, max_length, get_template(tokenizer, template).name)

@@ -76,8 +76,8 @@ def read_events(
 # %% ../nbs/51_runs.ipynb #3781f7cd
 def history(
     events:list, # Events in the order they were written
-)->list: # Those that belong to the line of training that led to the end
-    "Drop what a later resume took back: progress logged beyond the step it went on from."
+)->list: # Those that still count
+    "Drop events that a later resume made obsolete: those logged after the step it resumed from."
     kept = []
     for event in events:
         if event['kind'] == 'resume': kept = [e for e in kept if e.get('step', 0) <= event['step']]
@@ -103,7 +103,7 @@ def _born(pid):
 
 # %% ../nbs/51_runs.ipynb #8c38e245
 def _this_process():
-    "What a heartbeat says of the process that writes it."
+    "The content of a heartbeat: which process writes it."
     return {'pid': os.getpid(), 'born': _born(os.getpid()), 'machine': _machine(), 'boot': psutil.boot_time()}
 
 # %% ../nbs/51_runs.ipynb #4458ce7e
@@ -115,7 +115,7 @@ def is_alive(
     "Tell a running run from a crashed one."
     try:
         beat, age = json.loads(Path(heartbeat).read_text(encoding='utf-8')), time.time() - Path(heartbeat).stat().st_mtime
-        if 'boot' not in beat: return age < STALE_S # of an older version, which named machine and process otherwise
+        if 'boot' not in beat: return age < STALE_S # from an older version, with other fields
         here = beat['machine'] == _machine() and abs(beat['boot'] - psutil.boot_time()) < 60
         return _is_near(beat['born'], _born(beat['pid'])) if here else age < STALE_S
     except (OSError, ValueError, KeyError, TypeError): return False
@@ -141,7 +141,7 @@ class Run:
     def path(self)->Path: return self.folder/'events.jsonl'
     @property
     def id(self)->str|None:
-        "Random name given at birth; checkpoints carry it."
+        "Random id given at creation; each checkpoint contains it."
         if self._id is None: self._id = next((e.get('id') for e in self.events() if e['kind'] == 'created'), None)
         return self._id
     @property
@@ -169,7 +169,7 @@ class Run:
 
     def metrics(self,
         name:str, # A number that events carry, e.g. `'loss'`, `'eval_loss'`, `'learning_rate'`, `'grad_norm'`
-    )->list: # `(step, value)` in order; the last writing of a step counts
+    )->list: # `(step, value)` in order; the latest event of a step counts
         found = {e['step']: float(e[name]) for e in history(self.events()) if 'step' in e and e.get(name) is not None}
         return sorted(found.items())
 
@@ -196,7 +196,7 @@ class Run:
 
     def checkpoints(self)->list: return checkpoints(self.folder)
     def latest_valid(self)->Path|None:
-        "The newest checkpoint to go on from; each skipped one is named in one line of the log."
+        "The newest valid checkpoint, to resume from; for each invalid one that is skipped, one line is logged."
         return latest_valid(self.folder, self.id)
 
     def plot(self)->View: return plot_run(self)
@@ -388,7 +388,7 @@ def total_steps(run)->int|None:
 def seconds_left(
     run, # A `Run`
 )->float|None: # `None` before two steps have been logged since its start
-    "How long a run will take from here, at the pace of its last logs, evaluations and saves included."
+    "Estimated time until the run ends, from its last 50 logs, with their evaluations and saves."
     steps = []
     for e in run.events():
         if e['kind'] in ('start', 'resume'): steps = []
@@ -400,7 +400,7 @@ def seconds_left(
 def summary_line(
     run, # A `Run`
 )->str: # Status, progress and last figures in one line
-    "One line that says how a run stands."
+    "The state of a run in one line."
     total, status = total_steps(run), run.status
     parts = [f'{run.name}: {status}', f'step {last_step(run)}' + (f' of {total}' if total else '')]
     if status == 'crashed':
@@ -602,7 +602,7 @@ def event_lines(
     run, # A `Run`
     last:int=5, # How many lines at most
 )->list: # The newest last
-    "What happened lately, in a user's words; events that a user cannot use are left out."
+    "The latest events in plain words; events that only a program needs are left out."
     lines = []
     for e in run.events():
         try: line = _WORDS[e['kind']](e)
@@ -612,7 +612,7 @@ def event_lines(
 
 # %% ../nbs/51_runs.ipynb #14d7a161
 class RunView(View):
-    "How a run stands: status line, curves, latest events. In a notebook it stays current until the run ends."
+    "The state of a run: summary line, curves, latest events. In a notebook it is updated until the run ends."
     def __init__(self,
         run:Run, # What to look at
     ):
@@ -647,6 +647,6 @@ def follow(
 # %% ../nbs/51_runs.ipynb #68577547
 def watch(
     folder, # A run's folder, of this process or another, or a `Run`
-)->RunView: # How it stands now, and in a notebook from now on
+)->RunView: # Its state; in a notebook it is updated
     "A view of a run rebuilt from its folder. Raises `ResourceError` if the folder is not there."
     return RunView(Run(folder))

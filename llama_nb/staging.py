@@ -10,7 +10,6 @@ __all__ = ['SharedFile', 'read_shared', 'return_freed_memory_', 'returning_freed
 import ctypes
 import functools
 import gc
-import json
 import os
 import platform
 import re

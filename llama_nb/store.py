@@ -87,13 +87,15 @@ def _extra(c:Conversation, objects:list)->str|None:
 def _columns(rows:list, objects:list):
     "Conversations as one record batch."
     import pyarrow as pa
+    pool = pa.system_memory_pool() # the default pool keeps up to twice what a list of unknown length needs
+    def column(values, kind): return pa.array(values, kind, memory_pool=pool)
     roles, texts = pa.list_(pa.int8()), pa.list_(pa.large_string())
     return pa.RecordBatch.from_arrays([
-        pa.array([[ROLES.index(m.role) for m in c.messages] for c in rows], roles),
-        pa.array([[m.content for m in c.messages] for c in rows], texts),
-        pa.array([_extra(c, objects) for c in rows], pa.large_string()),
-        pa.array([c.row and c.row.file for c in rows], pa.dictionary(pa.int32(), pa.string())),
-        pa.array([c.row and c.row.line for c in rows], pa.int64())], ['roles', 'contents', 'extra', 'file', 'line'])
+        column([[ROLES.index(m.role) for m in c.messages] for c in rows], roles),
+        column([[m.content for m in c.messages] for c in rows], texts),
+        column([_extra(c, objects) for c in rows], pa.large_string()),
+        column([c.row and c.row.file for c in rows], pa.dictionary(pa.int32(), pa.string())),
+        column([c.row and c.row.line for c in rows], pa.int64())], ['roles', 'contents', 'extra', 'file', 'line'])
 
 # %% ../nbs/28_store.ipynb #f0ade74e
 def _message(role:int, content:str, extra:dict)->Message:

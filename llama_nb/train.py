@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PrinterCallback, TrainerState
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 
 from .card import write_card
 from .checkpoints import disk_full, is_disk_full
@@ -30,21 +30,23 @@ from .errors import (
     ConfigError, LlamaNbError, logger, one_line, redact, ResourceError, RunInterrupted, shorten)
 from .fastpath import apply_fast_path_, keep_freed_memory_
 from .guards import InterruptGuard, is_out_of_memory, out_of_memory
-from .inputs import (
-    adopt_model, as_splits, check_objects, describe_model, IN_MEMORY, lora_settings, read_adapter)
+from llama_nb.inputs import (
+    adopt_model, as_splits, check_objects, data_or_settings, describe_model, IN_MEMORY, lora_settings,
+    read_adapter)
 from .launch import launch_training, LaunchSpec, Machines, stop_launched
 from .layers import recompute_norms_
 from .linears import uncompile_layers_, unpack_copies_, unpack_scales_
 from .loop import (
-    auto_batch_size, auto_compile, batch_collator, num_steps, PackedTrainer, recomputes_layers, room_bytes,
-    set_checkpointing_, start_compiled_, start_fp8_, training_arguments)
+    auto_batch_size, auto_compile, batch_collator, host_room_bytes, num_steps, PackedTrainer, recomputes_layers,
+    room_bytes, set_checkpointing_, start_compiled_, start_fp8_, training_arguments)
 from .lora import load_adapter
-from .memory import CUDA_CONTEXT_BYTES, decide, measured_layer_bytes, plan
+from .memory import (
+    choose_parallel, CUDA_CONTEXT_BYTES, cut_bytes, decide, measured_layer_bytes, parallel_plans, plan)
 from .mirror import Mirror
-from .model import base_fingerprint, load_model, pick_device, run_tokenizer
+from .model import adapter_folder, base_fingerprint, check_base, load_model, pick_device, run_tokenizer
 from .publishing import load_chosen, load_published_, publish, upload_asked, was_stopped
 from .quantization import compute_dtype
-from .ranks import all_values, from_main, is_launched, is_main, rank_device, start_ranks
+from .ranks import all_values, from_main, is_launched, is_main, meet, rank_device, start_ranks
 from .resume import (
     exclusive, find_checkpoint, first_facts, forget_adapter, hash_parts, open_run, run_facts, settled, sweep,
     weights_fingerprint)
@@ -53,21 +55,11 @@ from .safe_trainer import SilentRun
 from .shapes import parameter_counts
 from .shards import frozen_layer_bytes, shard_base_
 from .sources import model_shape
+from .staging import load_staged
 from .stopping import StopGuard
 from .trackers import guards, LiveView
-from .training_data import (
-    encode_data, EncodedData, PackedData, rows_by_name, save_touched, settle_rope)
+from .training_data import encode_data, EncodedData, PackedData, rows_by_name, save_touched, settle_rope
 from .views import live_text, stage, tell, write_json, write_text
-from .loop import host_room_bytes
-from .memory import choose_parallel
-from .memory import cut_bytes
-from .memory import parallel_plans
-from .ranks import meet
-from .staging import load_staged
-from transformers import EarlyStoppingCallback
-from .inputs import data_or_settings
-from .model import adapter_folder
-from .model import check_base
 
 # %% ../nbs/75_train.ipynb #5242414e
 def resolve(

@@ -10,7 +10,7 @@ __all__ = ['settle_rope', 'check_length', 'EncodedSplit', 'encode_split', 'Packe
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from .loop import to_rows
 from .resume import data_fingerprint
 from .segments import get_template
 from .sources import chosen_rope, model_shape
-from .store import select
+from .store import changed, select
 from .views import tell
 
 # %% ../nbs/72_training_data.ipynb #4b159c22
@@ -139,8 +139,8 @@ def _aligned(examples, conversations, touched):
     left_out = {r.row for r in touched if r.action != 'shortened'}
     kept = [c.row not in left_out for c in conversations]
     if sum(kept) != len(examples): return None # rows without a name, or two with the same
-    found = iter(examples)
-    return [next(found) if k else None for k in kept]
+    last = list(accumulate(kept, initial=-1))[1:] # the newest example that is there
+    return changed(range(len(kept)), lambda i: examples[last[i]] if kept[i] else None)
 
 # %% ../nbs/72_training_data.ipynb #94434c9e
 def _count_actions(touched:Iterable, bad:Sequence)->dict:

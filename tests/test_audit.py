@@ -9,6 +9,7 @@ import pytest
 
 from llama_nb.auditing import audit
 from llama_nb.dialogue import encode
+from llama_nb.row_faults import TurnGrammar
 from llama_nb.template import toy_tokenizer
 
 QUESTIONS = ('How far is it to the mill?', 'Is the shop open today?', 'What is a comet?', 'Can you count to three?', 'Why is the sky blue?')
@@ -109,6 +110,123 @@ def test_trl_prompt_and_completion(sft):
     rows = [dict(prompt=c[:-1], completion=c[-1:]) for c in CHATS]
     report = audit(sft(rows), CHATS)
     assert (report.exact, report.notes[0]) == (60, 'of several answers only the last is taught, in every conversation')
+
+
+def with_tool(i):
+    "A conversation of all four roles, another one for every `i`."
+    result = [dict(role='tool', content=f'{{"miles": {i}}}'), dict(role='assistant', content=f'It is {i} miles away.')]
+    return [dict(role='system', content=f'You are guide {i}.'), *talk(i, 1 + i % 2)[-2:], *result]
+
+
+def turn(g, ids, role, span): return [t for t in g.turns(ids, *span) if t.role == role][-1]
+
+
+def teach(row, a, b): row['labels'][a:b] = row['input_ids'][a:b]
+
+
+def place(row, k, token, label=-100):
+    "Another token in a row, which attends to itself like the others."
+    row['input_ids'].insert(k, token)
+    row['labels'].insert(k, label)
+
+
+def taught(role):
+    def plant(g, row, span):
+        t = turn(g, row['input_ids'], role, span)
+        teach(row, t.begin, t.end)
+    return plant
+
+
+def header(g, row, span):
+    t = turn(g, row['input_ids'], 'assistant', span)
+    teach(row, t.open, t.begin)
+
+
+def end_ignored(g, row, span): row['labels'][turn(g, row['input_ids'], 'assistant', span).close] = -100
+
+
+def one_ignored(g, row, span): row['labels'][turn(g, row['input_ids'], 'assistant', span).begin + 1] = -100
+
+
+def other_label(g, row, span):
+    k = turn(g, row['input_ids'], 'assistant', span).begin
+    row['labels'][k] = row['input_ids'][k + 1] + 1
+
+
+def all_ignored(g, row, span): row['labels'][span[0]:span[1]] = [-100]*(span[1] - span[0])
+
+
+def end_lost(g, row, span):
+    k = turn(g, row['input_ids'], 'assistant', span).close
+    del row['input_ids'][k], row['labels'][k]
+
+
+def cut(g, row, span):
+    k = turn(g, row['input_ids'], 'assistant', span).begin + 5
+    del row['input_ids'][k:], row['labels'][k:]
+
+
+def typed(g, row, span): place(row, turn(g, row['input_ids'], 'user', span).begin + 1, g.eos)
+
+
+def two_starts(g, row, span): place(row, 0, g.bos)
+
+
+def shifted(g, row, span): row['labels'] = row['labels'][1:] + [-100]
+
+
+def padded(g, row, span):
+    row['attention_mask'] = [1]*len(row['input_ids']) + [0]*3
+    for _ in range(3): place(row, len(row['input_ids']), g.eos, g.eos)
+
+
+IN_LABELS = {'prompt taught': taught('user'), 'system text taught': taught('system'), 'tool output taught': taught('tool'),
+             'header taught': header, 'end of turn not taught': end_ignored, 'answer partly taught': one_ignored, 'labels unequal': other_label}
+IN_ROWS = {**IN_LABELS, 'nothing taught': all_ignored, 'end of turn missing': end_lost, 'answer cut': cut, 'control token from content': typed,
+           'two start tokens': two_starts, 'labels shifted': shifted, 'padding taught': padded}
+
+
+def as_rows(dataset):
+    "TRL's rows: ids, labels, and the lengths of packed conversations."
+    for row in dataset: yield {k: list(row[k]) for k in ('input_ids', 'labels', 'seq_lengths') if k in row}
+
+
+def check_planted(rows, plants, chats, tokenizer):
+    "Plant each fault in every seventh row: these rows are named with that fault, and no other row is."
+    g = TurnGrammar(tokenizer)
+    assert audit(rows, chats, tokenizer).counts == {}
+    for kind,plant in plants.items():
+        spoiled, chosen = [{k: list(v) for k,v in row.items()} for row in rows], range(len(kind) % 7, len(rows), 7)
+        for i in chosen:
+            first = (rows[i].get('seq_lengths') or [len(rows[i]['input_ids'])])[0]
+            plant(g, spoiled[i], (0, first))
+        report = audit(spoiled, chats, tokenizer)
+        named = {int(f.row) for f in report.faults}
+        assert {int(row) for row in report.rows.get(kind, ())} == named == {*chosen}, (kind, report.counts)
+
+
+TOOL_CHATS = [with_tool(i) for i in range(210)]
+
+
+def test_faults_planted_in_what_trl_makes(sft):
+    trainer = sft([dict(messages=c) for c in TOOL_CHATS], GENERATION, assistant_only_loss=True)
+    assert len(IN_ROWS) >= 12
+    check_planted(list(as_rows(trainer.train_dataset)), IN_ROWS, TOOL_CHATS, trainer.processing_class)
+
+
+def test_faults_planted_in_what_trl_packs(sft):
+    trainer = sft([dict(messages=c) for c in TOOL_CHATS], GENERATION, assistant_only_loss=True, packing=True, max_length=1024)
+    rows = list(as_rows(trainer.train_dataset))
+    assert len(rows) < len(TOOL_CHATS)/2
+    check_planted(rows, {**IN_LABELS, 'neighbours visible': lambda g,row,span: row.pop('seq_lengths')}, TOOL_CHATS, trainer.processing_class)
+
+
+def test_no_false_alarm_on_5000_rows_of_trl(sft):
+    chats = [talk(i, 1 + i % 3) for i in range(5000)]
+    trainer = sft([dict(messages=c) for c in chats], GENERATION, assistant_only_loss=True)
+    for given in (None, chats):
+        report = audit(trainer.train_dataset, given, trainer.processing_class)
+        assert (report.exact, report.total, report.counts) == (5000, 5000, {})
 
 
 def damaged(rng, example, vocabulary):

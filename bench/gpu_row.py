@@ -177,7 +177,7 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
     from llama_nb.layers import recompute_norms_
     from llama_nb.linears import compile_layers_, uncompile_layers_, unpack_copies_, unpack_scales_
     from llama_nb.trackers import guards
-    from llama_nb.memory import decide, measured_layer_bytes
+    from llama_nb.memory import decide, measured_layer_bytes, plan
     from llama_nb.packing import pack
     from llama_nb.quantization import check_fp8
     from llama_nb.runs import create_run
@@ -193,6 +193,9 @@ def ours(size, tokens=None, compute='bf16', checkpointing='auto', with_copy=True
         t = TrainingConfig(output_dir=folder, per_device_train_batch_size=max(1, tokens//Here.seq), gradient_checkpointing=checkpointing, activation_offloading=offload, compute=compute, kernels=kernels, max_steps=steps, save_steps=10**6, logging_steps=10**6, learning_rate=RATE)
         planned = decide(ModelConfig(max_length=Here.seq), room_bytes() if Here.device == 'cuda' else 2**36, t, lora, with_copy=with_copy, shape=shape, layer_bytes=measured_layer_bytes(model))
         s = planned.settings
+        if not with_copy and s['decoded_scales']:  # the least memory: no unpacked scales either
+            planned = plan(*planned.inputs[1:4], shape=shape, checkpointed_layers=s['checkpointed_layers'], recomputed_norms=s['recomputed_norms'], offloaded_inputs=s['offloaded_inputs'], layer_bytes=measured_layer_bytes(model))
+            s = planned.settings
         set_checkpointing_(model, s['checkpointed_layers'], s['offloaded_inputs'])
         copies = unpack_copies_(model) if s['dequantised_copy'] else unpack_scales_(model) if s['decoded_scales'] else 0
         if compute == 'fp8': copies = fp8_copies_(model)

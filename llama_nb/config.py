@@ -23,7 +23,7 @@ from pydantic import (BeforeValidator, ConfigDict, Field, StrictBool, StrictFloa
                       ValidationError)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from .errors import ConfigError, did_you_mean, redact, shorten
+from .errors import ConfigError, did_you_mean, path_problem, redact, shorten
 
 # %% ../nbs/01_config.ipynb #365a9f00
 def _path_text(value): return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -263,6 +263,13 @@ def _rope_faults(asked):
     for key in _YARN:
         if key in known and not isinstance(asked.get(key, 1.0), (int, float)): yield f'{key}: found {asked[key]!r}, allowed: a number'
 
+def _path_faults(section, *keys):
+    "Yield the settings of a section that no file system takes as a path."
+    for key in keys:
+        value = getattr(section, key)
+        for path in value.values() if isinstance(value, dict) else [value]:
+            if path is not None and (problem := path_problem(path)): yield key, f'found {shorten(repr(path), 60)}; {problem}'
+
 @_settings('model')
 class ModelConfig:
     "Which base model to load, and how to store its frozen weights."
@@ -288,6 +295,7 @@ class ModelConfig:
     rope_scaling: Literal['auto']|dict[_Text, StrictInt|StrictFloat|StrictStr]|None = None
 
     def _rules(self):
+        yield from _path_faults(self, 'model_name')
         faults = list(_rope_faults(self.rope_scaling)) if isinstance(self.rope_scaling, dict) else []
         if faults: yield 'rope_scaling', '; '.join(faults)
         if self.use_4bit and self.load_in_8bit:
@@ -419,6 +427,7 @@ class DataConfig:
     chat_template: _PathText|None = None
 
     def _rules(self):
+        yield from _path_faults(self, 'dataset_name', 'data_path')
         both, name = self.dataset_name == 'both', self.dataset_name
         if self.mix_weights is not None and not both:
             yield 'mix_weights', f'only for dataset_name "both", found dataset_name {name!r}'
@@ -572,6 +581,7 @@ class TrainingConfig:
     seed: _Seed = 42 # Random seed of initialisation, dropout and data order
 
     def _rules(self):
+        yield from _path_faults(self, 'output_dir')
         if self.max_steps == 0 or self.max_steps < -1:
             yield 'max_steps', f'found {self.max_steps}, allowed: an integer >= 1, or -1 to follow num_train_epochs'
         if self.save_total_limit < 2:
@@ -806,6 +816,7 @@ def _override(text):
 # %% ../nbs/01_config.ipynb #5ffdad1c
 def _read_file(path):
     "The sections of a YAML file."
+    if problem := path_problem(path): raise ConfigError(f'config file {shorten(repr(str(path)), 60)}: {problem}')
     path = Path(path)
     where = f'config file {redact(path)}'
     try: text = path.read_text(encoding='utf-8')

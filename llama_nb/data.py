@@ -37,6 +37,7 @@ from .formats import check_rows, Conversations
 from .store import changed, joined, select
 from .views import progress, tell
 from .network import offline_if_unreachable
+from .errors import path_problem
 
 # %% ../nbs/33_data.ipynb #4c9fec5c
 class TooFewError(DataError):
@@ -670,6 +671,8 @@ def get_loader(
 )->DatasetLoader: # The loader; it has not read anything yet
     "The loader for a source."
     if isinstance(source, DatasetLoader): return source
+    if isinstance(source, (str, os.PathLike)) and (problem := path_problem(source)):
+        raise DataError(f'{shorten(repr(os.fspath(source)), 60)}: {problem}; give a path, a Hub id, or rows as a list')
     if isinstance(source, str) and source in DATASETS and not Path(source).exists():
         source = DataConfig(dataset_name=source)
     if not isinstance(source, DataConfig): return ChatDatasetLoader(source, **options)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'LlamaNbError', 'ConfigError', 'ResourceError', 'ThresholdError', 'NonFiniteError', 'DivergenceError',
            'CheckpointError', 'DataError', 'OutOfMemoryError', 'RunInterrupted', 'exit_code', 'redact', 'shorten',
-           'one_line', 'did_you_mean', 'import_extra']
+           'one_line', 'did_you_mean', 'path_problem', 'import_extra']
 
 # %% ../nbs/00_errors.ipynb #ea3ade4d
 import difflib
@@ -162,6 +162,16 @@ def did_you_mean(
     choices = {str(c).lower(): str(c) for c in choices}
     near = difflib.get_close_matches(str(name).lower(), choices, n=1, cutoff=0.6)
     return f"; did you mean '{choices[near[0]]}'?" if near else ''
+
+# %% ../nbs/00_errors.ipynb #4a63252e
+def path_problem(
+    path, # A path, as text or `Path`
+)->str: # Empty if a file system can take it
+    "Why no file can have this path."
+    text = os.fspath(path)
+    if '\0' in text: return 'no path holds a NUL character'
+    longest = max(len(os.fsencode(part)) for part in re.split(r'[/\\]', text))
+    return f'no path has a name of {longest:,} bytes, 255 are possible' if longest > 255 else ''
 
 # %% ../nbs/00_errors.ipynb #edcb6381
 def import_extra(

@@ -370,7 +370,9 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         "As stock, but the first step has a rate above 0."
         own = self.lr_scheduler is not None
-        made = super().create_scheduler(num_training_steps, optimizer)
+        try: made = super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f'training.lr_scheduler_kwargs: {self.args.lr_scheduler_type.value}: {one_line(e, 120)}') from None
         return made if own else warm_from_start_(made, self.args.get_warmup_steps(num_training_steps))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -28,6 +28,7 @@ from .sources import (
     check_llama, chosen_rope, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
 from .views import PALETTE, picture, table, tell, View
 import os
+from .errors import path_problem
 
 # %% ../nbs/14_model.ipynb #c3e4be10
 _STOPS = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>', '<eos>', '<|end|>')
@@ -483,6 +484,7 @@ def adapter_folder(
     folder = getattr(place, 'folder', place)
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigError(f'adapter: found {type(place).__name__}; give a run, its folder, a checkpoint, or an adapter folder of peft')
+    if problem := path_problem(folder): raise ConfigError(f'adapter: found {shorten(repr(folder), 60)}; {problem}')
     folder = Path(folder).expanduser()
     if (folder/'adapter_config.json').is_file() or (folder/'events.jsonl').is_file(): return folder
     inside = [file.parent for file in sorted(folder.glob('*/adapter_config.json'))]

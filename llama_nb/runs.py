@@ -31,6 +31,7 @@ from .checkpoints import checkpoints, disk_full, is_disk_full, latest_valid
 from .config import name_problem, RunConfig, to_yaml
 from .errors import ConfigError, redact, ResourceError, shorten
 from .views import escape, picture, plain_json, table, tell, View, write_json, write_text
+from .errors import path_problem
 
 # %% ../nbs/51_runs.ipynb #762a996f
 def _is_torn(file):
@@ -130,6 +131,7 @@ class Run:
     ):
         if folder is None: raise ConfigError('there is no run yet: train() makes one')
         self.folder = Path(getattr(folder, 'folder', folder)).expanduser()
+        if problem := path_problem(self.folder): raise ResourceError(f'{shorten(repr(str(self.folder)), 60)}: {problem}; name the folder of a run')
         if not self.folder.is_dir():
             raise ResourceError(f'{redact(self.folder)} is not there; name the folder of a run, such as runs/run-1')
         self._beaten, self._id, self._events, self._read = 0.0, None, [], 0
@@ -529,6 +531,7 @@ def list_runs(
 )->RunList: # Its runs, oldest first
     "All runs of a folder. Raises `ResourceError` if the folder is not there."
     output_dir = output_dir.folder.parent if isinstance(output_dir, Run) else Path(output_dir).expanduser()
+    if problem := path_problem(output_dir): raise ResourceError(f'{shorten(repr(str(output_dir)), 60)}: {problem}')
     if not output_dir.is_dir():
         raise ResourceError(f'{redact(output_dir)} is not there; '
                             'name the folder that holds the runs of earlier trainings')
@@ -555,8 +558,8 @@ def _memory_words(e):
 
 # %% ../nbs/51_runs.ipynb #aa8661b5
 def _resume_words(e):
-    "Where training went on."
-    if e.get('checkpoint'): return f"went on from {e['checkpoint']}"
+    "Where training was resumed."
+    if e.get('checkpoint'): return f"resumed from {e['checkpoint']}"
     return 'started again at step 0: there was no checkpoint yet'
 
 def _stop_words(e):

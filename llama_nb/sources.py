@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.utils import logging as hf_logging
 
 from .config import ModelConfig
-from .errors import ConfigError, did_you_mean, one_line, redact, ResourceError, shorten
+from .errors import ConfigError, did_you_mean, one_line, path_problem, redact, ResourceError, shorten
 from .network import connection_problem, offline_if_unreachable
 from .shapes import KNOWN_MODELS, known_shape
 
@@ -184,6 +184,7 @@ def check_gguf(
 # %% ../nbs/13_sources.ipynb #10652e12
 def _gguf_file(name):
     "The path of a GGUF file, after a check of its header."
+    if problem := path_problem(name): raise ResourceError(f'model {shorten(repr(redact(name)), 60)}: {problem}')
     file = Path(name).expanduser()
     if not file.is_file(): raise ResourceError(f'model {redact(file)}: no such file; check the path')
     with file.open('rb') as f: magic = f.read(4)
@@ -365,6 +366,7 @@ def find_model(
 
     Raises `ResourceError` if a path does not exist or contains no model."""
     name = os.fspath(name)
+    if problem := path_problem(name): raise ResourceError(f'model {shorten(repr(redact(name)), 60)}: {problem}; use a folder, a .gguf file or a Hub id')
     path = Path(name).expanduser()
     if name == 'demo' and not path.is_dir(): return str(demo_model())
     if name.endswith('.gguf'): return _converted_gguf(_gguf_file(name))

@@ -66,6 +66,14 @@ def test_each_knob_changes_the_run(tiny):
     assert weights(run) == plain
 
 
+@pytest.mark.parametrize('kwargs', [{'lr_end': .5}, {'power': 'steep', 'lr_end': 'low'}])
+def test_a_schedule_that_cannot_be_is_one_line(tiny, kwargs):
+    "What the schedule itself refuses: an end above the rate, or no number."
+    from llama_nb.errors import ConfigError
+    with pytest.raises(ConfigError, match='training.lr_scheduler_kwargs: polynomial: '):
+        trainer(tiny, 'steep', dict(lr_scheduler_type='polynomial', lr_scheduler_kwargs=kwargs), {}).train(progress=False)
+
+
 def test_a_run_of_one_step_learns(tiny):
     run = trainer(tiny, 'one', {}, {}, max_steps=1).train(progress=False)
     from safetensors.torch import load

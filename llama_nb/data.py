@@ -29,15 +29,14 @@ from pathlib import Path
 from .config import DataConfig, DATASETS
 from .conversation import Conversation, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
-from .errors import DataError, did_you_mean, redact, shorten
+from .errors import DataError, did_you_mean, path_problem, redact, shorten
 from .files import (
     BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, part_of,
     save_bad_rows, sheet_names, source_rows)
 from .formats import check_rows, Conversations
+from .network import offline_if_unreachable
 from .store import changed, joined, select
 from .views import progress, tell
-from .network import offline_if_unreachable
-from .errors import path_problem
 
 # %% ../nbs/33_data.ipynb #4c9fec5c
 class TooFewError(DataError):

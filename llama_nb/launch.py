@@ -80,6 +80,7 @@ def save_splits(
     numbers = asdict(replace(report, bad=(), findings=(), lengths=(), words=()))
     write_exactly(Path(folder)/'report.json', {**numbers, 'bad': [list(b) for b in report.bad]})
 
+# %% ../nbs/57_launch.ipynb #a4b7b421
 def _conversation(line):
     "One conversation from its line."
     found = json.loads(line)
@@ -164,6 +165,7 @@ def is_there(
     try: return abs(psutil.Process(process['pid']).create_time() - process['born']) < 1
     except psutil.NoSuchProcess: return False
 
+# %% ../nbs/57_launch.ipynb #6cd3deb4
 class LaunchSpec(NamedTuple):
     "What the ranks of a run are told, besides the config and the data."
     config:RunConfig # With `training.num_processes`
@@ -211,6 +213,7 @@ class _Bar:
         self.draw()
         if self.bar is not None: self.bar.close()
 
+# %% ../nbs/57_launch.ipynb #de62ebb6
 class _Messages:
     "Repeats what the main process says."
     def __init__(self, path): self.path, self.read = path, 0
@@ -292,6 +295,7 @@ def _follow(launched, view, every_s=0.1):
         time.sleep(every_s)
     messages.relay()
 
+# %% ../nbs/57_launch.ipynb #37dab3ef
 def _killed_text(who, code, run):
     "What to say about a process that ended without a word; `code` is a signal, or an exit code."
     try: how = f'was killed by {signal.Signals(code).name}'
@@ -309,6 +313,7 @@ def _go_on(run):
     newest = run.latest_valid() if run is not None and run.folder.is_dir() else None
     return f'continue from {newest.name} with train(resume=True)' if newest else 'there is no checkpoint here'
 
+# %% ../nbs/57_launch.ipynb #878bff35
 def _raise_cause(launched, spec, num_processes):
     "Raise the error that explains why the processes ended; return if all ended well."
     found, run, code = cause(launched.outcomes()), launched.run, launched.process.returncode

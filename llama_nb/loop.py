@@ -251,6 +251,7 @@ def save_conversation_losses(
     folder.mkdir(exist_ok=True)
     write_json(folder/f'step-{step}.json', losses)
 
+# %% ../nbs/71_loop.ipynb #07492f3a
 @torch.no_grad()
 def _scored(trainer, rows):
     "Total nats, taught tokens, both by conversation, and logits with labels if metrics want them."
@@ -449,6 +450,7 @@ def room_bytes(
     except (OSError, ValueError): limit = math.inf
     return int(min(limit, psutil.virtual_memory().available + psutil.Process().memory_info().rss)/2)
 
+# %% ../nbs/71_loop.ipynb #09c3deff
 def host_room_bytes(
     training_config:TrainingConfig, # For the number of processes, which may all be on this machine
 )->int: # Bytes
@@ -507,6 +509,7 @@ def warmup_steps(
     "Number of warm-up steps of a run."
     return math.ceil(config.warmup_ratio*total_steps) if config.warmup_steps is None else config.warmup_steps
 
+# %% ../nbs/71_loop.ipynb #52f49aac
 DECAY_SHARE = 0.1 # of all steps, in `warmup_stable_decay` unless `num_decay_steps` says otherwise
 
 def schedule_kwargs(
@@ -524,6 +527,7 @@ def schedule_kwargs(
         kwargs.setdefault('num_decay_steps', min(math.ceil(DECAY_SHARE*total_steps), total_steps - warmup_steps(config, total_steps)))
     return kwargs
 
+# %% ../nbs/71_loop.ipynb #2282470a
 def training_arguments(
     config:TrainingConfig, # Our settings
     folder, # The run's folder

@@ -11,6 +11,7 @@ __all__ = ['read_template', 'run_tokenizer', 'load_tokenizer', 'pick_device', 'd
 import copy
 import hashlib
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -21,14 +22,12 @@ from torch import nn, Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from .config import load_config, LoRAConfig, ModelConfig, RunConfig
-from .errors import CheckpointError, ConfigError, did_you_mean, redact, ResourceError, shorten
+from .errors import CheckpointError, ConfigError, did_you_mean, path_problem, redact, ResourceError, shorten
 from .lora import add_lora, check_adapter, load_adapter
 from .quantization import bnb_config, compute_dtype, import_bitsandbytes
 from .sources import (
     check_llama, chosen_rope, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
 from .views import PALETTE, picture, table, tell, View
-import os
-from .errors import path_problem
 
 # %% ../nbs/14_model.ipynb #c3e4be10
 _STOPS = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>', '<eos>', '<|end|>')

@@ -97,7 +97,8 @@ def load_published_(
     set_peft_model_state_dict(model, adapter, adapter_name=model.active_adapter)
 
 # %% ../nbs/74_publishing.ipynb #b2022279
-UPLOADED = ('adapter_model.safetensors', 'adapter_config.json', 'rope_scaling.json', 'tokenizer*', 'special_tokens_map.json', '*.jinja', 'README.md')
+UPLOADED = ('adapter_model.safetensors', 'adapter_config.json', 'rope_scaling.json', 'tokenizer*',
+            'special_tokens_map.json', '*.jinja', 'README.md')
 
 def upload(
     run:Run, # A finished run
@@ -119,4 +120,5 @@ def upload_asked(
     try: run.log('uploaded', address=upload(run, training.hub_model_id, training.hub_private_repo))
     except Exception as e:
         logger.warning('%s is finished, but its upload to %s failed: %s; try again: '
-                       'llama_nb.publishing.upload(run, %r)', run.name, training.hub_model_id, one_line(e), training.hub_model_id)
+                       'llama_nb.publishing.upload(run, %r)', run.name, training.hub_model_id, one_line(e),
+                       training.hub_model_id)

@@ -29,9 +29,8 @@ import yaml
 
 from .checkpoints import checkpoints, disk_full, is_disk_full, latest_valid
 from .config import name_problem, RunConfig, to_yaml
-from .errors import ConfigError, redact, ResourceError, shorten
+from .errors import ConfigError, path_problem, redact, ResourceError, shorten
 from .views import escape, picture, plain_json, table, tell, View, write_json, write_text
-from .errors import path_problem
 
 # %% ../nbs/51_runs.ipynb #762a996f
 def _is_torn(file):

@@ -119,6 +119,7 @@ class Given(NamedTuple):
     callbacks:tuple = () # For the loop
     compute_metrics:object = None # For evaluations
 
+# %% ../nbs/75_train.ipynb #bc2156db
 def _object_settings(given, model_config, lora_config):
     "Settings of model and adapter that describe the objects given."
     if given.adapter is not None and given.model is not None and hasattr(given.model, 'peft_config'):
@@ -140,6 +141,7 @@ def _object_settings(given, model_config, lora_config):
         raise ConfigError(f"lora: the adapter has {', '.join(named)}; leave lora_config out, or make it the same")
     return model_config, own if own is not None else lora_config
 
+# %% ../nbs/75_train.ipynb #83b8effc
 def _make_model(trainer):
     "The model with its adapter: your own, one to go on from, or a new one."
     given, c = trainer.given, trainer.config
@@ -423,6 +425,7 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, o
     if on_cpu and c.training.fast_path: keep_freed_memory_()
     return made
 
+# %% ../nbs/75_train.ipynb #fe891648
 def _validation_rows(trainer):
     "The held-out rows, or the rows of each set if the sets have names."
     if not trainer.validation_names: return trainer.rows().validation or None
@@ -445,6 +448,7 @@ class _Prepared(NamedTuple):
     total:int # Optimizer steps of the whole run
     lock:ExitStack # Closed when the run has ended
 
+# %% ../nbs/75_train.ipynb #a5477ab5
 def _step(checkpoint): return int(checkpoint.name.split('-')[1])
 
 def _checkpoint_to_resume(run, resume):
@@ -528,6 +532,7 @@ def _shared_run(trainer, resume, into):
     from_main(str(run.folder.absolute()))
     return run
 
+# %% ../nbs/75_train.ipynb #0b85d18f
 def _discard_if_refused(trainer, run):
     "Context manager: as `discard_if_refused`; `trainer.run` is then again what it was."
     return discard_if_refused(run, partial(setattr, trainer, 'run', trainer.run))
@@ -536,6 +541,18 @@ def _publish(trainer, run):
     "Write the adapter as it is now to the top of a run folder."
     return publish(run, trainer.model, trainer.tokenizer, trainer.hf_trainer.state, trainer.config.data.template)
 
+# %% ../nbs/75_train.ipynb #42d43f62
+def _run_callbacks(trainer, run, samples, progress):
+    "Guards and views of a run, and what its settings ask for: stopping, a mirror."
+    t = trainer.config.training
+    callbacks = guards(run, trainer.tokenizer, samples or _reply_sampler(trainer), progress, t.report_to,
+                       lambda to: _publish(trainer, to))
+    stops = t.load_best_model_at_end or t.early_stopping
+    if stops: callbacks.insert(0, StopGuard(run, t.early_stopping_delta if t.early_stopping else None))
+    if t.mirror: callbacks.append(Mirror(run, t.mirror, t.save_total_limit))
+    return callbacks
+
+# %% ../nbs/75_train.ipynb #248eee29
 def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(None, None), into=None):
     "Check everything that can be checked before the first step, and make or find the run."
     c, t = trainer.config, trainer.config.training
@@ -558,12 +575,9 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         in_step = size*t.gradient_accumulation_steps*t.num_processes
         if len(rows) <= in_step:
             logger.warning('an epoch is a single step: there are %d training rows, and a step takes %d', len(rows), in_step)
-        callbacks = guards(run, trainer.tokenizer, samples or _reply_sampler(trainer), progress, t.report_to,
-                           lambda to: _publish(trainer, to))
-        stops = t.load_best_model_at_end or t.early_stopping
-        if stops: callbacks.insert(0, StopGuard(run, t.early_stopping_delta if t.early_stopping else None))
-        if t.mirror: callbacks.append(Mirror(run, t.mirror, t.save_total_limit))
-        hf = _make_trainer(trainer, run, facts, [*callbacks, *trainer.given.callbacks, *more_callbacks], size, steps, compiled, optimizers)
+        callbacks = _run_callbacks(trainer, run, samples, progress)
+        everyone = [*callbacks, *trainer.given.callbacks, *more_callbacks]
+        hf = _make_trainer(trainer, run, facts, everyone, size, steps, compiled, optimizers)
         trainer._hf_trainer = hf
         trainer._chat = trainer._error = None
         _save_facts(trainer, run)

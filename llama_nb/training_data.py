@@ -84,7 +84,7 @@ class EncodedData(NamedTuple):
     "The conversations of a run, encoded and packed."
     train:EncodedSplit # To train on
     validation:EncodedSplit # Held out
-    held_out:Sequence|None # An `Example` for each held-out conversation, `None` for one that was left out; `None` in place of all if unknown
+    held_out:Sequence|None # An `Example`, or `None` if left out, for each held-out conversation; `None`: unknown
     facts:dict # What `data.json` says
     config:RunConfig # The settings they were encoded with
     report:DataReport # What was read

@@ -92,10 +92,10 @@ def stage_weights_(
 )->list[SharedFile]: # One per decoder layer, and one for the rest
     "Move the weights of a model into shared files."
     layers, common, files = base.model.layers, SharedFile(), []
-    for i,layer in enumerate(layers):
-        files.append(_move_(layer.state_dict(prefix=f'model.layers.{i}.'), common))
-        for p in layer.parameters(): p.data = p.data.new_empty(0)
+    for i in range(len(layers)):
+        files.append(_move_(layers[i].state_dict(prefix=f'model.layers.{i}.'), common))
         layers[i] = nn.Identity()
+        return_freed_memory_()
     seen = set()
     for name,tensor in base.state_dict().items():
         if tensor.data_ptr() not in seen: common.add(name, tensor) # a tied head is the embedding

@@ -117,7 +117,7 @@ def one_copy(tmp_path, layers, *sizes):
     random_llama(tmp_path/'small', 1, 64, 128)
     copy = sum(weight_bytes(shape))
     peak, after, ranks = measure('staged', tmp_path/'base', tmp_path/'small')
-    objects, layer = 16_000_000, copy/layers  # what Python needs for two models without weights
+    objects, layer = 20_000_000, copy/layers  # what Python needs for two models without weights
     assert peak <= copy + 2*layer + objects and after <= copy + objects, (peak/copy, after/copy)
     assert all(int(here) <= 0.505*int(whole) for _, here, whole in ranks), ranks
     assert ranks[0] == ranks[1]

@@ -37,7 +37,11 @@ def placeholders(
 WHITE_SPACE = '\t \x0b\u2003 \t' # white space that no template writes
 
 # %% ../nbs/23_layouts.ipynb #f452d8f7
-def spaced(texts:list[str])->list[str]: return [WHITE_SPACE + t + WHITE_SPACE for t in texts]
+def spaced(
+    texts:list[str], # Texts of messages
+)->list[str]:
+    "Each text between white space that no template writes."
+    return [WHITE_SPACE + t + WHITE_SPACE for t in texts]
 
 # %% ../nbs/23_layouts.ipynb #2ad7d9ab
 class TextReader:
@@ -55,19 +59,37 @@ class TextReader:
         self.ok = self.optional(part) and self.ok
 
 # %% ../nbs/23_layouts.ipynb #41d0f969
-def quoted(text:str)->str: return json.dumps(text, ensure_ascii=False)
+def quoted(
+    text:str, # Any text
+)->str:
+    "A text as a JSON string."
+    return json.dumps(text, ensure_ascii=False)
 
 # %% ../nbs/23_layouts.ipynb #04375757
-def refuse_template(name:str, why:str): raise ConfigError(f"template '{name}' {why}; choose another one")
+def refuse_template(
+    name:str, # Of the template
+    why:str, # What it does, as the end of a sentence
+):
+    "Raise `ConfigError` for a template that cannot be followed."
+    raise ConfigError(f"template '{name}' {why}; choose another one")
 
 # %% ../nbs/23_layouts.ipynb #2015ed3b
 _TRIED = (('user',), ('user', 'assistant')*32, ('system', 'user', 'assistant', 'tool', 'assistant'))
 
 # %% ../nbs/23_layouts.ipynb #9147b249
-def clean_texts(n:int)->list[str]: return [('Hello there.', 'I see, 42!', 'Is it far?', 'yes')[i % 4] for i in range(n)]
+def clean_texts(
+    n:int, # How many
+)->list[str]:
+    "Short plain texts, in which a template has nothing to strip or to escape."
+    return [('Hello there.', 'I see, 42!', 'Is it far?', 'yes')[i % 4] for i in range(n)]
 
 # %% ../nbs/23_layouts.ipynb #f848f42a
-def plain_messages(roles:tuple, texts:list)->list[dict]: return [{'role': r, 'content': t} for r,t in zip(roles, texts)]
+def plain_messages(
+    roles:tuple, # One role per message
+    texts:list, # One text per message
+)->list[dict]: # With `role` and `content`, as a template reads them
+    "Messages of roles and texts, without tools or thoughts."
+    return [{'role': r, 'content': t} for r,t in zip(roles, texts)]
 
 # %% ../nbs/23_layouts.ipynb #e07dcfbc
 def _trial_chats(template:str, shapes:tuple)->list:

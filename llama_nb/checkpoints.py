@@ -77,6 +77,22 @@ def write_manifest(
 # %% ../nbs/50_checkpoints.ipynb #88562508
 CODE_FILES = ('.bin', '.pkl', '.pickle', '.joblib', '.npy', '.npz') # pickles, or files whose loader may read one
 
+# %% ../nbs/50_checkpoints.ipynb #c70561be
+_READ_ANYWHERE = (*CODE_FILES, '.safetensors', '.pt', '.pth', '.py', '.jinja', '.gguf', '.h5', '.msgpack', '.ckpt')
+_READ_ON_TOP = ('.json', '.yaml', '.yml', '.model') # settings and tokenizers
+_READ_BY_NAME = ('adapter_config.json', 'merges.txt', 'vocab.txt', 'optimizer', 'scheduler')
+
+def _is_read(name):
+    "Whether a loader that finds this file, a path below a checkpoint, may read it."
+    path = Path(name.lower())
+    if path.suffix in _READ_ANYWHERE or path.name in _READ_BY_NAME or path.name.endswith('.safetensors.index.json'): return True
+    return len(path.parts) == 1 and path.suffix in _READ_ON_TOP
+
+def _unlisted(folder, listed):
+    "Files of a checkpoint that its manifest does not list, without hidden ones."
+    known = {p.relative_to(folder).as_posix() for p in _files(folder) if not p.name.startswith('.')}
+    return sorted(known - set(listed))
+
 # %% ../nbs/50_checkpoints.ipynb #41a3bac8
 def _number(folder):
     "Step in a checkpoint folder's name, `-1` for any other name."
@@ -97,7 +113,7 @@ def verify_checkpoint(
     folder, # A `checkpoint-N` folder
     run_id:str|None=None, # Run it must belong to; `None` takes any
 )->list: # One sentence per fault; an empty list means valid
-    "Compare a checkpoint with its manifest, byte for byte."
+    "Compare a checkpoint with its manifest, byte for byte; more files are a fault only if a loader would read them."
     folder = Path(folder)
     try:
         manifest = json.loads((folder/MANIFEST).read_text(encoding='utf-8'))
@@ -108,9 +124,8 @@ def verify_checkpoint(
         problems = [p for f in files.values() for p in _file_problems(folder/f['path'], f)]
     except FileNotFoundError: return [f'{MANIFEST} is missing: never finished']
     except (ValueError, KeyError, TypeError, OSError) as e: return [f'{MANIFEST} cannot be read ({type(e).__name__})']
-    known = {p.relative_to(folder).as_posix() for p in _files(folder) if not p.name.startswith('.')}
     code = [name for name in sorted(files) if Path(name).suffix in CODE_FILES]
-    problems += [f'{name} is not in the manifest' for name in sorted(known - files.keys())]
+    problems += [f'{name} is not in the manifest' for name in _unlisted(folder, files) if _is_read(name)]
     problems += [f'{name} is of a kind that can run code when it is loaded' for name in code]
     if _number(folder) not in (-1, step): problems.append(f'the manifest is of step {step}')
     if run_id and manifest.get('run') not in (None, run_id): problems.append('it belongs to another run')
@@ -177,7 +192,7 @@ def is_disk_full(
     return any(text in str(error) for text in _FULL_DISK_TEXTS)
 
 # %% ../nbs/50_checkpoints.ipynb #3bf57704
-_told = set() # folders that were named already
+_told = set() # folders and checkpoints that were named already
 
 def _read_back(checkpoint, run_id):
     """Verify a checkpoint that could not be flushed, and say so once for each folder.
@@ -242,6 +257,16 @@ def rotate_checkpoints(
         valid += not verify_checkpoint(checkpoint, run_id)
     return []
 
+# %% ../nbs/50_checkpoints.ipynb #924f9dd5
+def _tell_unlisted(checkpoint):
+    "One line, once for each checkpoint, that names what lies in a valid checkpoint and is not part of it."
+    listed = [f['path'] for f in json.loads((checkpoint/MANIFEST).read_text(encoding='utf-8'))['files']]
+    more = _unlisted(checkpoint, listed)
+    if not more or checkpoint in _told: return
+    _told.add(checkpoint)
+    others = f' and {len(more) - 1} more files' if more[1:] else ''
+    logger.warning('%s: %s%s not part of it, ignored', checkpoint.name, more[0], f'{others} are' if others else ' is')
+
 # %% ../nbs/50_checkpoints.ipynb #72acdd93
 def latest_valid(
     folder, # A run's folder
@@ -249,7 +274,9 @@ def latest_valid(
 )->Path|None: # The newest valid checkpoint, `None` if there is none
     "The newest checkpoint whose every byte is as written; each skipped one is named in one line of the log."
     for checkpoint in checkpoints(folder)[::-1]:
-        if not (problems := verify_checkpoint(checkpoint, run_id)): return checkpoint
+        if not (problems := verify_checkpoint(checkpoint, run_id)):
+            _tell_unlisted(checkpoint)
+            return checkpoint
         more = f' (and {len(problems) - 1} more)' if problems[1:] else ''
         logger.warning('skip %s: %s%s', checkpoint.name, problems[0], more)
 

@@ -185,6 +185,15 @@ def _what_is_missing(name):
     name = str(name).rpartition('.')[2].lower().replace('-', '_')
     return next((text for text,names in _MISSING.items() if name in names.split()), None)
 
+# %% ../nbs/01_config.ipynb #5a75e503
+def _text_hint(value, allowed):
+    "How to write a text that was meant as a list or as names with values; else the nearest word that is allowed."
+    if not isinstance(value, str): return ''
+    words, parts = re.findall(r"'([^']+)'", allowed), [p.strip() for p in value.split(',')]
+    if 'a list of' in allowed and all(p in words for p in parts): return f"; write a list: [{', '.join(parts)}]"
+    if allowed.startswith('names with'): return '; write {name: value, name: value}'
+    return did_you_mean(value, words)
+
 # %% ../nbs/01_config.ipynb #929b77fb
 def _fault_text(value, kind, loc):
     "What was found and what is allowed, for one field."
@@ -192,8 +201,7 @@ def _fault_text(value, kind, loc):
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     quote = '; write it in quotes' if 'text' in allowed and is_number else ''
     item = f' (in place {loc[1] + 1})' if len(loc) > 1 and isinstance(loc[1], int) else ''
-    near = did_you_mean(value, re.findall(r"'([^']+)'", allowed)) if isinstance(value, str) else ''
-    return f'found {shorten(repr(value), 60)}{item}, allowed: {allowed}{quote}{near}'
+    return f'found {shorten(repr(value), 60)}{item}, allowed: {allowed}{quote}{_text_hint(value, allowed)}'
 
 # %% ../nbs/01_config.ipynb #8fcb84e7
 def _fault_lines(error, cls, section):
@@ -355,10 +363,30 @@ _MIX_CHOICES = {'train_on': get_args(_TRAIN_WORDS), 'assistant_speaker': ('first
 def _as_entries(value):
     if not isinstance(value, (list, tuple)): return value
     items = [{'name': _path_text(item)} if isinstance(item, (str, os.PathLike)) else item for item in value]
-    def plain(key, v): return _as_parts(v) if key == 'train_on' else _path_text(v)
+    def plain(key, v):
+        if key in ('columns', 'roles') and isinstance(v, dict): return _as_names(v)
+        return _as_parts(v) if key == 'train_on' else _path_text(v)
     return tuple({k: plain(k, v) for k,v in item.items()} if isinstance(item, dict) else item for item in items)
 
 _Entries = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_entries)]
+
+# %% ../nbs/01_config.ipynb #1883f257
+def _as_pairs(value):
+    "`key=value,key=value` as a dictionary of YAML values."
+    if not isinstance(value, str): return value
+    pairs = [part.partition('=') for part in value.split(',') if part.strip()]
+    if not all(equals for _,equals,_ in pairs): raise ValueError('a part without a value') # e.g. of a list
+    return {key.strip(): _read_yaml(text, key) for key,_,text in pairs}
+
+def _as_names(value):
+    "A mapping, also as `name=value,name=value`, whose names may be numbers: a file may call its speakers 0 and 1."
+    def text(v): return str(v) if isinstance(v, int) and not isinstance(v, bool) else v
+    value = _as_pairs(value)
+    if not isinstance(value, dict): return value
+    return {text(k): tuple(map(text, v)) if isinstance(v, (list, tuple)) else text(v) for k,v in value.items()}
+
+_Columns = Annotated[dict[_Text, _Text], BeforeValidator(_as_names)]
+_Roles = Annotated[dict[_Text, _Text|tuple[_Text, ...]], BeforeValidator(_as_names)]
 
 # %% ../nbs/01_config.ipynb #d88764de
 def _entry_fault(key, value):
@@ -374,7 +402,8 @@ def _entry_fault(key, value):
     if key == 'train_on' and isinstance(value, tuple):
         return '' if value and all(p in parts for p in value) else f'{key}: {found}, allowed: some of {", ".join(parts)}'
     if choices and value not in choices: return f'{key}: {found}, allowed: {", ".join(map(repr, choices))}'
-    texts = value.values() if isinstance(value, dict) else [value]
+    texts = [*value.values()] if isinstance(value, dict) else [value]
+    if key == 'roles': texts = sum((v if isinstance(v, tuple) else (v,) for v in texts), ())
     fits = isinstance(value, kind) and value and all(isinstance(v, str) for v in texts)
     if kind in (str, dict) and not fits: return f'{key}: {found}, allowed: {_KINDS.get(kind, "names with a text each")}'
     return ''
@@ -421,8 +450,9 @@ class DataConfig:
     subset: _Text|None = None # Which configuration of a data set on the Hub; `None`: its only one
     revision: _Text|None = None # Hub branch, tag or commit of the data set; `None`: the default branch
     split: _Text|None = None # Which split to train on, such as `"train_sft"`; `None`: the train part
-    columns: dict[_Text, _Text]|None = None # Our name of a field -> its name in the file, such as `{prompt: frage}`
-    roles: dict[_Text, _Text]|None = None # A role as the file writes it -> user, assistant, system or tool
+    columns: _Columns|None = None # Our name of a field -> its name in the file, such as `{prompt: frage}`
+    # A role as the file writes it -> user, assistant, system or tool; or one of these -> its name or names in the file
+    roles: _Roles|None = None
     # Your own chat template: a Jinja file, or the template itself; `None`: as `template` says
     chat_template: _PathText|None = None
 
@@ -455,13 +485,6 @@ class DataConfig:
 
 # %% ../nbs/01_config.ipynb #04d6af00
 _Scalar = StrictBool|StrictInt|StrictFloat|StrictStr|None
-
-def _as_pairs(value):
-    "`key=value,key=value` as a dictionary of YAML values."
-    if not isinstance(value, str): return value
-    pairs = [part.partition('=') for part in value.split(',') if part.strip()]
-    if not all(equals for _,equals,_ in pairs): raise ValueError('a part without a value') # e.g. of a list
-    return {key.strip(): _read_yaml(text, key) for key,_,text in pairs}
 
 def _fsdp_faults(t):
     "What does not work with a base that is in parts."
@@ -675,6 +698,10 @@ def _unknown_setting(name):
     if not key and (other := _other_name(name)): return f'unknown; its name here is {other}'
     if not key and (missing := _what_is_missing(name)): return missing
     keys = {s: [f.name for f in dataclasses.fields(globals()[c])] for s,c in _SECTIONS.items()}
+    if section in keys and (outer := key.partition('.'))[0] in keys[section] and outer[1]:
+        kind = get_type_hints(globals()[_SECTIONS[section]], include_extras=True)[outer[0]]
+        syntax = f'; write "{section}.{outer[0]}={{{outer[2]}: value}}"' if 'names with' in _allowed(kind) else ''
+        return f'{section}.{outer[0]} has no settings below it{syntax}'
     if section in keys: return '' if key in keys[section] else _unknown_key(key, keys[section])
     owners = [f'{s}.{name}' for s,ks in keys.items() if name in ks]
     if owners: return f"a section is missing; write {' or '.join(owners)}"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'TRAIN_ON', 'TRAIN_PARTS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS',
-           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'detail_parts', 'train_flag', 'Source',
-           'as_train_on', 'Conversation', 'as_tools', 'MessageFault', 'as_fault', 'carries_meaning', 'may_be_mask',
-           'read_message', 'as_conversation', 'conversation_hash', 'Span', 'Example']
+           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'detail_parts', 'train_flag',
+           'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools', 'MessageFault', 'as_fault',
+           'carries_meaning', 'may_be_mask', 'read_message', 'as_conversation', 'conversation_hash', 'Span', 'Example']
 
 # %% ../nbs/20_conversation.ipynb #5e14a069
 import difflib
@@ -205,6 +205,21 @@ def train_flag(
         raise DataError(f'{first}: {m[first]} contradicts {other} {m[other]}; give one of them, or train')
     return next(iter(said.values()), None)
 
+# %% ../nbs/20_conversation.ipynb #6c547bcb
+def is_rejected(
+    label, # The `label` of a message or a row
+)->bool: # Whether it says that an answer must not be taught
+    "Whether a label is a thumbs down: false or 0, as a value of Python, numpy or a CSV cell."
+    if hasattr(label, 'item') and not isinstance(label, (str, Mapping, list, tuple)) and getattr(label, 'size', 1) == 1:
+        label = label.item()
+    if isinstance(label, str): return label.strip().lower() in ('false', '0', '0.0')
+    return isinstance(label, (bool, int, float)) and label == 0
+
+def _is_class(label):
+    "Whether a label says something else than thumbs up or down."
+    known = isinstance(label, str) and label.strip().lower() in ('', 'true', '1', '1.0')
+    return not known and not is_rejected(label) and not (not isinstance(label, (str, list, dict)) and label == 1)
+
 # %% ../nbs/20_conversation.ipynb #45f21cd5
 class Source(NamedTuple):
     "Where a row came from; prints as `file:line`."
@@ -334,7 +349,8 @@ CALL_ROLES = ('function_call', 'tool_call') # Roles whose content is a tool call
 
 def _role(name, key, roles):
     "The role as written but in lower case, and which of `ROLES` it is."
-    written = name.strip().lower() if isinstance(name, str) else ''
+    is_number = isinstance(name, (int, float)) and not isinstance(name, bool)
+    written = f'{name:g}' if is_number else name.strip().lower() if isinstance(name, str) else ''
     if (known := (roles or {}).get(written) or ROLE_NAMES.get(written)): return written, known
     hint = did_you_mean(name, ROLES) or '; roles={...} maps another name'
     raise MessageFault(key, f'unknown role: {_quoted(name)}', f"use {', '.join(ROLES)}{hint}")
@@ -378,7 +394,7 @@ def _names(m, keys=None):
     names |= {ours: theirs for ours,theirs in (keys or {}).items() if m.get(theirs) is not None}
     for k,v in m.items():
         if v is None or not isinstance(k, str) or k in names: continue
-        if (ours := k.strip().lower()) in MESSAGE_KEYS: names.setdefault(ours, k)
+        if (ours := '_'.join(re.split(r'[\s-]+', k.strip().lower()))) in MESSAGE_KEYS: names.setdefault(ours, k)
     return names
 
 # %% ../nbs/20_conversation.ipynb #ad8e9b15
@@ -436,6 +452,34 @@ def _thoughts(m, names, role):
         raise MessageFault(key, f'{key} in a {role} message', 'only an assistant has thoughts; move or remove them')
     return m[key] if role == 'assistant' else None
 
+# %% ../nbs/20_conversation.ipynb #10c6557e
+def _part_flag(part, place, role):
+    "What the flags of one part of a content say, and notes about its other keys."
+    if not isinstance(part, Mapping): return None, []
+    said = {k: v for k,v in part.items() if v is not None and k not in ('type', 'text')}
+    flags = {k: said.pop(k) for k in (*TRAIN_FLAGS, 'label') if k in said}
+    strange = next((k for k in (*flags, *said) if k == 'train_detail' or k in said and may_be_mask(k)), None)
+    if strange is not None: raise MessageFault(place, f'unknown key: {_quoted(strange)}', 'write train: true or false')
+    notes = [f'content part field {shorten(k, 30)!r} not used' for k,v in said.items() if carries_meaning(v)]
+    if is_rejected(flags.pop('label', None)): flags.setdefault('train', False) # thumbs down
+    try: return train_flag(flags | dict(role=role)), notes
+    except DataError as e: raise MessageFault(place, e.message.partition('; ')[0], 'correct this part') from None
+
+def _part_flags(m, names, role):
+    "The flags of the parts of a content as a `train_detail`, empty if they say nothing; and notes."
+    key = next((names[k] for k in _CONTENT_KEYS if k in names and not isinstance(m[names[k]], str)), None)
+    items = m[key].tolist() if hasattr(m.get(key), 'tolist') else m.get(key)
+    if not isinstance(items, (list, tuple)): return [], []
+    if role == 'tool' and not all(isinstance(p, Mapping) and 'type' in p for p in items): return [], [] # its JSON
+    details, notes, start, found = [], [], 0, False
+    for i,part in enumerate(items):
+        said, more = _part_flag(part, f'{key}[{i}]', role)
+        size = len(part if isinstance(part, str) else part['text'])
+        teach, found = role == 'assistant' if said is None else said, found or said is not None
+        if size: details.append(dict(begin_offset=start, end_offset=start + size - 1, train=teach))
+        notes, start = notes + more, start + size
+    return details if found else [], notes
+
 # %% ../nbs/20_conversation.ipynb #125938d0
 def _calls(m, names, written, text):
     "The calls of a message, its text, and notes; raises `MessageFault` if `tool_calls` holds no calls."
@@ -446,10 +490,13 @@ def _calls(m, names, written, text):
         if key: raise as_fault(e, key) from None
     return None, text, [f'{written} without a name and arguments kept as text, not taught']
 
-def _train_of(m, names, role, text):
+def _train_of(m, names, role, text, details=()):
     "The `train` and `weight` of a message and notes, after the flags of all tools."
     flags = {k: m[names[k]] for k in TRAIN_FLAGS if k in names}
-    if 'label' in names and m[names['label']] is False: flags.setdefault('train', False) # thumbs down
+    if 'label' in names and is_rejected(m[names['label']]): flags.setdefault('train', False) # thumbs down
+    if details and flags.get('train_detail') is not None:
+        raise MessageFault(names['train_detail'], 'parts of the content say what is taught too', 'keep one of them')
+    if details: flags['train_detail'] = details
     if not flags: return dict(train=None, weight=None), []
     if not isinstance(detail := flags.get('train_detail', []), (list, tuple)):
         problem = f'train_detail is not a list: {type(detail).__name__}'
@@ -460,9 +507,11 @@ def _train_of(m, names, role, text):
         raise as_fault(e, names.get(field, 'label')) from None
     if flags.keys() == {'weight'}: return dict(train=None, weight=int(flags['weight'])), []
     parts = detail_parts(detail, text) if said and len(detail) else ()
+    if details and said and not parts:
+        raise MessageFault('content', 'no part is taught, but the message is', 'change the flag of the message or a part')
     own = {} if parts in ((), ((0, len(text)),)) else dict(train_parts=parts)
     weight = int(flags['weight']) if 'weight' in flags and said == flags['weight'] else None
-    return dict(train=said, weight=weight, **own), ['a part of a message is taught: train_detail']*bool(own)
+    return dict(train=said, weight=weight, **own), [f"a part of a message is taught: {'parts of the content' if details else 'train_detail'}"]*bool(own)
 
 # %% ../nbs/20_conversation.ipynb #91f1cc05
 def _written_text(m, names, role, role_key):
@@ -472,6 +521,34 @@ def _written_text(m, names, role, role_key):
     if not has_text and any(k in names and carries_meaning(m[names[k]]) for k in _CALL_KEYS): return ''
     key = _key_of(m, names, (first, *_CONTENT_KEYS), 'content')
     return _text_of(m[key], key, role)
+
+# %% ../nbs/20_conversation.ipynb #81b83125
+def _same_calls(m, names, keys):
+    "Whether two keys hold the same calls, their ids aside."
+    try: found = [[(c.name, json.loads(c.arguments)) for c in as_calls(m[names[k]])] for k in keys]
+    except DataError as e: raise as_fault(e, names[keys[-1]]) from None
+    return all(calls == found[0] for calls in found)
+
+def _check_twins(m, names, role, role_key, roles):
+    "Notes; raises `MessageFault` if two keys give one message two roles, two texts or other calls."
+    others, notes = [k for k in ROLE_KEYS if k in names and names[k] != role_key], []
+    for key in (names[k] for k in others):
+        try: same = _role(m[key], key, roles)[1] == role
+        except MessageFault: notes.append(f'message field {key!r} not used') # a name
+        else:
+            if not same: raise MessageFault(key, f'two roles: {role_key} and {key} differ', 'keep one of them')
+    said = [k for k in _CONTENT_KEYS if k in names and isinstance(m[names[k]], (str, list, tuple, Mapping))]
+    if len(said) > 1:
+        first = 'value' if 'value' in said and role_key == names.get('from') else said[0]
+        for k in said:
+            if k == first or not len(m[names[k]]) or m[names[k]] == m[names[first]]: continue
+            if _text_of(m[names[k]], names[k], role) != _text_of(m[names[first]], names[first], role):
+                problem = f'two texts: {names[first]} and {names[k]} differ'
+                raise MessageFault(names[k], problem, 'keep one of them')
+    called = [k for k in _CALL_KEYS if k in names and carries_meaning(m[names[k]])]
+    if len(called) > 1 and not _same_calls(m, names, called):
+        raise MessageFault(names[called[1]], f"two calls: {' and '.join(called)} differ", 'keep one of them')
+    return notes
 
 # %% ../nbs/20_conversation.ipynb #6335622a
 def _plain_message(m):
@@ -496,16 +573,19 @@ def read_message(
     names = _names(m, keys)
     role_key = _key_of(m, names, ROLE_KEYS, 'role')
     written, role = _role(m[role_key], role_key, roles)
+    twins = _check_twins(m, names, role, role_key, roles)
     text = _written_text(m, names, role, role_key)
     calls, text, more = _calls(m, names, written, text)
     if calls and role != 'assistant':
         raise MessageFault('tool_calls', f'a call in a {role} message', 'only an assistant calls')
-    flags, said = _train_of(m, names, role, text)
+    details, odd = _part_flags(m, names, role)
+    flags, said = _train_of(m, names, role, text, details)
+    if 'label' in names and _is_class(m[names['label']]): odd = [*odd, f"message field {names['label']!r} not used"]
     if more and flags == dict(train=None, weight=None): flags['train'] = False
     other = {k: str(m[names[k]]) for k in ('name', 'tool_call_id') if k in names}
     thoughts = _thoughts(m, names, role)
     message = Message(role, text, reasoning_content=thoughts, tool_calls=calls or None, **flags, **other)
-    return message, [*more, *said, *_unused(m, {*names.values()})]
+    return message, [*more, *said, *odd, *twins, *_unused(m, {*names.values()})]
 
 # %% ../nbs/20_conversation.ipynb #2c098b1d
 @lru_cache(maxsize=1000)
@@ -530,8 +610,8 @@ def _check_beside(row:Mapping, field:str):
     "Raises `DataError` for a field beside the messages that only the reader of data files gives its meaning."
     for k,v in row.items():
         if k in (field, 'row', 'system', 'tools', 'label'): continue
-        ours = '_'.join(str(k).lower().split())
-        if ours in ('system', 'tools', 'label') or ours in _READ_BY_FORMATS and (carries_meaning(v) or v == 0):
+        ours, v = '_'.join(str(k).lower().split()), v.tolist() if hasattr(v, 'tolist') else v
+        if ours in ('system', 'tools', 'label', 'train_on') or ours in _READ_BY_FORMATS and (carries_meaning(v) or v == 0):
             raise DataError(f'{k}: only read_conversations([row]) reads this field; call it, and pass its conversation')
 
 def _row_parts(row:Mapping, field:str)->tuple:
@@ -539,17 +619,18 @@ def _row_parts(row:Mapping, field:str)->tuple:
     known = (field, 'row', 'tools', 'system', 'train_on')
     rest = {k: v for k,v in row.items() if k not in known and v is not None}
     _check_beside(rest, field)
-    if rest.get('label') is False:
-        raise DataError('label: false marks an answer that must not be taught; leave this row out')
-    messages, system = row[field], row.get('system')
-    if isinstance(system, str) and system.strip() and isinstance(messages, Iterable):
-        messages = list(messages)
-        first = messages[0] if messages else None
-        if getattr(first, 'role', None) == 'system' or isinstance(first, Mapping) and first.get('role') == 'system':
-            if (first.content if isinstance(first, Message) else first.get('content')) != system:
-                raise DataError('system: given beside a system message; give one of them')
-        else: messages = [Message('system', system), *messages]
-    return messages, row.get('row'), rest, as_tools(row.get('tools'))
+    if is_rejected(rest.get('label')):
+        raise DataError(f"label: {rest['label']!r} marks an answer that must not be taught; leave this row out")
+    if not isinstance(row.get('system'), (str, type(None))):
+        raise DataError(f"system: not a text: {type(row['system']).__name__}; write it as a string")
+    return row[field], row.get('row'), rest, as_tools(row.get('tools'))
+
+def _with_system(messages:tuple, system:str|None)->tuple:
+    "The messages with the system text beside them in front. Raises `DataError` if they have another one."
+    if not system or not system.strip(): return messages
+    own = messages[0].content.strip() if messages and messages[0].role == 'system' else None
+    if own not in (None, '', system.strip()): raise DataError('system: given beside a system message; give one of them')
+    return (Message('system', system), *messages[own is not None:])
 
 def as_conversation(
     x, # A `Conversation`, a list of `Message` or of `{"role", "content"}`, or a row with `messages` and `tools`
@@ -561,14 +642,14 @@ def as_conversation(
         return x
     row, meta, tools, field = None, {}, (), None
     if isinstance(x, Mapping): field = next((k for k in MESSAGE_LISTS if x.get(k) is not None), None)
-    train_on = x.get('train_on') if field else None
+    train_on, system = (x.get('train_on'), x.get('system')) if field else (None, None)
     if field: x, row, meta, tools = _row_parts(x, field)
     elif isinstance(x, Mapping): row = x.get('row')
     if isinstance(x, (str, Mapping)) or not isinstance(x, Iterable):
         raise DataError(f"messages: expected a list of messages, got {'null' if x is None else type(x).__name__}")
     where = f'{row} ' if row else ''
     messages = tuple(_message(m, i, where, field or 'messages') for i,m in enumerate(x))
-    return as_conversation(Conversation(messages, row, meta, tools, train_on))
+    return as_conversation(Conversation(_with_system(messages, system), row, meta, tools, train_on))
 
 # %% ../nbs/20_conversation.ipynb #46a9cc19
 def conversation_hash(

@@ -31,8 +31,8 @@ from .conversation import Conversation, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import DataError, did_you_mean, path_problem, redact, shorten
 from .files import (
-    BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, part_of,
-    save_bad_rows, sheet_names, source_rows)
+    BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, MAX_ROW_BYTES,
+    part_of, save_bad_rows, sheet_names, source_problem, source_rows)
 from .formats import check_rows, Conversations
 from .network import offline_if_unreachable
 from .store import changed, joined, select
@@ -670,6 +670,7 @@ def get_loader(
 )->DatasetLoader: # The loader; it has not read anything yet
     "The loader for a source."
     if isinstance(source, DatasetLoader): return source
+    if not isinstance(source, (DataConfig, dict)) and (problem := source_problem(source)): raise DataError(problem)
     if isinstance(source, (str, os.PathLike)) and (problem := path_problem(source)):
         raise DataError(f'{shorten(repr(os.fspath(source)), 60)}: {problem}; give a path, a Hub id, or rows as a list')
     if isinstance(source, str) and source in DATASETS and not Path(source).exists():
@@ -734,17 +735,29 @@ def _writable(value):
     if isinstance(value, (list, tuple, set, frozenset)): return [_writable(v) for v in value]
     return None if value is None else _scalar(value)
 
+# %% ../nbs/33_data.ipynb #00205e75
+def _saved_line(conversation, number):
+    "A conversation as a line of JSON; raises `DataError` if our reader would refuse the line as too long."
+    line = json.dumps(_writable(conversation.to_row()), ensure_ascii=False, allow_nan=False)
+    if (size := len(line.encode()) + 1) <= MAX_ROW_BYTES: return line + '\n'
+    where = conversation.row or f'conversation {number}'
+    raise DataError(f'{where}: cannot be saved: {size:,} bytes as a line of JSON, which is read up to '
+                    f'{MAX_ROW_BYTES:,} (split it, or leave it out)')
+
 # %% ../nbs/33_data.ipynb #a2e04853
 def save_conversations(
     conversations:Iterable[Conversation], # Conversations
     path, # Where to write, such as `clean.jsonl`
 )->Path: # The file written
-    "Write conversations as JSON lines: `messages`, and what else a row held. `read_conversations` reads them again."
-    path = Path(path)
-    with open(path, 'w', encoding='utf-8') as f:
-        for c in progress(conversations, 'saving', unit='conversation'):
-            row = _writable(c.to_row())
-            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
+    """Write conversations as JSON lines: `messages`, and what else a row held. `read_conversations` reads them again.
+
+    Raises `DataError` for one that is too long to be read again; then the file at `path` stays as it was."""
+    path, part = Path(path), Path(f'{path}.part')
+    try:
+        with open(part, 'w', encoding='utf-8', newline='\n') as f:
+            for i,c in enumerate(progress(conversations, 'saving', unit='conversation'), 1): f.write(_saved_line(c, i))
+        part.replace(path)
+    finally: part.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/33_data.ipynb #033c5fac
@@ -772,13 +785,19 @@ def save_accounts(
 def save_data(
     data:DataSplits, # Result of `load_data` or `check_data`
     folder, # Where to write; created if missing
+    overwrite:bool=False, # Whether a file of yours with the same name may be replaced
 )->list[Path]: # The files written
     """Write `train.jsonl` and `validation.jsonl`, and below `accounts/` the report, the bad rows and the removed rows.
 
-    `load_data(folder)` loads the data set again."""
+    `load_data(folder)` loads the data set again. What `save_data` wrote before is replaced; raises `DataError` if a
+    file of that name was not written by it."""
     folder, parts = Path(folder), dict(train=data.train, validation=data.validation)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder/'accounts'/'report.json').exists():
-        for name in parts: (folder/f'{name}.jsonl').unlink(missing_ok=True)
+    present = [p for name in parts if (p := folder/f'{name}.jsonl').exists()]
+    if present and not (overwrite or (folder/'accounts'/'report.json').exists()):
+        raise DataError(f'{shorten(present[0], 80)} is there, and save_data did not write it '
+                        '(choose another folder; overwrite=True replaces it)')
     written = [save_conversations(part, folder/f'{name}.jsonl') for name,part in parts.items() if part]
+    for p in present:
+        if p not in written: p.unlink() # a part that is empty now
     return [*written, *save_accounts(data, folder)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LlamaNbError', 'ConfigError', 'ResourceError', 'ThresholdError', 'NonFiniteError', 'DivergenceError',
-           'CheckpointError', 'DataError', 'OutOfMemoryError', 'RunInterrupted', 'exit_code', 'redact', 'shorten',
-           'one_line', 'did_you_mean', 'path_problem', 'import_extra']
+           'CheckpointError', 'DataError', 'fault_lines', 'OutOfMemoryError', 'RunInterrupted', 'exit_code', 'redact',
+           'shorten', 'one_line', 'did_you_mean', 'path_problem', 'import_extra']
 
 # %% ../nbs/00_errors.ipynb #ea3ade4d
 import difflib
@@ -65,9 +65,20 @@ class DataError(LlamaNbError, ValueError):
         super().__init__(message, self.faults) # both, so that the error can be pickled
 
     def __str__(self):
-        lines = [self.message, *(f'  {fault}' for fault in self.faults[:20])]
-        if len(self.faults) > 20: lines.append(f'  … and {len(self.faults) - 20} more')
-        return '\n'.join(lines)
+        return '\n'.join([self.message, *(f'  {line}' for line in fault_lines(self.faults))])
+
+# %% ../nbs/00_errors.ipynb #ccec5cfa
+def fault_lines(
+    faults, # One entry per fault: anything whose `str` is a line with file, row and problem
+    most:int=20, # Lines to show
+)->list[str]: # The lines; five or more that differ in the row only are one
+    "Faults as lines."
+    groups = {}
+    for fault in map(str, faults): groups.setdefault(re.sub(r':\d+', ':', fault, count=1), []).append(fault)
+    lines = []
+    for group in groups.values():
+        lines += group if len(group) < 5 else [f'{group[0]} (and {len(group) - 1} more rows like it)']
+    return lines[:most] + [f'… and {len(lines) - most:,} more']*(len(lines) > most)
 
 # %% ../nbs/00_errors.ipynb #f99ba6ce
 class OutOfMemoryError(ResourceError, MemoryError):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_ROW_BYTES', 'SURROGATES', 'RowFault', 'BadRow', 'quoted', 'save_bad_rows', 'strict_json', 'part_of',
            'json_sections', 'sheet_names', 'data_folder', 'look_into', 'data_files', 'file_name', 'files_rows',
-           'is_dataframe', 'numbered_rows', 'source_rows']
+           'is_dataframe', 'numbered_rows', 'source_problem', 'source_rows']
 
 # %% ../nbs/30_files.ipynb #ff9243a8
 import codecs, csv, gzip, io, json, math, os, re, zlib
@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from datetime import datetime, time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -492,11 +493,19 @@ def _column_names(line, separators):
     separator = max(found, key=lambda s: sum(map(bool, found[s])))
     return [cell or f'Unnamed: {i}' for i,cell in enumerate(found[separator])], separator
 
+def _first_text(lines, separators, count):
+    "The next line with text in a cell, and its number, after `count` lines were read."
+    for count,line in enumerate(lines, count + 1):
+        if line.strip(f' "\r\n{separators}'): return line, count
+    return '', count
+
 def _header(lines, name):
     "Column names, separator and number of lines of a table's header; a quote that nothing closes is left out."
     separators = _SEPARATORS.get(Path(name.removesuffix('.gz')).suffix.lower(), ',;\t|')
-    line, count = next(lines, ''), 1
-    if (said := _SEP_LINE.fullmatch(line)): line, count, separators = next(lines, ''), 2, said[1]
+    line, count = _first_text(lines, separators, 0)
+    if (said := _SEP_LINE.fullmatch(line)):
+        separators = said[1]
+        line, count = _first_text(lines, separators, count)
     try: names, separator = _column_names(line, separators)
     except csv.Error:
         names, separator = _column_names(line.replace('"', ''), separators)
@@ -506,11 +515,30 @@ def _header(lines, name):
         raise _file_fault(name, 'two columns have the same name', f'rename one {quoted(twice)}', count)
     return names, separator, count
 
+# %% ../nbs/30_files.ipynb #3073fa36
+def _refuse_title(names, below, name, line):
+    "Raise `DataError` if the first line with text, read as `names`, is a title above the header, whose cells are `below`."
+    title, under = names[0] if names else '', [cell.strip() for cell in below if cell.strip()]
+    is_alone = sum(not n.startswith('Unnamed: ') for n in names) == 1 and not title.startswith('Unnamed: ')
+    if not is_alone or title.isidentifier() and title.islower() or len({*under}) < max(2, len(under)): return
+    if max(map(len, under)) > 60: return # a text, not the name of a column
+    raise _file_fault(name, f'a title above the header: {quoted(title)}', 'remove the lines above the column names', line)
+
+def _below_header(lines, separators):
+    "The cells of the next line with text, and all lines again."
+    taken = []
+    for line in lines:
+        taken.append(line)
+        if line.strip(): break
+    try: cells = _column_names(taken[-1], separators)[0] if taken else []
+    except csv.Error: cells = []
+    return cells, chain(taken, lines)
+
 # %% ../nbs/30_files.ipynb #44560914
 def _table_row(here, names, cells):
     "One row of a table as a pair; cells without text under or beside the columns are left out."
     if len(cells) < len(names) or any(cells[len(names):]):
-        problem = f'{len(cells)} cells under {len(names)} columns'
+        problem = f'{len(cells)} cells under {len(names)} column{"s"[:len(names) != 1]}'
         return here, BadRow(here, '', problem, 'quote cells that contain separators or line ends')
     return _from_cells(here, {k: v for k,v in zip(names, cells) if v or not k.startswith('Unnamed: ')})
 
@@ -518,6 +546,9 @@ def _csv_rows(f, path, name):
     "Rows of a table with a header, as CSV, TSV or with semicolons."
     lines = _table_lines(f, path, name)
     names, separator, before = _header(lines, name)
+    if sum(not n.startswith('Unnamed: ') for n in names) == 1:
+        below, lines = _below_header(lines, dict.fromkeys(f'{separator},;\t|'))
+        _refuse_title(names, below, name, before)
     reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         here = Source(name, before + reader.line_num + 1)
@@ -601,11 +632,16 @@ def _workbook_rows(f, path, name, section=None):
             logger.warning('%s: read the sheet %s; not read: %s', name, quoted(sheet.title), ', '.join(map(quoted, others)))
         sheet.reset_dimensions() # some programs write a wrong size
         names, place = None, f'{name}[{section}]' if section else name
-        for number,row in enumerate(sheet.iter_rows(values_only=True), 1):
-            cells = [_cell_text(v) for v in row]
+        for number,row in enumerate(sheet.iter_rows(), 1):
+            cells = [_cell_text(_cell_value(cell)) for cell in row]
             if not any(c.strip() for c in cells): continue
-            if names is None: names = _sheet_header(cells, name, number)
-            else: yield _table_row(Source(place, number), names, cells + ['']*(len(names) - len(cells)))
+            here = Source(place, number)
+            if names is None:
+                names, above = _sheet_header(cells, name, number), number
+                continue
+            if above: above = _refuse_title(names, cells, name, above)
+            failed = _failed_cell(here, names, row)
+            yield (here, failed) if failed else _table_row(here, names, cells + ['']*(len(names) - len(cells)))
 
 def _sheet_header(cells, name, number):
     "The column names of a sheet."
@@ -615,6 +651,22 @@ def _sheet_header(cells, name, number):
     if twice is not None:
         raise _file_fault(name, 'two columns have the same name', f'rename one {quoted(twice)}', number)
     return names
+
+# %% ../nbs/30_files.ipynb #aa2c148f
+_ESCAPED = re.compile('_x([0-9A-Fa-f]{4})_')
+
+def _cell_value(cell):
+    "The value of a cell, with the characters that Excel writes as `_x000D_`."
+    if not isinstance(cell.value, str): return cell.value
+    return _ESCAPED.sub(lambda m: chr(int(m[1], 16)), cell.value)
+
+def _failed_cell(here, names, row):
+    "The `BadRow` for the first cell with an error of Excel under a named column; `None` if there is none."
+    for cell,column in zip(row, names):
+        if cell.data_type != 'e' or cell.value is None: continue
+        problem = f'an error of Excel in column {cell.column_letter}: {shorten(cell.value, 20)}'
+        return BadRow(here, column, problem, 'correct the formula, or remove the row')
+    return None
 
 # %% ../nbs/30_files.ipynb #00180c24
 _READERS = {'.jsonl': _jsonl_rows, '.ndjson': _jsonl_rows, '.json': _json_rows, '.csv': _csv_rows, '.tsv': _csv_rows,
@@ -690,11 +742,12 @@ def look_into(
     folder = Path(folder)
     if (saved := _saved_files(folder)): return saved, {}
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
-    found = [p for p in entries if _reader(p) and not p.is_dir()]
+    found = [p for p in entries if _reader(p) and not p.is_dir() and not p.name.startswith('~$')]
     of_export = [p for p in found if _OF_EXPORT.fullmatch(p.name) and folder/'conversations.json' in found]
     metadata = [p for p in found if p in of_export or _is_metadata(p)]
     files = [p for p in found if p not in metadata]
     aside = {p: 'unknown kind' for p in entries if not p.is_dir() and p not in found and not _DOCUMENTS.match(p.name)}
+    aside |= {p: 'lock file of an open document' for p in aside if p.name.startswith('~$')}
     folders = [p for p in entries if p.is_dir() and p.name not in _NO_FILES]
     below = [p for p in folders if not p.is_symlink() and level < _MAX_LEVELS]
     aside |= {p: 'folder behind a link, or too deep' for p in folders if p not in below}
@@ -802,11 +855,25 @@ def _cell_rows(rows, name):
     "Numbered rows of a table; JSON lists in cells are decoded."
     for here,row in numbered_rows(rows, name): yield _from_cells(here, row) if isinstance(row, dict) else (here, row)
 
+# %% ../nbs/30_files.ipynb #16724cd4
+_SOURCES = 'give the path of a file or folder, a list of rows, a Dataset or a DataFrame'
+
+def source_problem(
+    source, # What should be a source of rows
+)->str: # Empty if it can be one
+    "Why a value cannot be a source of rows."
+    if isinstance(source, (str, os.PathLike)):
+        return '' if os.fspath(source).strip() else f"the path is empty ({_SOURCES}; '.' is the current folder)"
+    can_hold = hasattr(source, '__iter__') or hasattr(source, '__getitem__') or hasattr(source, 'to_batches')
+    if can_hold and not isinstance(source, (bytes, bytearray, type)): return ''
+    return f'{shorten(repr(source), 40)} is not a source of rows ({_SOURCES})'
+
 # %% ../nbs/30_files.ipynb #6a620736
 def source_rows(
     source, # A path to a file or folder, a `datasets.Dataset`, a pandas or polars `DataFrame`, an Arrow table, a list
 )->tuple[str, Iterator]: # Name of the source, and pairs of a `Source` and a row, or the `BadRow` that stands for it
     "Rows of a source, unchecked; raises `DataError` for a fault of a whole file."
+    if problem := source_problem(source): raise DataError(problem)
     if isinstance(source, (str, os.PathLike)):
         files, folder = data_files(source), data_folder(source)
         return Path(source).name, files_rows(files, folder, len(files) == 1)

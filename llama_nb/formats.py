@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Iterable, NamedTuple, Sequence
 
 from .conversation import (
-    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, may_be_mask, Message, MessageFault,
-    read_message, ROLE_KEYS, ROLES, Source, THOUGHTS, train_flag, TRAIN_FLAGS)
+    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, is_rejected, may_be_mask, Message,
+    MessageFault, read_message, ROLE_KEYS, ROLES, Source, THOUGHTS, train_flag, TRAIN_FLAGS)
 from .errors import ConfigError, DataError, did_you_mean, logger, shorten
 from .files import BadRow, numbered_rows, quoted, RowFault, source_rows, strict_json, SURROGATES
 from .store import LazySequence, select, StoredConversations
@@ -54,7 +54,7 @@ FIELDS = tuple(dict.fromkeys((*_LISTS, *_PAIRS, *_ANSWERS, *_SYSTEMS, 'text', 'c
 _INNER = ('role', 'content') # keys of a message, inside a list
 _KNOWN = frozenset(FIELDS) - {*_INNER}
 
-def _our_name(key): return '_'.join(str(key).lower().split())
+def _our_name(key): return '_'.join(re.split(r'[\s-]+', str(key).strip().lower()))
 
 class _Row:
     "The fields of a row under our names; remembers how each is written, and which were used."
@@ -231,6 +231,20 @@ def _one_side(row, k, role, options):
     if role == 'user' and isinstance(value, str) and (turns := _spoken(value, name)): return turns, []
     return [_Turn(Message(role, _content(value, name, role)), name)], []
 
+# %% ../nbs/31_formats.ipynb #464c5fe5
+def _with_thoughts(row, said):
+    "The turns of an answer, with the thoughts that have a field of their own."
+    thoughts = {k: v for k in THOUGHTS if (v := row.take(k)) is not None and v != ''}
+    if not thoughts: return said
+    name, spoken = row.spelt(next(iter(thoughts))), [i for i,t in enumerate(said) if t.message.role == 'assistant']
+    if len(spoken) != 1:
+        raise RowFault(name, f'{name} beside {len(spoken)} answers', 'write it inside the answer it belongs to')
+    turn = said[spoken[0]]
+    own = {'reasoning_content': turn.message.reasoning_content} if turn.message.reasoning_content else {}
+    try: more = read_message(dict(role='assistant', content='x') | thoughts | own)[0].reasoning_content
+    except MessageFault as e: raise RowFault(row.spelt(e.field), e.problem, e.fix) from None
+    return [t._replace(message=replace(t.message, reasoning_content=more)) if t is turn else t for t in said]
+
 # %% ../nbs/31_formats.ipynb #84305e4d
 def _question_answer(row, pair, options=None):
     "Question and answer, each a text or a list of messages."
@@ -243,30 +257,74 @@ def _question_answer(row, pair, options=None):
         question, more_notes = _below(row, last.message.content, pair)
         asked[-1] = last._replace(message=replace(last.message, content=question))
         notes = notes + more_notes
-    thoughts = {k: row.take(k) for k in THOUGHTS if k in row}
-    if thoughts and len(said) == 1:
-        keys = dict(role='assistant', content=said[0].message.content) | {row.spelt(k): v for k,v in thoughts.items()}
-        said = [said[0]._replace(message=_turn(keys, '')[0].message)]
-    return asked + said, notes + more
+    return asked + _with_thoughts(row, said), notes + more
+
+# %% ../nbs/31_formats.ipynb #4b57cb4f
+_SPEAKERS = ('speakers', 'speaker', 'roles', 'role', 'from')
+_INSIDE = (*THOUGHTS, 'tool_calls', 'function_call', 'train_detail', 'label')
+_NOTES_OF_TURNS = re.compile('(?:dialog(?:ue)?_?)?(?:act|emotion|sentiment|intent|topic)(?:ion)?s?')
+
+def _each(row, k, count):
+    "The list in field `k`, one value per text; `None` if it holds no list. Raises `RowFault` for another length."
+    value = row.row[k]
+    if isinstance(value, str) and value.lstrip().startswith('['): value = strict_json(value) # JSON in a cell
+    if not isinstance(value, (list, tuple)) or not len(value): return None
+    if len(value) == count: return value
+    raise RowFault(k, f'{k} has {len(value)} values for {count} utterances', 'give one value per utterance')
+
+def _speaker_roles(row, count, options):
+    "The role of each utterance where a list of speakers says it; `None`: two speakers in turn."
+    for k in row.row:
+        if k not in row.inner and _our_name(k) not in _SPEAKERS or (said := _each(row, k, count)) is None: continue
+        try: roles = [read_message(dict(role=who, content='x'), options and options.roles)[0].role for who in said]
+        except MessageFault as e:
+            letters = all(isinstance(who, int) or len(str(who).strip()) == 1 for who in said)
+            if letters and len({*said[:2]}) == 2 and all(a == b for a,b in zip(said, said[2:])): continue
+            raise RowFault(k, e.problem, e.fix) from None
+        row.used.add(k)
+        return roles
+    return None
+
+def _lists_inside(row, count):
+    "Lists of thoughts, calls, details and labels, by the key that each has inside a message."
+    found = {}
+    for k in row.row:
+        ours = next((o for o,theirs in row.columns.items() if theirs == k), _our_name(k))
+        if ours not in _INSIDE or (said := _each(row, k, count)) is None: continue
+        if ours == 'label' and any(v is not None and _truth(v) is None for v in said): continue # classes
+        found[ours] = said
+        row.used.add(k)
+    return found
+
+def _cut_lists(row, name, count, kept):
+    "Cut what has one value per utterance to those kept; a mask whose name we do not know is refused."
+    for k in [k for k in row.row if k not in row.used and k != name]:
+        ours = next((o for o,theirs in row.columns.items() if theirs == k), _our_name(k))
+        v = _each(row, k, count) if ours in TRAIN_FLAGS else row.row[k]
+        if not isinstance(v, (list, tuple)) or len(v) != count: continue
+        row.row = {**row.row, k: list(v[kept]) if ours in TRAIN_FLAGS else tuple(v[kept])}
+        if ours not in TRAIN_FLAGS and may_be_mask(ours):
+            raise RowFault(k, 'a list that may be a mask', 'name it train, with true or false, or remove it')
+        if _NOTES_OF_TURNS.fullmatch(ours): row.quiet.add(k)
 
 # %% ../nbs/31_formats.ipynb #a9ff0536
 def _utterances(row, field='dialog', options=None):
     "Texts of two speakers in turn, with the lists that have one value per text."
     texts, name = _list_of(row, field, str), row.spelt(field)
-    start = 1 if options and options.assistant_speaker == 'first' else 0
-    end = len(texts) - (len(texts) - start) % 2
+    roles, inside = _speaker_roles(row, len(texts), options), _lists_inside(row, len(texts))
+    start = 1 if options and options.assistant_speaker == 'first' and not roles else 0
+    end = len(texts) - (0 if roles else (len(texts) - start) % 2)
     notes = ['opening turn dropped']*start + ['trailing user turn dropped']*(len(texts) - end)
     if end - start < 2:
         if start and len(texts) > 1: return [], ['too short without its opening turn']
         raise RowFault(name, 'no assistant turn', 'nothing to train on; give at least two utterances')
     kept = []
     for i in range(start, end):
-        role = 'assistant' if (i - start) % 2 else 'user'
-        kept.append(_Turn(Message(role, _content(texts[i], f'{name}[{i}]', role)), f'{name}[{i}]'))
-    for k,v in row.row.items():
-        if k == name or not isinstance(v, (list, tuple)) or len(v) != len(texts): continue
-        row.row = {**row.row, k: tuple(v[start:end])}
-        row.quiet.add(k)
+        role = roles[i] if roles else 'assistant' if (i - start) % 2 else 'user'
+        keys = dict(role=role, content=_content(texts[i], f'{name}[{i}]', role))
+        keys |= {k: v[i] for k,v in inside.items() if v[i] is not None}
+        kept.append(_turn(keys, f'{name}[{i}]', options)[0])
+    _cut_lists(row, name, len(texts), slice(start, end))
     return kept, notes
 
 # %% ../nbs/31_formats.ipynb #138aa7d3
@@ -597,13 +655,13 @@ def _truth(value):
     if isinstance(value, str): return _TRUTH.get(value.strip().lower())
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
-def _rejected(row):
-    "The name of the label that rejects a row, if there is one."
+def _rejected(row, shape):
+    "The label that rejects a row, if there is one; the number beside a text is its class."
     for k in _LABELS:
         value = row.row[row.names[k]] if k in row else None
-        word = value.strip().lower() if isinstance(value, str) else value # numbers are classes, not verdicts
-        if word is False or word == 'false': return row.spelt(k)
-        if word is True or word == 'true': row.quiet.add(row.names[k])
+        if shape == 'text' and not isinstance(value, bool) and str(value).strip().lower() != 'false': continue
+        if is_rejected(value): return f'{row.spelt(k)} is {quoted(value) if isinstance(value, str) else value}'
+        if _truth(value): row.quiet.add(row.names[k])
     return None
 
 def _masked(turn, taught):
@@ -635,6 +693,17 @@ def _row_flags(row, turns):
     if no: turns = [_masked(t, False) for t in turns]
     taught = any(t.message.role == 'assistant' and t.message.taught is not False for t in turns)
     return turns, [f'row left out: {no[0]} says not to teach it'] if no and not taught else []
+
+# %% ../nbs/31_formats.ipynb #2b5f0111
+def _why_none(num_rows, num_bad, notes):
+    "Why none of the rows can be used: what left them out, with counts; or their faults."
+    if not num_rows: return 'no rows (the source is empty)'
+    left = {k.removeprefix('row left out: '): n for k,n in notes.items() if k.startswith(_LEFT_OUT)}
+    parts = [f'{n} × {why}' for why,n in left.items()] + [f'{num_bad} bad (see the faults)']*bool(num_bad)
+    if not left: return f'no usable rows in {num_rows} (see the faults)'
+    return f"none of {num_rows} row{'s'[:num_rows != 1]} can be taught: {', '.join(parts)}"
+
+_LEFT_OUT = ('row left out: ', 'too short ')
 
 # %% ../nbs/31_formats.ipynb #d696ae29
 def _tools(row):
@@ -672,7 +741,7 @@ def check_columns(
         raise ConfigError(f'columns: expected our names and yours, got {type(columns).__name__}')
     for ours,theirs in (columns or {}).items():
         if ours in FIELDS and isinstance(theirs, str): continue
-        hint = did_you_mean(ours, FIELDS) or "; write our name first, as in {'prompt': 'Frage'}"
+        hint = did_you_mean(ours, FIELDS) or "; write our name first, as in columns={'prompt': 'Frage'}"
         raise ConfigError(f'columns: {shorten(repr(ours), 40)} is unknown{hint}')
     return dict(columns or {})
 
@@ -686,9 +755,9 @@ def role_map(
     theirs = all(isinstance(v, str) and v in ROLES for v in roles.values())
     if not ours and not theirs or ours and theirs and roles != {v: k for k,v in roles.items()}:
         found = shorten(repr(roles), 60)
-        raise ConfigError(f"roles: {found} is not clear; write {{'user': 'Kunde', 'assistant': 'Agent'}}")
+        raise ConfigError(f"roles: {found} is not clear; write roles={{'user': 'Kunde', 'assistant': 'Agent'}}")
     if not ours: return {str(k).strip().lower(): v for k,v in roles.items()}
-    names = {role: [v] if isinstance(v, str) else v for role,v in roles.items()}
+    names = {role: [v] if isinstance(v, (str, int)) else v for role,v in roles.items()}
     return {str(name).strip().lower(): role for role,listed in names.items() for name in listed}
 
 def _options(assistant_speaker, columns, roles):
@@ -702,7 +771,7 @@ def _convert(row, source, format, options):
     row, itself = _as_dict(row)
     fields = _Row(row, {itself: ''} if itself else options.columns)
     shape, field = _format_and_field(fields, format)
-    if (name := _rejected(fields)): return None, shape, [f'row left out: {name} is false, a rejected answer']
+    if (name := _rejected(fields, shape)): return None, shape, [f'row left out: {name}, a rejected answer']
     turns, notes = _READERS[shape](fields, field, options)
     if not turns: return None, shape, notes
     turns, out = _row_flags(fields, turns)
@@ -800,7 +869,7 @@ class ConversationStream:
             reasons = '; '.join(f'{k} × {reason}' for reason,k in Counter(b.reason for b in bad).most_common())
             logger.warning('%s: skipped %d of %d rows: %s', name, len(bad), n, reasons)
         if self.count: return
-        none = f'no usable rows in {n} (see the faults)' if n else 'no rows (the source is empty)'
+        none = _why_none(n, len(bad), self.notes)
         raise DataError(f'{name}: {none}', bad)
 
 # %% ../nbs/31_formats.ipynb #4777ca78

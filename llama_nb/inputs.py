@@ -14,13 +14,13 @@ from pathlib import Path
 
 from torch import nn
 
-from .config import DataConfig, LoRAConfig, ModelConfig
+from .config import DataConfig, LoRAConfig, ModelConfig, ROPE_TYPES
 from .conversation import Conversation, Message
 from .data import DatasetLoader, DataSplits, get_loader, selected
-from .errors import CheckpointError, ConfigError, DataError, redact, shorten
+from .errors import CheckpointError, ConfigError, DataError, redact, ResourceError, shorten
 from .lora import adapted_linears, add_lora
 from .model import adapter_folder, disable_cpu_4bit_trap_, tuned_config
-from .sources import check_llama, model_shape
+from .sources import check_llama, model_shape, scale_rope_
 from .store import joined
 
 # %% ../nbs/68_inputs.ipynb #b4cbb5d7
@@ -125,8 +125,41 @@ def describe_model(
     dtype = str(inner.get_input_embeddings().weight.dtype).removeprefix('torch.')
     settings = {'bnb_4bit_compute_dtype': dtype} if dtype in ('float32', 'float16', 'bfloat16') else {}
     if packed is not None: settings |= {'bnb_4bit_quant_type': packed.quant_type, 'use_nested_quant': packed.nested}
-    return ModelConfig(getattr(inner.config, '_name_or_path', '') or IN_MEMORY, use_4bit=packed is not None,
-                       load_in_8bit=in_8bit, max_length=max_length, **settings)
+    found = ModelConfig(getattr(inner.config, '_name_or_path', '') or IN_MEMORY, use_4bit=packed is not None,
+                        load_in_8bit=in_8bit, max_length=max_length, **settings)
+    return _with_its_rope(found, inner)
+
+# %% ../nbs/68_inputs.ipynb #1318f0ec
+def _rope_asked(rope):
+    "`rope_scaling` for the RoPE settings of a model; `None` if they are of another kind."
+    if rope.get('rope_type') not in ROPE_TYPES or rope['rope_type'] == 'dynamic': return None # theirs depends on the batch
+    known = ('rope_type', 'factor', 'attention_factor', 'beta_fast', 'beta_slow')
+    return {k: v for k,v in rope.items() if k in known and v is not None}
+
+def _turns_alike(one, other):
+    "Whether two shapes rotate alike."
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    a, b = LlamaRotaryEmbedding(one), LlamaRotaryEmbedding(other)
+    kinds = [made.rope_type if made.rope_type == 'dynamic' else '' for made in (a, b)]
+    return kinds[0] == kinds[1] and a.attention_scaling == b.attention_scaling and a.inv_freq.allclose(b.inv_freq, rtol=1e-5)
+
+def _with_its_rope(config, inner):
+    "The settings of a model, stretched as it is. Raises `ConfigError` for a RoPE that no setting gives to its files."
+    if stretched := getattr(inner, 'stretched_rope', None):
+        rope = dict(stretched['rope_scaling'])
+        if rope['rope_type'] == 'dynamic': config = replace(config, max_length=stretched['max_length']) # it depends on it
+        return replace(config, rope_scaling=rope)
+    name, rope = config.model_name, inner.config.rope_parameters or {}
+    if name == IN_MEMORY or not (Path(name).expanduser().exists() or rope.get('rope_type') in ROPE_TYPES): return config
+    try: stored = model_shape(name)
+    except (ConfigError, ResourceError): return config # its files are gone: nothing to compare with
+    if _turns_alike(stored, inner.config): return config
+    asked = _rope_asked(rope)
+    stretchable = asked and (stored.rope_parameters or {}).get('rope_type', 'default') == 'default'
+    carried = replace(config, rope_scaling=asked) if stretchable else config
+    if _turns_alike(scale_rope_(stored, carried), inner.config): return carried
+    raise ConfigError(f"model: its RoPE ({shorten(repr(rope), 60)}) is not that of {shorten(redact(name), 50)}, so its adapter could not "
+                      'be loaded again; save the model, and name its folder')
 
 # %% ../nbs/68_inputs.ipynb #41f3b089
 def adopt_model(

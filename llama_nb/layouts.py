@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHITE_SPACE', 'placeholders', 'spaced', 'TextReader', 'quoted', 'refuse_template', 'clean_texts', 'plain_messages',
            'TemplateWriter', 'LayoutText', 'LayoutValue', 'call_opening', 'official_text', 'WrittenConversation',
-           'written_by_template', 'written_ids']
+           'calls_as_text', 'written_by_template', 'written_ids']
 
 # %% ../nbs/23_layouts.ipynb #63a4391c
 import json
@@ -469,6 +469,7 @@ class WrittenConversation(NamedTuple):
     texts:list[str] # The text of each item
     left_out:tuple # `_Leaf`s that are not written, or not whole
     as_text:frozenset=frozenset() # Messages whose calls are written as JSON, because the template writes none
+    behind:frozenset=frozenset() # The same for messages with a content; their calls stand behind it
 
 # %% ../nbs/23_layouts.ipynb #e005fee1
 def _aligned(items:list, texts:list[str], official:str)->list[str]|None:
@@ -490,7 +491,9 @@ def _aligned(items:list, texts:list[str], official:str)->list[str]|None:
     return found if pos == len(official) else None
 
 # %% ../nbs/23_layouts.ipynb #e9fa9a35
-def _calls_as_text(conv:Conversation)->Conversation:
+def calls_as_text(
+    conv:Conversation, # A conversation with calls
+)->Conversation: # The same, with the calls in the contents
     "Calls as JSON in the content, for a template that writes none; in the form of Llama 3.1."
     def content(m):
         calls = [f'{{"name": {quoted(c.name)}, "parameters": {c.arguments}}}' for c in m.tool_calls]
@@ -513,26 +516,27 @@ def written_by_template(
     conv:Conversation, # A conversation with tools, calls or thoughts, or any other
 )->WrittenConversation:
     "A conversation as its template writes it. Raises `DataError` if that cannot be followed."
-    layout, as_text = enc.layout(conv), frozenset()
+    layout, said = enc.layout(conv), (frozenset(), frozenset())
     if any(leaf.kind == 'call' for leaf in layout.left_out):
-        as_text = frozenset(i for i,m in enumerate(conv.messages) if m.tool_calls and not m.content)
-        conv = _calls_as_text(conv)
+        calls = [(i, m) for i,m in enumerate(conv.messages) if m.tool_calls]
+        said = frozenset(i for i,m in calls if not m.content), frozenset(i for i,m in calls if m.content)
+        conv = calls_as_text(conv)
         layout = enc.layout(conv)
     unwritten = tuple(_Leaf(i, 'thought', ('reasoning_content',)) for i,m in enumerate(conv.messages)
                       if m.reasoning_content and not enc.thought)
     texts, blank = _filled(conv, layout.items), any(not m.content.strip() for m in conv.messages)
     if not layout.looks and not blank: # a template may strip its own text together with an empty message
-        return WrittenConversation(conv, layout.items, texts, unwritten + layout.left_out, as_text)
+        return WrittenConversation(conv, layout.items, texts, unwritten + layout.left_out, *said)
     official = official_text(enc, conv)
     if ''.join(texts) == official:
-        return WrittenConversation(conv, layout.items, texts, unwritten + layout.left_out, as_text)
+        return WrittenConversation(conv, layout.items, texts, unwritten + layout.left_out, *said)
     for other in (conv, _thoughts_apart(conv)):
         layout = enc.layout(other)
         whole = _filled(other, layout.items)
         texts = _aligned(layout.items, whole, official)
         if texts is None: continue
         cut = [x.leaf for x,a,b in zip(layout.items, whole, texts) if a.strip() != b.strip()]
-        return WrittenConversation(other, layout.items, texts, (*unwritten, *layout.left_out, *cut), as_text)
+        return WrittenConversation(other, layout.items, texts, (*unwritten, *layout.left_out, *cut), *said)
     why, remedy = f"looks into the messages' text ({layout.looks})", 'choose another one'
     if not layout.looks: why, remedy = 'strips its own text beside an empty message', 'fill that message'
     raise DataError(f"template '{enc.template.name}' {why} and writes this conversation in a way that cannot be followed; "

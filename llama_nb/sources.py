@@ -228,7 +228,7 @@ def _gguf_parts(file):
 _GGUF_LAYER = 'attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down'.split()
 
 def _check_whole(file, facts, tensors):
-    "Refuse a GGUF file that is a part of a split one, or that lacks tensors."
+    "Refuse a GGUF file that is a part of a split one, that lacks tensors, or that has others than a plain Llama."
     parts = facts.get('split.count', 1)
     if parts > 1:
         raise ResourceError(f"model {redact(file)}: part {facts.get('split.no', 0) + 1} of {parts} of a split model; join "
@@ -240,6 +240,9 @@ def _check_whole(file, facts, tensors):
     if lost := [name for name in wanted if name not in tensors]:
         raise ResourceError(f'model {redact(file)}: {len(lost)} of {len(wanted)} tensors are missing (first: {lost[0]}) and '
                             'would be random; download the file again')
+    if unread := [name for name in tensors if name not in {*wanted, 'output.weight', 'rope_freqs.weight'}]:
+        raise ResourceError(f'model {redact(file)}: {len(unread)} tensors that the conversion does not read (first: {unread[0]}); '
+                            'use the model in the Hugging Face format')
 
 # %% ../nbs/13_sources.ipynb #e9aac857
 def _llama3_factors(theta, width, rope):
@@ -252,7 +255,7 @@ def _llama3_factors(theta, width, rope):
 # %% ../nbs/13_sources.ipynb #4936e688
 def _gguf_rope(file, facts, tensors):
     "The RoPE settings that a GGUF file implies beyond the base frequency; empty if there are none."
-    kind, factors = facts.get('llama.rope.scaling.type', 'none'), tensors.get('rope_freqs.weight')
+    kind, factors = facts.get('llama.rope.scaling.type') or 'none', tensors.get('rope_freqs.weight')
     if factors is not None:
         factors = torch.tensor(factors.data, dtype=torch.float64)
         bounds = dict(low_freq_factor=1.0, high_freq_factor=4.0)
@@ -261,8 +264,11 @@ def _gguf_rope(file, facts, tensors):
             rope = dict(rope_type='llama3', factor=float(f'{factors.max():.6g}'), original_max_position_embeddings=length, **bounds)
             if torch.allclose(_llama3_factors(theta, 2*len(factors), rope), factors, rtol=1e-3): return rope
         kind = 'of rope_freqs.weight'
-    if kind == 'none': return {}
-    if kind == 'linear': return dict(rope_type='linear', factor=float(facts['llama.rope.scaling.factor']))
+    factor = facts.get('llama.rope.scaling.factor', facts.get('llama.rope.scale_linear')) # the second is the older name
+    if kind == 'none' and facts.get('llama.rope.scale_linear', 1.0) == 1.0: return {}
+    is_number = isinstance(factor, (int, float)) and 1 <= factor < math.inf
+    if kind in ('none', 'linear') and is_number: return dict(rope_type='linear', factor=float(factor))
+    if kind in ('none', 'linear'): kind = f'linear, factor {shorten(repr(factor), 20)}'
     raise ResourceError(f'model {redact(file)}: its RoPE scaling ({kind}) is not one we can convert; use the model in the '
                         'Hugging Face format')
 
@@ -383,7 +389,7 @@ def find_model(
 def _converted_gguf(file):
     "Folder of a GGUF file in the cache; converts it if it is new or has changed."
     stat = file.stat()
-    version = 2 # of the conversion
+    version = 3 # of the conversion
     key = hashlib.sha256(f'{version}:{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}'.encode()).hexdigest()[:12]
     fill = lambda folder: _convert_gguf(file, folder)
     return str(_staged(cache_folder()/f'gguf-{file.stem}-{key}', fill, free_bytes=8*stat.st_size))

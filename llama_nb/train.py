@@ -65,6 +65,7 @@ from .views import live_text, stage, tell, write_json, write_text
 def resolve(
     config:RunConfig, # As asked for
     device, # Where it will run
+    is_loaded:bool=False, # Whether `config.model` describes a model in memory, whose weights stay in their dtype
 )->RunConfig: # With the compute dtype decided
     "Decide what depends on the device and must be the same when you load the adapter again."
     model, training = config.model, config.training
@@ -73,7 +74,7 @@ def resolve(
         # modules trained in full would need float32 copies of their own to be trained in float16
         training = replace(training, compute='fp32' if config.lora.modules_to_save else 'fp16')
     dtype = {'fp32': 'float32', 'fp16': 'float16'}.get(training.compute)
-    if dtype is not None: model = replace(model, bnb_4bit_compute_dtype=dtype)
+    if dtype is not None and not is_loaded: model = replace(model, bnb_4bit_compute_dtype=dtype)
     return replace(config, model=model, training=training)
 
 def _as_computed(config, device):
@@ -133,7 +134,10 @@ def _object_settings(given, model_config, lora_config):
         asked = model_config.max_length if model_config else ModelConfig().max_length
         model_config = describe_model(given.model, asked)
         positions = getattr(given.model.config, 'max_position_embeddings', None) or asked
-        if not was_asked: model_config = replace(model_config, max_length=min(asked, positions))
+        if not was_asked: model_config = replace(model_config, max_length=min(model_config.max_length, positions))
+        elif model_config.max_length != asked:
+            raise ConfigError(f'model.max_length: found {asked}, but the RoPE of the model is stretched for {model_config.max_length} '
+                              f'tokens; set model.max_length={model_config.max_length}')
         if hasattr(given.model, 'peft_config'):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
     if own is not None and lora_config is not None and lora_config != own:
@@ -194,7 +198,7 @@ class LLAMATrainer:
         given = {name: section for name,section in sections.items() if section is not None}
         if device is None and model is not None: device = next(model.parameters()).device
         self.device = pick_device(device) if device is not None else rank_device() or pick_device()
-        self.config = resolve(RunConfig(**given), self.device)
+        self.config = resolve(RunConfig(**given), self.device, is_loaded=model is not None)
         start_ranks(self.device, self.config.training.ddp_timeout) # if torchrun started this process
         self._hf_trainer = self.run = None # of the latest `train`
         self._prepared = None # a run made ready by asking for `hf_trainer`

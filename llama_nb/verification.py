@@ -8,6 +8,7 @@ __all__ = ['MaskFailure', 'MaskProof', 'AddedTokens', 'added_tokens', 'verify_ma
 # %% ../nbs/27_verification.ipynb #8eca2fb1
 import json
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from .dialogue import (
     label_runs, prepared_conversation)
 from .errors import ConfigError, DataError, did_you_mean, one_line, shorten
 from .layouts import (
-    call_opening, LayoutText, LayoutValue, official_text, written_by_template, WrittenConversation)
+    call_opening, calls_as_text, LayoutText, LayoutValue, official_text, written_by_template, WrittenConversation)
 from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder
 from .template import ChatTemplate
 from .tokens import TokenizerCopies
@@ -51,12 +52,15 @@ def _equal_text(got:str, want:str, slot:ContentSlot)->bool:
     return got == want or slot.after and got == ' ' + want
 
 # %% ../nbs/27_verification.ipynb #410c9ee2
-def _same_text(tokens:TokenizerCopies, got:str, want:str)->bool:
-    "Whether two texts are equal, apart from the dummy spaces of a tokenizer after an added token and at the start."
-    if got == want: return True
+def _bare(tokens:TokenizerCopies, text:str)->str:
+    "A text without the dummy spaces of a tokenizer after an added token and at the start."
+    if tokens.after is tokens.plain: return text
     added = '|'.join(re.escape(t) for t in sorted(tokens.added.values(), key=len, reverse=True))
-    def bare(text): return re.sub(f'({added}) ', r'\1', text).removeprefix(' ')
-    return tokens.after is not tokens.plain and bare(got) == bare(want)
+    return re.sub(f'({added}) ', r'\1', text).removeprefix(' ')
+
+def _same_text(tokens:TokenizerCopies, got:str, want:str)->bool:
+    "Whether two texts are equal, apart from such dummy spaces."
+    return got == want or _bare(tokens, got) == _bare(tokens, want)
 
 # %% ../nbs/27_verification.ipynb #8bbd4a34
 def _check_spans(enc:TemplateEncoder, parts:list, texts:dict, example:Example)->str:
@@ -96,23 +100,65 @@ def _check_labels(enc:TemplateEncoder, messages:tuple, parts:list, texts:dict, e
     return ''
 
 # %% ../nbs/27_verification.ipynb #63effec2
-def _taught_runs(written:WrittenConversation, parts:list[frozenset])->list[tuple[str,int]]:
-    "The text of each taught stretch, and the message whose last item it contains (-1: of none)."
+class _Stretch(NamedTuple):
+    "A stretch of text that should be taught."
+    text:str # What it says
+    begin:int # Its first character in the whole text
+    message:int # The message whose last item it contains; -1: of none
+
+def _taught_stretches(written:WrittenConversation, parts:list[frozenset])->list[_Stretch]:
+    "What of a written conversation should be taught."
     last = {item.message: k for k,item in enumerate(written.items) if item.kind != 'open'}
     def teach(k): return part_of_item(written, written.items[k]) in parts[written.items[k].message]
-    runs = []
+    found, begin = [], 0
     for taught,group in groupby((k for k,t in enumerate(written.texts) if t), teach):
         places = list(group)
+        text = ''.join(written.texts[k] for k in places)
         closes = next((written.items[k].message for k in places if last.get(written.items[k].message) == k), -1)
-        if taught: runs.append((''.join(written.texts[k] for k in places), closes))
-    return runs
+        if taught: found.append(_Stretch(text, begin, closes))
+        begin += len(text)
+    return found
+
+# %% ../nbs/27_verification.ipynb #0f2eac1b
+def _token_at(tokens:TokenizerCopies, ids:list[int], whole:str, begin:int)->int:
+    "The first token that begins at this character of the whole text, or behind it."
+    def bare(text): return _bare(tokens, text)
+    want = bare(whole[:begin])
+    n = bisect_left(range(len(ids) + 1), len(want), key=lambda n: len(bare(tokens.decode(ids[:n]))))
+    while n < len(ids) and not bare(whole).startswith(bare(tokens.decode(ids[:n]))): n += 1 # inside a character
+    return n
+
+def _labels_by_start(tokens:TokenizerCopies, ids:list[int], whole:str, expected:list[_Stretch])->list[int]:
+    "Labels if each token is taught with the part in which it begins."
+    labels = [IGNORE_INDEX]*len(ids)
+    for s in expected:
+        a, b = _token_at(tokens, ids, whole, s.begin), _token_at(tokens, ids, whole, s.begin + len(s.text))
+        labels[a:b] = ids[a:b]
+    labels[0] = IGNORE_INDEX
+    return labels
+
+# %% ../nbs/27_verification.ipynb #5ed6d7a4
+def _check_taught(enc:TemplateEncoder, conv:Conversation, written:WrittenConversation, example:Example, train_on)->str:
+    "Compare the taught stretches with the text that should be taught."
+    tokens, ids, labels = enc.tokens, example.input_ids, example.labels
+    runs = [labels[a:b] for taught,a,b in label_runs(labels) if taught]
+    expected = _taught_stretches(written, taught_parts(conv.messages, train_on))
+    same = len(runs) == len(expected) and all(_same_text(tokens, tokens.decode(r), s.text) for r,s in zip(runs, expected))
+    if not same and labels != _labels_by_start(tokens, ids, ''.join(written.texts), expected):
+        if len(runs) != len(expected): return f'{len(runs)} taught stretches, expected {len(expected)}'
+        got, want = next((g, s.text) for r,s in zip(runs, expected) if not _same_text(tokens, g := tokens.decode(r), s.text))
+        return f'taught {shorten(repr(got), 60)}, expected {shorten(repr(want), 60)}'
+    for run,s in zip(runs, expected):
+        if s.message >= 0 and conv.messages[s.message].role == 'assistant' and run[-1] not in enc.template.stop_ids:
+            return f'messages[{s.message}]: does not end on a stop id'
+    return ''
 
 # %% ../nbs/27_verification.ipynb #160d4ced
 def _check_written(enc:TemplateEncoder, conv:Conversation, example:Example, train_on='assistant')->str:
     "What is wrong with an encoded conversation with tools, calls or thoughts; empty if it is right."
     written, tokens = written_by_template(enc, conv), enc.tokens
     whole, ids, labels = ''.join(written.texts), example.input_ids, example.labels
-    if whole != official_text(enc, written.conv if written.as_text else conv):
+    if whole != official_text(enc, calls_as_text(conv) if written.as_text or written.behind else conv):
         return 'the text is not what the template writes'
     if not _same_text(tokens, tokens.decode(ids), whole): return 'the ids do not decode to the text'
     fixed = [atom for item in written.items if isinstance(item, LayoutText) for atom in item.atoms]
@@ -120,16 +166,7 @@ def _check_written(enc:TemplateEncoder, conv:Conversation, example:Example, trai
     if [i for i in ids if i in tokens.control] != control: return 'a control token came from content'
     if len(labels) != len(ids) or any(l not in (IGNORE_INDEX, i) for l,i in zip(labels, ids)):
         return 'a label is neither its id nor ignored'
-    runs = [labels[a:b] for taught,a,b in label_runs(labels) if taught]
-    expected = _taught_runs(written, taught_parts(conv.messages, train_on))
-    if len(runs) != len(expected): return f'{len(runs)} taught stretches, expected {len(expected)}'
-    for run,(want,message) in zip(runs, expected):
-        got = tokens.decode(run)
-        if not _same_text(tokens, got, want):
-            return f'taught {shorten(repr(got), 60)}, expected {shorten(repr(want), 60)}'
-        if message >= 0 and conv.messages[message].role == 'assistant' and run[-1] not in enc.template.stop_ids:
-            return f'messages[{message}]: does not end on a stop id'
-    return ''
+    return _check_taught(enc, conv, written, example, train_on)
 
 # %% ../nbs/27_verification.ipynb #2a166c67
 def _content_span(tokens:TokenizerCopies, m, spans, ids:list[int])->Span|None:
@@ -212,7 +249,7 @@ def _notes(enc:TemplateEncoder, conv:Conversation)->Counter:
     "What the template leaves out of a conversation, and the added tokens in its texts."
     notes, left_out = Counter(), () if has_fixed_parts(enc, conv) else (written := written_by_template(enc, conv)).left_out
     for leaf in left_out: notes[_LEFT_OUT[leaf.kind]] += 1
-    if not has_fixed_parts(enc, conv): notes['messages whose calls are written as JSON text'] += len(written.as_text)
+    if not has_fixed_parts(enc, conv): notes['messages whose calls are written as JSON text'] += len(written.as_text | written.behind)
     encoded, kept = _count_added(enc.tokens, (t for m in conv.messages for t in message_texts(m).values()))
     notes['added tokens in content'] += sum(encoded.values())
     notes['control tokens kept as text'] += sum(kept.values())
@@ -349,18 +386,25 @@ def _misfit(schemas:dict, name:str, arguments:dict)->str:
     return '' if extra is None else f"{name}: unknown argument '{shorten(extra, 40)}'{did_you_mean(extra, known)}"
 
 # %% ../nbs/27_verification.ipynb #60d384d6
-def _decoded_calls(enc:TemplateEncoder, written:WrittenConversation, example:Example, i:int)->str:
+def _decoded_calls(enc:TemplateEncoder, written:WrittenConversation, example:Example, i:int, parts:frozenset)->str:
     "The text of a message's calls, decoded from its taught ids."
-    ids = [l for s in example.spans if s.message == i and s.state == 'taught' for l in example.labels[s.start:s.end]]
+    places = [k for s in example.spans if s.message == i and s.state == 'taught' for k in range(s.start, s.end)]
+    ids, opening = [example.input_ids[k] for k in places], call_opening(enc)
     if ids and ids[-1] in enc.template.stop_ids: ids = ids[:-1]
+    if i in written.behind: # behind the content, as text
+        text = enc.tokens.decode(ids)
+        return text[max(text.find(_LLAMA_GRAMMAR.before), 0):]
     own = [(x, t) for x,t in zip(written.items, written.texts) if x.message == i and x.kind != 'open']
     lead = 0
     for x,t in own:
         if part_of_item(written, x) == 'call':
-            lead += max(t.find(call_opening(enc)), 0) # an empty thought before it
+            lead += max(t.find(opening), 0) # an empty thought before it
             break
-        lead += len(t)
-    return enc.tokens.decode(ids)[lead:]
+        if part_of_item(written, x) in parts: lead += len(t)
+    text = enc.tokens.decode(ids)
+    if text.startswith(opening, lead) or 'answer' in parts: return text[lead:]
+    text = enc.tokens.decode([example.input_ids[places[0] - 1], *ids]) # its first token began in the content
+    return text[max(text.find(opening), 0):]
 
 # %% ../nbs/27_verification.ipynb #4e293c20
 def _looks_like_call(content:str)->bool:
@@ -381,10 +425,10 @@ def _text_calls(content:str)->list[tuple[str,dict]]:
     return found
 
 # %% ../nbs/27_verification.ipynb #eefa0156
-def _call_problems(enc:TemplateEncoder, grammar, conv:Conversation, example:Example)->tuple[int,list]:
+def _call_problems(enc:TemplateEncoder, grammar, conv:Conversation, example:Example, train_on)->tuple[int,list]:
     "Taught calls of a conversation, and what is wrong with them, as pairs of place and problem."
     written, (schemas, problems) = written_by_template(enc, conv), _schemas(conv)
-    count, ids = 0, set()
+    count, ids, parts = 0, set(), taught_parts(conv.messages, train_on)
     for i,m in enumerate(conv.messages):
         if m.role == 'tool':
             if m.tool_call_id and m.tool_call_id not in ids:
@@ -393,9 +437,10 @@ def _call_problems(enc:TemplateEncoder, grammar, conv:Conversation, example:Exam
         taught = any(s.message == i and s.state == 'taught' for s in example.spans)
         if m.role != 'assistant' or not taught: continue
         if m.tool_calls:
+            if ('answer' if i in written.behind else 'call') not in parts[i]: continue
             count += len(m.tool_calls)
             given = [(c.name, json.loads(c.arguments)) for c in m.tool_calls]
-            text = _decoded_calls(enc, written, example, i)
+            text = _decoded_calls(enc, written, example, i, parts[i])
             try: found = (grammar or _LLAMA_GRAMMAR).calls(text)
             except ValueError as e:
                 problems.append((f'messages[{i}].tool_calls', f'does not parse: {shorten(e, 60)}; taught {shorten(repr(text), 40)}'))
@@ -432,7 +477,8 @@ def verify_tools(
         row = getattr(x, 'row', None) or (x.get('row') if isinstance(x, Mapping) else None) or n - 1
         try:
             conv, enc = prepared_conversation(x, tokenizer, template, None, tools_in_user_message)
-            count, problems = _call_problems(enc, _grammar(enc), conv, encode(conv, tokenizer, **how))
+            count, problems = _call_problems(enc, _grammar(enc), conv, encode(conv, tokenizer, **how),
+                                             conv.train_on or train_on)
         except DataError as e: count, problems = 1, [('', one_line(e))]
         total += count
         exact += max(count - len({place for place,_ in problems}), 0)

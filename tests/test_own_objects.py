@@ -292,3 +292,15 @@ def test_text_is_utf8_in_every_locale(place, tmp_path, charmap):
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], env=env, cwd=Path(__file__).parent.parent, capture_output=True)
     assert done.returncode == 0, done.stderr.decode('utf-8', 'replace')[-1500:]
     assert b'all read as UTF-8 in' in done.stdout and b'UTF-8' not in done.stdout.rsplit(b' ', 1)[1], done.stdout
+
+
+@pytest.mark.parametrize('held', [dict(), dict(use_4bit=False, load_in_8bit=True), dict(use_4bit=False)], ids=['4 bits', '8 bits', '16 bits'])
+def test_a_model_in_bfloat16_stays_so_when_computed_in_float32(place, tmp_path, held):
+    from llama_nb.model import load_model
+    mine = load_model(ModelConfig(str(place/'tiny'), bnb_4bit_compute_dtype='bfloat16', **held), device='cpu')
+    made = LLAMATrainer(lora_config=LoRAConfig(r=2), training_config=TrainingConfig(str(tmp_path), 'half', learning_rate=1e-2, max_steps=2, compute='fp32'), data=chats(), model=mine)
+    run = made.train(progress=False)
+    assert load_config(run.folder/'config.yaml').model.bnb_4bit_compute_dtype == 'bfloat16'
+    again = load_tuned(run, device='cpu')[0]
+    assert again.get_input_embeddings().weight.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(again), logits(made.model.eval()), rtol=0, atol=0.02)

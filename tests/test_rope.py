@@ -87,3 +87,20 @@ def test_from_the_command_line(short):
     assert code == 0, out
     code, out = finish('chat', short/'cli'/'long', '--prompt', 'hello', '--max-new-tokens', '4')
     assert code == 0, out
+
+
+@pytest.mark.parametrize('scaling, max_length', [('auto', 1200), ({'rope_type': 'dynamic', 'factor': 2.0}, 1000)])
+def test_a_stretched_model_in_memory_keeps_its_rope(short, scaling, max_length):
+    name = f'memory{max_length}'
+    mine = load_model(ModelConfig(str(short/'tiny'), use_4bit=False, max_length=max_length, rope_scaling=scaling, bnb_4bit_compute_dtype='float32'), device='cpu')
+    made = LLAMATrainer(model=mine, lora_config=LoRAConfig(r=4), data_config=DataConfig(str(short/'long.jsonl'), val_size=.2),
+                        training_config=TrainingConfig(output_dir=str(short/'runs'), run_name=name, max_steps=2, learning_rate=1e-2, compute='fp32'))
+    run = made.train(progress=False)
+    saved = run.config['model']
+    assert saved['rope_scaling'] == mine.stretched_rope['rope_scaling']
+    again = load_tuned(run.folder, device='cpu')[0]
+    assert torch.equal(logits(again), logits(made.model.eval()))
+    plain = load_model(ModelConfig(str(short/'tiny'), use_4bit=False, bnb_4bit_compute_dtype='float32'), device='cpu')
+    with again.disable_adapter(): assert not torch.allclose(logits(plain), logits(again), atol=1e-3)
+    if scaling != 'auto':
+        with pytest.raises(ConfigError, match='stretched for 1000'): LLAMATrainer(ModelConfig(max_length=512), model=mine, data_config=DataConfig(str(short/'long.jsonl')))

@@ -508,10 +508,11 @@ def _train_of(m, names, role, text, details=()):
     if flags.keys() == {'weight'}: return dict(train=None, weight=int(flags['weight'])), []
     parts = detail_parts(detail, text) if said and len(detail) else ()
     if details and said and not parts:
-        raise MessageFault('content', 'no part is taught, but the message is', 'change the flag of the message or a part')
+        raise MessageFault('content', 'no part is taught, but the message is', 'change one of these flags')
     own = {} if parts in ((), ((0, len(text)),)) else dict(train_parts=parts)
     weight = int(flags['weight']) if 'weight' in flags and said == flags['weight'] else None
-    return dict(train=said, weight=weight, **own), [f"a part of a message is taught: {'parts of the content' if details else 'train_detail'}"]*bool(own)
+    cause = 'parts of the content' if details else 'train_detail'
+    return dict(train=said, weight=weight, **own), [f'a part of a message is taught: {cause}']*bool(own)
 
 # %% ../nbs/20_conversation.ipynb #91f1cc05
 def _written_text(m, names, role, role_key):
@@ -611,7 +612,8 @@ def _check_beside(row:Mapping, field:str):
     for k,v in row.items():
         if k in (field, 'row', 'system', 'tools', 'label'): continue
         ours, v = '_'.join(str(k).lower().split()), v.tolist() if hasattr(v, 'tolist') else v
-        if ours in ('system', 'tools', 'label', 'train_on') or ours in _READ_BY_FORMATS and (carries_meaning(v) or v == 0):
+        has_value = ours in _READ_BY_FORMATS and (carries_meaning(v) or v == 0)
+        if has_value or ours in ('system', 'tools', 'label', 'train_on'):
             raise DataError(f'{k}: only read_conversations([row]) reads this field; call it, and pass its conversation')
 
 def _row_parts(row:Mapping, field:str)->tuple:

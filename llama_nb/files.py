@@ -483,6 +483,12 @@ def _next_cells(reader):
     try: return next(reader, None)
     finally: csv.field_size_limit(before)
 
+# %% ../nbs/30_files.ipynb #fdbd7b0c
+def _check_names(names, name, line=0):
+    "Raises `DataError` if two columns of a table have one name: a row could keep only one of them."
+    twice = next((k for k,n in Counter(map(str, names)).items() if n > 1), None)
+    if twice is not None: raise _file_fault(name, 'two columns have the same name', f'rename one {quoted(twice)}', line)
+
 # %% ../nbs/30_files.ipynb #a80a4cfb
 _SEPARATORS = {'.tsv': '\t;,|', '.tab': '\t;,|'}
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*')
@@ -510,9 +516,7 @@ def _header(lines, name):
     except csv.Error:
         names, separator = _column_names(line.replace('"', ''), separators)
         logger.warning('%s:%d: broken header: a quote is not closed; read as %s', name, count, ', '.join(names))
-    twice = next((k for k,n in Counter(names).items() if n > 1), None)
-    if twice is not None:
-        raise _file_fault(name, 'two columns have the same name', f'rename one {quoted(twice)}', count)
+    _check_names(names, name, count)
     return names, separator, count
 
 # %% ../nbs/30_files.ipynb #3073fa36
@@ -647,9 +651,7 @@ def _sheet_header(cells, name, number):
     "The column names of a sheet."
     names = [cell.strip() or f'Unnamed: {i}' for i,cell in enumerate(cells)]
     while names and names[-1] == f'Unnamed: {len(names) - 1}': names.pop()
-    twice = next((k for k,n in Counter(names).items() if n > 1), None)
-    if twice is not None:
-        raise _file_fault(name, 'two columns have the same name', f'rename one {quoted(twice)}', number)
+    _check_names(names, name, number)
     return names
 
 # %% ../nbs/30_files.ipynb #aa2c148f
@@ -880,6 +882,8 @@ def source_rows(
     if isinstance(source, dict):
         found = shorten(', '.join(map(str, source)))
         raise DataError(f'a dict is not a list of rows (give one split; found {found})')
+    if hasattr(source, 'to_batches') and hasattr(source, 'schema'): _check_names(source.schema.names, 'table')
+    if is_dataframe(source): _check_names(source.columns, 'dataframe')
     if hasattr(source, 'to_batches'): return 'table', _batch_rows(source.to_batches, 'table')
     if hasattr(source, 'iter_rows'): return 'dataframe', _cell_rows(source.iter_rows(named=True), 'dataframe')
     if hasattr(source, 'column_names'): return 'dataset', _cell_rows(_counted(source), 'dataset')

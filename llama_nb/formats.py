@@ -328,26 +328,66 @@ def _utterances(row, field='dialog', options=None):
     return kept, notes
 
 # %% ../nbs/31_formats.ipynb #138aa7d3
-_STYLES = (re.compile(r'(?:\A|(?<=\n)|(?<=\S))###[ ]?(Human|User|Assistant|System):'),
-           re.compile(r'(?:\A|(?<=\n\n))(Human|User|Assistant|System):'),
-           re.compile(r'^(Human|User|Assistant|System):', re.M))
-_TEMPLATE_MARKS = ('<|im_start|>', '<|start_header_id|>', '[INST]', '<start_of_turn>', '### Response:')
+_SPEAKER_ROLES = {name: role for role,names in dict(user=('human', 'user', 'question', 'q'), assistant=(
+    'assistant', 'ai', 'bot', 'chatbot', 'gpt', 'answer', 'a'), system=('system',)).items() for name in names}
+_HH, _CHAT = 'Human|User|Assistant|System', 'Human|User|Assistant|System|Chatbot|Bot|AI|Ai|GPT|Gpt'
+_NAMES = (_HH, _CHAT, _CHAT.upper(), _CHAT.lower() + '|AI', f'(?i:{_CHAT})', # narrow ones first
+          'Question|Answer', '(?i:Question|Answer)', 'Q|A', 'q|a')
 
-def _spoken(text, name):
+def _styles(names):
+    "Where a speaker may stand: behind ###, behind a blank line, at the start of a line."
+    return (re.compile(rf'(?:\A|(?<=\n)|(?<=\S))###[ ]?({names}):'), re.compile(rf'(?:\A|(?<=\n\n))({names}):'),
+            re.compile(rf'^({names}):', re.M))
+
+_STYLES = _styles(_HH)
+_RUNNING = re.compile(r'(?:\A|(?<=[\s>]))(USER|HUMAN|ASSISTANT|AI|BOT|SYSTEM):') # one line, as Vicuna writes it
+_TEXT_STYLES = (*(style for names in _NAMES for style in _styles(names)), _RUNNING)
+
+def _turns_by(style, start, name):
+    "The turns of a text by one style; `None` if it does not begin with a speaker, or only one of two speaks."
+    marks = list(style.finditer(start))
+    if not marks or marks[0].start(): return None
+    roles = [_SPEAKER_ROLES[m[1].lower()] for m in marks]
+    if not {'user', 'assistant'} <= {*roles}: return None
+    ends = [m.start() for m in marks[1:]] + [len(start)]
+    said = [(role, start[m.end():end].strip(), m[1]) for role,m,end in zip(roles, marks, ends)]
+    if said[-1][:2] == ('assistant', ''): said.pop() # an HH prompt ends with the word that asks for the answer
+    if any(a[0] == b[0] for a,b in zip(said, said[1:])):
+        fix = 'give messages; a text cannot tell turns from quoted words'
+        raise RowFault(name, 'two turns of one speaker', fix)
+    return [_Turn(_turn(dict(role=role, content=words), name)[0].message, name, dict(speaker=who))
+            for role,words,who in said]
+
+def _spoken(text, name, styles=_STYLES):
     "The turns of a text with `Human:` and `Assistant:`; `None` if it is not one."
-    if 'Assistant:' not in text: return None
     start = text.lstrip()
-    for style in _STYLES:
-        marks = list(style.finditer(start))
-        if not marks or marks[0].start() or not {'Human', 'User'} & {m[1] for m in marks}: continue
-        if 'Assistant' not in {m[1] for m in marks}: continue
-        ends = [m.start() for m in marks[1:]] + [len(start)]
-        said = [(m[1], start[m.end():end].strip()) for m,end in zip(marks, ends)]
-        if said[-1] == ('Assistant', ''): said.pop() # an HH prompt ends with the word that asks for the answer
-        if any(a[0] == b[0] for a,b in zip(said, said[1:])):
-            fix = 'give messages; a text cannot tell turns from quoted words'
-            raise RowFault(name, 'two turns of one speaker', fix)
-        return [_Turn(_turn(dict(role=who, content=words), name)[0].message, name) for who,words in said]
+    found = (_turns_by(style, start, name) for style in styles if style.match(start))
+    return next(filter(None, found), None)
+
+# %% ../nbs/31_formats.ipynb #20f0d536
+_SAYS = 'user|assistant|system|developer|human|bot|chatbot|gpt|prompter|observation'
+_CONTROL = re.compile(
+    rf'<[|｜](?:[a-z]{{1,9}}_)?(?:{_SAYS})(?:_[a-z]{{1,9}})?[|｜]>|\[\|(?:{_SAYS})\|\]|<(?:{_SAYS})>:'
+    r'|<[|｜](?:im_[a-z]+|start_header_id|header_start|start_of_turn_token|role_start|start|message|channel|turn)[|｜]>'
+    r'|<[|｜](?:eot_id|eot)[|｜]>|<\|turn>|<start_of_turn>|\[/?INST\]|<<SYS>>|### Response:|GPT4 Correct User:', re.I)
+_PIECES = ('|>', '｜>', '|]', '>:', '<|turn>', '<start_of_turn>', 'INST]', '<<SYS>>', '### Response:', 'GPT4 Correct User:')
+_HEADINGS = re.compile(
+    r'^###[ ]?(?:(instruction|question|human|user)|(?:answer|assistant|output|solution|bot|ai))\b', re.I | re.M)
+_IN_LINE = re.compile(
+    r'(?:\A|(?<=[\s>]))(USER|HUMAN|User|Human)(?=:)|(?<=[\s>])(?:ASSISTANT|Assistant|AI|BOT|Bot)(?=:)')
+
+def _template_mark(text):
+    "The mark of a chat template in a text, or `None`."
+    if not any(piece in text for piece in _PIECES): return None # searching every text is slow
+    return (found := _CONTROL.search(text)) and found[0]
+
+def _speaker_marks(text):
+    "The first mark if a text without turns has marks of a question and, after it, of an answer; else `None`."
+    for style,pieces in ((_HEADINGS, ('###',)), (_IN_LINE, ('USER:', 'HUMAN:', 'User:', 'Human:'))):
+        if not any(piece in text for piece in pieces): continue
+        marks = list(style.finditer(text))
+        asked = next((i for i,m in enumerate(marks) if m[1]), None)
+        if asked is not None and any(not m[1] for m in marks[asked:]): return marks[asked][0]
     return None
 
 # %% ../nbs/31_formats.ipynb #dba8ed45
@@ -355,10 +395,13 @@ def _text(row, field='text', options=None):
     "A text with speakers, or a text that is taught whole."
     name = row.spelt(field)
     text = _content(row.take(field), name, 'assistant')
-    if (mark := next((m for m in _TEMPLATE_MARKS if m in text), None)):
-        fix = 'give messages; the template is written when they are encoded'
-        raise RowFault(name, f'text with a chat template in it: {mark}', fix)
-    if (turns := _spoken(text, name)): return turns, ['Human: and Assistant: read as turns']
+    turns, fix = None, 'give messages; the template is written when they are encoded'
+    mark = _template_mark(text)
+    if not mark and not (turns := _spoken(text, name, _TEXT_STYLES)): mark = _speaker_marks(text)
+    if mark: raise RowFault(name, f'text with a chat template in it: {mark}', fix)
+    if turns:
+        who = dict.fromkeys(t.keys['speaker'] for t in turns if t.message.role != 'system')
+        return turns, [f"{' and '.join(f'{w}:' for w in who)} read as turns"]
     whole = _Turn(Message('assistant', text, train=True), name)
     return [whole], ['text without turns: all of it is taught, as with train_on="all"']
 
@@ -384,7 +427,8 @@ def _chatgpt(row, field='mapping', options=None):
     for node in path: _add_node(tree[node].get('message'), f'mapping.{node}.message', turns, notes, thoughts)
     others = sum(1 for k,node in tree.items() if k not in path and isinstance(node, dict) and node.get('message'))
     row.quiet.update(row.row) # the export's own bookkeeping
-    return turns, notes + ['messages on other branches left out']*others
+    notes += ['messages on other branches left out']*others
+    return turns, notes + ['row left out: an empty conversation']*(not turns)
 
 # %% ../nbs/31_formats.ipynb #c89c2466
 def _add_node(message, at, turns, notes, thoughts):
@@ -421,7 +465,7 @@ FORMATS = tuple(_READERS)
 def _kind_of_list(field, value, inner_names=frozenset()):
     "The format of a list of messages; `None` if the field holds something else."
     default = 'messages' if field == 'messages' else 'sharegpt' if field.startswith('conversation') else None
-    if isinstance(value, str) and field in _TEXTS and _spoken(value, field): return 'text'
+    if isinstance(value, str) and field in _TEXTS and _spoken(value, field, _TEXT_STYLES): return 'text'
     if not isinstance(value, list) or not value: return default or ('utterances' if field in _LISTS[3:6] else None)
     inner = next((m for m in value if isinstance(m, dict)), None)
     if inner is None:

@@ -28,7 +28,7 @@ import typer
 from .config import (
     config_schema, explain_setting, load_config, preset as named_preset, PRESETS, RunConfig, to_dict, to_yaml)
 from .errors import (
-    ConfigError, DataError, did_you_mean, exit_code, LlamaNbError, logger, one_line, redact, ResourceError,
+    ConfigError, DataError, did_you_mean, exit_code, fault_lines, LlamaNbError, logger, one_line, redact, ResourceError,
     RunInterrupted, shorten, ThresholdError)
 from .views import can_show_color, Line, plain_json, plain_text, progress, stage, table, tell, text_lines
 from .store import joined
@@ -65,7 +65,10 @@ def _settings():
 def _as_typed(text):
     "Advice as you would type it: `on_bad='skip'` becomes `data.on_bad=skip`."
     sections = _settings()
-    def typed(m): return f"{sections[m[1]]}.{m[1]}={m[2].strip(chr(34) + chr(39))}"
+    def typed(m):
+        name, value = f'{sections[m[1]]}.{m[1]}', m[2].strip(chr(34) + chr(39))
+        if not value.startswith('{'): return f'{name}={value}'
+        return '"' + f"{name}={re.sub(chr(39), '', value)}" + '"' # the shell must not split it
     value = r"""('[^']*'|"[^"]*"|<[^>]*>|\{[^}]*\}|[\w.]+)"""
     return re.sub(rf"(?<![\w.])({'|'.join(sections)})={value}", typed, str(text))
 
@@ -93,9 +96,9 @@ def _fail(error, as_json=False):
     if as_json:
         listed = {'faults': [redact(f) for f in faults]} if isinstance(error, DataError) else {}
         _say(json.dumps({'error': text, 'exit_code': code, **listed}, ensure_ascii=False))
-    shown = [f'llama-nb: {text}', *(f'  {_as_typed(redact(f))}' for f in faults[:_MAX_FAULTS])]
-    if len(faults) > _MAX_FAULTS:
-        shown.append(f'  … and {len(faults) - _MAX_FAULTS:,} more; llama-nb data SOURCE lists them')
+    lines = fault_lines(map(redact, faults), _MAX_FAULTS)
+    if len(lines) > _MAX_FAULTS: lines[-1] += '; llama-nb data SOURCE lists them'
+    shown = [f'llama-nb: {text}', *(f'  {_as_typed(line)}' for line in lines)]
     print(plain_text('\n'.join(shown)), file=sys.stderr)
     return code
 
@@ -636,7 +639,8 @@ def _read_all(cfg):
     except TooFewError as e: return _skip_bad(cfg, val_size=0), e
     except DataError as e:
         if not e.faults: raise
-        none = Conversations((), Path(cfg.data.dataset_name).name, '', e.faults, len(e.faults))
+        name = 'mix' if cfg.data.datasets else Path(cfg.data.dataset_name).name
+        none = Conversations((), name, '', e.faults, len(e.faults))
         return DataSplits(none, none, data_report([], [], [none])), e
     finally: logger.removeFilter(below_warning)
 
@@ -673,7 +677,7 @@ def _start(cfg, model, preset, config):
 def _train_command(source, typed, cfg, found, bad, output, written, model, preset, config):
     "The `train` command for a data set that is ready."
     base, start = _start(cfg, model, preset, config)
-    named = [_assigned('data.dataset_name', source)]
+    named = [_assigned('data.dataset_name', source)] if source else []
     if source == 'sample': named = ['data.dataset_name=both', 'data.data_path=sample']
     if written:
         named = [_assigned('data.dataset_name', str(output))]
@@ -691,7 +695,7 @@ def _next(source, overrides, cfg, found, refused, allowed, wanted, output, writt
     chosen = ['--config', shlex.quote(str(config))] if config else []
     if preset: chosen += ['--preset', preset]
     if model: chosen += ['--model', shlex.quote(model)]
-    again, bad = ['llama-nb data', shlex.quote(source), *chosen, *typed], bool(found.report.bad)
+    again, bad = ['llama-nb data', *map(shlex.quote, filter(None, [source])), *chosen, *typed], bool(found.report.bad)
     skip = ['data.on_bad=skip'] if bad else []
     if not found.train: return 'correct the rows, then: ' + ' '.join(again)
     if refused: return 'add conversations, or hold none out: ' + ' '.join([*again, *skip, 'data.val_size=0'])
@@ -700,7 +704,7 @@ def _next(source, overrides, cfg, found, refused, allowed, wanted, output, writt
     if propose or not allowed or found.removed and not written:
         kinds = [*dict.fromkeys(k for k in [*wanted, *propose] if k != 'bad rows')]
         fixes = [f"--fix {k.replace(' ', '_')}" for k in kinds]
-        return ' '.join([*again, *skip, *fixes, '-o', shlex.quote(str(output or _free_folder(source)))])
+        return ' '.join([*again, *skip, *fixes, '-o', shlex.quote(str(output or _free_folder(source or config or preset)))])
     return _train_command(source, typed, cfg, found, bad, output, written, model, preset, config)
 
 # %% ../nbs/93_cli.ipynb #a828ea4a
@@ -729,8 +733,9 @@ def _as_text(report, refused, views, end, go_on):
     return '\n\n'.join([text_lines(lines, width, colored), *views, *(['\n'.join(end)] if end else []), last])
 
 # %% ../nbs/93_cli.ipynb #e8ea652b
-_Source = Annotated[str, typer.Argument(metavar='SOURCE',
-                                        help='File, folder or Hub id; alpaca, dailydialog or both; or sample.')]
+_Source = Annotated[Optional[str], typer.Argument(metavar='[SOURCE]',
+                                        help='File, folder or Hub id; alpaca, dailydialog or both; or sample. '
+                                             'Can be left out if --config or --preset names the data.')]
 _Show = Annotated[int, typer.Option('--show', min=0, help='Number of conversations to show as the model sees them.')]
 _DataModel = _option(Optional[str], '--model', help='Use the tokenizer and template of this model. '
                      'Default: the model of the preset or file, else demo.')
@@ -740,12 +745,23 @@ _Fix = _option(Optional[list[str]], '--fix', metavar='KIND',
 _Output = _option(Optional[Path], '--output', '-o', metavar='FOLDER',
                   help='Write the data set to this folder, with its report and every row left out.')
 
+# %% ../nbs/93_cli.ipynb #48f15039
+def _source_and_overrides(source, overrides, config, preset):
+    "The two as typed; with a config that names the data, the first word may be an override."
+    words = [w for w in (source, *(overrides or [])) if w is not None]
+    sections = '|'.join(f.name for f in dataclasses.fields(RunConfig))
+    if (config or preset) and words and re.match(rf'({sections})\.\w+=', words[0]): return None, words
+    if not words and not (config or preset):
+        raise ConfigError("SOURCE is missing: give a file, a folder or a Hub id, or --config FILE that names the data; "
+                          "to look around, llama-nb data sample")
+    return (words[0], words[1:]) if words else (None, [])
+
 # %% ../nbs/93_cli.ipynb #03475043
 def _data_config(source, overrides, model, config, preset):
     "The config of `data`."
-    named = [f'data.dataset_name={json.dumps(source)}']
+    named = [f'data.dataset_name={json.dumps(source)}'] if source else []
     if source == 'sample': named = ['data.dataset_name=both', 'data.data_path=sample']
-    elif preset or config: named.append('data.data_path=null')
+    elif source and (preset or config): named.append('data.data_path=null')
     if model or not (preset or config): named.append(f'model.model_name={json.dumps(model or "demo")}')
     return _resolve(config, preset, [*named, *(overrides or [])])
 
@@ -767,11 +783,12 @@ def _refusal(bad):
 
 @app.command('data', epilog=_examples("llama-nb data chats.jsonl --fix all -o clean"))
 @_command
-def _data(source:_Source, overrides:_Overrides=None, show:_Show=1, model:_DataModel=None, config:_ConfigFile=None,
+def _data(source:_Source=None, overrides:_Overrides=None, show:_Show=1, model:_DataModel=None, config:_ConfigFile=None,
           preset:_Preset=None, check:_Check=True, fix:_Fix=None, output:_Output=None, as_json:_Json=False):
     "Report on a data set: bad rows, findings in the texts, and which tokens would be taught."
-    cfg = _data_config(source, overrides, model, config, preset)
-    tell(f'reading {source}', on_screen_only=True)
+    source, overrides = _source_and_overrides(source, overrides, config, preset)
+    cfg, what = _data_config(source, overrides, model, config, preset), source or f'the data of {config or preset}'
+    tell(f'reading {what}', on_screen_only=True)
     from llama_nb.quality import BAD_ROWS, fixes
     wanted = fixes(fix or ())
     found, error = _read_all(cfg)
@@ -781,11 +798,11 @@ def _data(source:_Source, overrides:_Overrides=None, show:_Show=1, model:_DataMo
     if (check or fix) and found.train: found = _checked(found, cfg, wanted)
     written = _write(found, output, allowed) if output else []
     masks, views = _masks(joined(found.train, found.validation), cfg, show) if show and found.train else ({}, [])
-    go_on = _next(source, overrides or [], cfg, found, error, allowed, wanted, output,
+    go_on = _next(source, overrides, cfg, found, error, allowed, wanted, output,
                   written if allowed else [], model, preset, config)
     code = 0 if allowed else DataError.exit_code
     if code and not (_terminal.get() or sys.stdout).isatty(): # for the log of a script; a single fault is one line
-        fault = DataError(f'{source}: {refused}', bad)
+        fault = DataError(f'{what}: {refused}', bad)
         _fail(fault if len(bad) > 1 else DataError(one_line(fault, 400)))
     if as_json:
         extra = {'masks': masks, 'shown': views, 'written': written, 'next': go_on}

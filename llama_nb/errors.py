@@ -68,16 +68,25 @@ class DataError(LlamaNbError, ValueError):
         return '\n'.join([self.message, *(f'  {line}' for line in fault_lines(self.faults))])
 
 # %% ../nbs/00_errors.ipynb #ccec5cfa
+_ROW = re.compile(r':(\d+)')
+
+def _as_one(group):
+    "Several faults that differ in the row only, as one line with the other rows."
+    spans = []
+    for row in (int(_ROW.search(fault)[1]) for fault in group[1:]):
+        if spans and row == spans[-1][1] + 1: spans[-1][1] = row
+        else: spans.append([row, row])
+    rows = ', '.join(f'{a}' if a == b else f'{a}-{b}' for a,b in spans)
+    return f'{group[0]} (and {len(group) - 1} more rows: {rows if len(rows) < 60 else rows[:58] + "…"})'
+
 def fault_lines(
     faults, # One entry per fault: anything whose `str` is a line with file, row and problem
     most:int=20, # Lines to show
 )->list[str]: # The lines; five or more that differ in the row only are one
     "Faults as lines."
-    groups = {}
-    for fault in map(str, faults): groups.setdefault(re.sub(r':\d+', ':', fault, count=1), []).append(fault)
-    lines = []
-    for group in groups.values():
-        lines += group if len(group) < 5 else [f'{group[0]} (and {len(group) - 1} more rows like it)']
+    groups, lines = {}, []
+    for fault in map(str, faults): groups.setdefault(_ROW.sub(':', fault, count=1), []).append(fault)
+    for group in groups.values(): lines += [_as_one(group)] if len(group) > 4 and _ROW.search(group[0]) else group
     return lines[:most] + [f'… and {len(lines) - most:,} more']*(len(lines) > most)
 
 # %% ../nbs/00_errors.ipynb #f99ba6ce

@@ -6,20 +6,24 @@
 __all__ = ['AuditFault', 'AuditReport', 'audit']
 
 # %% ../nbs/39_auditing.ipynb #4edc77d5
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from .conversation import as_conversation, Example, IGNORE_INDEX, Span
-from .dialogue import encode
-from .errors import ConfigError, DataError, did_you_mean, shorten
+from .data import load_data
+from .dialogue import check_train_on, encode, message_texts
+from .errors import ConfigError, DataError, did_you_mean, one_line, redact, shorten
 from .masks import show_mask
 from .prepared import (
     as_list, BATCH_FIELDS, iterate_rows, MASK_FIELDS, prepared_row, PreparedRow, read_prepared)
 from llama_nb.row_faults import (
     check_part, check_row, content_range, guess_tool, repair, RowPart, shown_text, TOOLS, Turn, turn_grammar,
     TurnGrammar)
+from .store import joined
 from .template import ChatTemplate
 from .views import escape, progress, table, View
 
@@ -40,21 +44,38 @@ def _content_spans(example:Example)->dict[int,Span]:
     return found
 
 # %% ../nbs/39_auditing.ipynb #8f3a3a84
+_WRITTEN = ('<|python_tag|>', '<think>', '</think>', '<tool_call>', '</tool_call>')
+
 class _Book:
-    "Conversations, found by their ids or by their first question."
+    "Conversations, found by their ids, by their text or by their first question."
     def __init__(self, g:TurnGrammar, conversations, train_on:str):
-        self.grammar, self.made, self.by_ids, self.by_question, self.used, self.bad = g, [], {}, {}, set(), 0
+        self.grammar, self.made, self.by_ids, self.by_text, self.by_question, self.used = g, [], {}, {}, {}, set()
+        self.control, self.bad, self.why = {}, 0, ''
+        names = sorted((t for t in g.special.values() if t not in _WRITTEN), key=len, reverse=True)
+        self.names, self.special = re.compile('|'.join(map(re.escape, names)) or '(?!)'), {t: i for i,t in g.special.items()}
         for c in conversations: self.add(c, train_on)
+        if self.bad and not self.made: raise DataError(f'conversations: none of {self.bad:,} can be encoded; the first: {self.why}')
 
     def add(self, conversation, train_on:str):
         "Encode one more conversation; one that cannot be encoded is counted."
-        try: e = encode(as_conversation(conversation), self.grammar.tokenizer, self.grammar.template, train_on)
-        except DataError:
-            self.bad += 1
+        try:
+            conv = as_conversation(conversation)
+            e = encode(conv, self.grammar.tokenizer, self.grammar.template, train_on)
+        except DataError as error:
+            self.bad, self.why = self.bad + 1, self.why or one_line(error, 120)
             return
-        self.by_ids.setdefault(tuple(e.input_ids), []).append(len(self.made))
-        self.by_question.setdefault(self.question(e), []).append(len(self.made))
+        n = len(self.made)
+        self.by_ids.setdefault(tuple(e.input_ids), []).append(n)
+        self.by_question.setdefault(self.question(e), []).append(n)
         self.made.append(e)
+        typed = self.names.findall('\n'.join(t for m in conv.messages for t in message_texts(m).values()))
+        if typed: self.note(n, e, typed)
+
+    def note(self, n:int, e:Example, typed:list[str]):
+        "Keep the control tokens that stand in the texts of a conversation; as tokens they would hide its question."
+        self.control[n] = {self.special[t] for t in typed}
+        self.by_text.setdefault(self.grammar.decode(e.input_ids).strip(), []).append(n)
+        self.by_question.setdefault(self.names.split(self.question(e))[0].strip(), []).append(n)
 
     def question(self, e:Example)->str:
         "The first text of a user."
@@ -76,7 +97,8 @@ def _common_start(a:list, b:list)->int:
 def _find(book:_Book, p:RowPart, turns:list[Turn])->int|None:
     "The conversation of this part of a row; one that no row has had comes first."
     ids = p.ids[p.start:p.end]
-    found = book.by_ids.get(tuple(ids)) or book.by_question.get(_first_question(book.grammar, p, turns), [])
+    found = book.by_ids.get(tuple(ids)) or book.by_text and book.by_text.get(book.grammar.decode(ids).strip())
+    found = found or book.by_question.get(_first_question(book.grammar, p, turns), [])
     def rank(n): return n not in book.used, _common_start(book.made[n].input_ids, ids)
     best = max(found, key=rank, default=None) if len(found) > 1 else next(iter(found), None)
     if best is not None: book.used.add(best)
@@ -123,6 +145,31 @@ def _compare(book:_Book, p:RowPart, turns:list[Turn], e:Example):
         other = _first_question(g, p, after) in book.by_question
         yield ('neighbours visible', 'another conversation follows without a border') if other else (
             'control token from content', f'{len(got)} answers, {len(want)} in the conversation')
+
+# %% ../nbs/39_auditing.ipynb #418c54ec
+def _control_beside(book:_Book, p:RowPart, n:int):
+    "Yield a fault if a control token that is text in the conversation is a token in the row."
+    g, got, want = book.grammar, p.ids[p.start:p.end], book.made[n].input_ids
+    def inner(ids): # without what a tool adds at the end
+        end = len(ids)
+        while end and (ids[end-1] in g.special or g.blank(ids[end-1])): end -= 1
+        return Counter(ids[:end])
+    found, wanted = inner(got), inner(want)
+    more = next((i for i in book.control.get(n, ()) if found[i] > wanted[i]), None)
+    if more is None: return
+    at = next((k for k in range(min(len(got), len(want))) if got[k] != want[k]), 0)
+    yield 'control token from content', f'{g.special[more]} is text in the conversation; {shown_text(g, got[max(at-6, 0):at+12])}'
+
+# %% ../nbs/39_auditing.ipynb #1b0e6d04
+def _other_context(book:_Book, p:RowPart, turns:list[Turn], e:Example)->str:
+    "The role of the first turn of the context that differs from the conversation; empty if none does."
+    g = book.grammar
+    def texts(ids, found):
+        said = [(t.role, g.decode(ids[t.begin:t.close if t.close >= 0 else t.end])) for t in found]
+        return [(role, re.sub(r'(Today|Cutting Knowledge) Date:.*', '', text).strip()) for role,text in said if role != 'assistant']
+    got, want = texts(p.ids, turns), texts(e.input_ids, g.turns(e.input_ids, 0, len(e)))
+    if want and got[:1] and got[0][0] == 'system' != want[0][0]: got = got[1:] # some templates write one of their own
+    return next((w[0] for x,w in zip(got, want) if x != w), '')
 
 # %% ../nbs/39_auditing.ipynb #893014dc
 class AuditFault(NamedTuple):
@@ -255,6 +302,7 @@ class _Audit:
         self.grammar, self.book, self.train_on, self.faults, self.columns, self.own = g, book, train_on, [], {}, 0
         self.total = self.conversations = self.tokens = self.taught = self.unlabelled = self.skipped = 0
         self.several = self.only_last = self.open = self.closed = 0
+        self.context = [] # rows whose context differs
         self.worst = (0, None, None)
 
     def add(self, row:PreparedRow, columns:Mapping):
@@ -282,7 +330,10 @@ class _Audit:
         found = list(check_part(self.grammar, p, turns))
         if not book or not turns: return found
         if n is None: return [*found, ('no such conversation', shown_text(self.grammar, p.ids[p.start:p.end]))]
-        beside = list(_compare(book, p, turns, book.made[n]))
+        beside = [*_control_beside(book, p, n), *_compare(book, p, turns, book.made[n])]
+        beside = list({kind: (kind, problem) for kind,problem in reversed(beside)}.values())[::-1] if n in book.control else beside
+        if not any(kind == 'control token from content' for kind,_ in [*found, *beside]):
+            if role := _other_context(book, p, turns, book.made[n]): self.context.append((row.name, role))
         if any(kind in _NO_END for kind,_ in beside): # it knows better why the last answer has no end
             last = max((k for k,f in enumerate(found) if f[0] in _NO_END), default=None)
             if last is not None: del found[last]
@@ -318,6 +369,9 @@ def _settled(a:_Audit, strict:bool)->tuple[list,list]:
         faults = [f._replace(kind='end of turn missing') if f.kind == 'answer cut' else f for f in faults]
     if a.unlabelled:
         notes.append(f'{a.unlabelled:,} rows have neither labels nor a mask: collators then teach every token')
+    if a.context:
+        row, role = a.context[0]
+        notes.append(f'{len({r for r,_ in a.context}):,} rows have another context than their conversation; first: row {row}, {role}')
     if a.own: notes.append(f'{a.own:,} rows carry their messages, and were compared with them')
     unread = [str(c) for c in a.columns if c not in _READ and not (a.own and c in _TEXTS)]
     if unread: notes.append(f"columns that were not looked at: {', '.join(unread)}")
@@ -340,10 +394,41 @@ def _of_trainer(prepared, tokenizer):
         raise ConfigError(f'tokenizer: expected a tokenizer, got a name; use load_tokenizer({tokenizer!r})')
     return prepared, tokenizer
 
+# %% ../nbs/39_auditing.ipynb #63ee32df
+def _of_splits(conversations):
+    "The conversations of one split. Raises `DataError` if there are several."
+    if hasattr(conversations, 'train') and hasattr(conversations, 'validation'):
+        return joined(conversations.train, conversations.validation)
+    if not isinstance(conversations, Mapping): return conversations
+    if {'messages', 'conversations', 'prompt'} & set(conversations): return [conversations] # one row
+    if len(conversations) == 1: return next(iter(conversations.values()))
+    names = shorten(', '.join(map(str, conversations)) or 'nothing', 60)
+    raise DataError(f'conversations: expected one split, found {names}; pass one of them')
+
+def _conversations(conversations):
+    "Conversations to compare with, read by our reader where they are no chats yet."
+    chats = _of_splits(conversations)
+    if isinstance(chats, (str, Path)): return _read_chats(chats)
+    if hasattr(chats, 'iterrows') or hasattr(chats, 'to_pylist'): return _read_chats(chats) # a DataFrame or an Arrow table
+    if not hasattr(chats, '__iter__') or isinstance(chats, bytes):
+        raise DataError(f'conversations: expected chats, rows or a path, found {type(chats).__name__}')
+    chats = chats if hasattr(chats, '__len__') else list(chats)
+    first = next(iter(chats), None)
+    if first is None: raise DataError('conversations: there are none')
+    try: as_conversation(first)
+    except DataError: return _read_chats(chats)
+    return chats
+
+def _read_chats(source):
+    "Conversations out of a file or rows, by our reader. Raises `DataError` that names them."
+    try: found = load_data(source, val_size=0)
+    except DataError as e: raise DataError(f'conversations: {one_line(e, 160)}') from None
+    return joined(found.train, found.validation)
+
 # %% ../nbs/39_auditing.ipynb #34d95072
 def audit(
     prepared, # Rows with `input_ids`: a `Dataset`, a list, a `DataLoader`, a batch, a trainer; or a path
-    conversations=None, # The conversations they were made from, in any order; `None`: look at ids and labels alone
+    conversations=None, # What they were made from, in any order: chats, rows, a path; `None`: look at ids and labels alone
     tokenizer=None, # The tokenizer they were made with; `None`: that of the trainer or the loader
     template:str|ChatTemplate='auto', # As in `get_template`; `'auto'` also tries the named ones
     train_on:str|None=None, # As in `encode`; `None`: every answer, or the last one if all rows do that
@@ -355,20 +440,26 @@ def audit(
     if tool and tool not in TOOLS:
         near = did_you_mean(tool, TOOLS)
         raise ConfigError(f"tool: {shorten(repr(tool), 40)} is not one of {', '.join(TOOLS)}{near}")
+    if train_on is not None: check_train_on(train_on)
+    conversations = None if conversations is None else _conversations(conversations)
+    place = f'{redact(prepared)}: ' if isinstance(prepared, (str, Path)) else ''
     prepared, tokenizer = _of_trainer(prepared, tokenizer)
     counted = hasattr(prepared, '__len__') and not isinstance(prepared, Mapping)
     rows, first = iterate_rows(prepared), []
+    def read(name, x):
+        try: return prepared_row(name, x)
+        except DataError as e: raise DataError(place + e.message) from None
     for name,x in rows:
         first.append((name, x))
         if len(first) == 20: break
     if not first: raise DataError('audit: the set is empty')
-    g, remark = turn_grammar(tokenizer, template, [prepared_row(name, x) for name,x in first])
+    g, remark = turn_grammar(tokenizer, template, [read(name, x) for name,x in first])
     wanted = train_on or 'assistant'
     def shown(): return progress(conversations, 'encoding the conversations', unit='conversation')
     found = _Audit(g, None if conversations is None else _Book(g, shown(), wanted), wanted)
     with progress(what='auditing', total=len(prepared) if counted else None, unit='row') as bar:
         for part in (first, rows):
-            for name,x in part: found.add(prepared_row(name, x), x), bar.update(1)
+            for name,x in part: found.add(read(name, x), x), bar.update(1)
     faults, notes = _settled(found, train_on is not None)
     bad = {f.row for f in faults}
     picture = show_mask(found.worst[2], tokenizer) if found.worst[1] in bad else None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'TRAIN_ON', 'TRAIN_PARTS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS',
-           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'detail_parts', 'train_flag',
-           'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools', 'MessageFault', 'as_fault',
+           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'detail_parts',
+           'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools', 'MessageFault', 'as_fault',
            'carries_meaning', 'may_be_mask', 'read_message', 'as_conversation', 'conversation_hash', 'Span', 'Example']
 
 # %% ../nbs/20_conversation.ipynb #5e14a069
@@ -103,10 +103,20 @@ def as_calls(
     return tuple(_call(c, f'tool_calls[{i}]', clean) for i,c in enumerate(calls) if c is not None)
 
 # %% ../nbs/20_conversation.ipynb #530cf981
+def unique_keys(
+    pairs:list, # Pairs of key and value, as `json` passes them to its `object_pairs_hook`
+)->dict: # The JSON object
+    "A JSON object without repeated keys. Raises `ValueError` that names one."
+    found = {}
+    for key,value in pairs:
+        if key in found: raise ValueError(f'key {shorten(repr(key), 30)} appears twice in one object')
+        found[key] = value
+    return found
+
 def _json_value(text:str, where:str):
     "The value of a JSON text. Raises `DataError`."
     def constant(word): raise ValueError(f'{word} is not JSON')
-    try: return json.loads(text, parse_constant=constant)
+    try: return json.loads(text, parse_constant=constant, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e:
         raise DataError(f'{where}: not valid JSON ({shorten(e, 60)}); found {shorten(repr(text), 40)}') from None
 

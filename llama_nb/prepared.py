@@ -39,9 +39,20 @@ def _flat(x, size:int)->list|None:
 # %% ../nbs/37_prepared.ipynb #af22dbea
 MASK_FIELDS = ('assistant_masks', 'completion_mask', 'assistant_mask', 'loss_mask')
 
+def _whole_numbers(name:str, field:str, values, least:int)->list[int]:
+    "A list of whole numbers. Raises `DataError` for anything else."
+    values = as_list(values)
+    if not isinstance(values, (list, tuple)):
+        raise DataError(f'row {name}: {field}: expected a list, got {shorten(repr(values), 40)}')
+    for k,i in enumerate(values):
+        if not isinstance(i, int):
+            raise DataError(f'row {name}: {field} are not all whole numbers; place {k} holds {shorten(repr(i), 30)}')
+        if not least <= i < 2**31: raise DataError(f'row {name}: {field}: {shorten(i, 30)} at place {k} is no token id')
+    return list(values)
+
 def _labels(name:str, row:Mapping, ids:list)->list:
     "The labels of a row: its own, or its ids where all its masks are 1, or all its ids, as the collators do it."
-    if row.get('labels') is not None: return list(as_list(row['labels']))
+    if row.get('labels') is not None: return _whole_numbers(name, 'labels', row['labels'], IGNORE_INDEX)
     masks = [list(as_list(row[m])) for m in MASK_FIELDS if row.get(m) is not None]
     for mask in masks:
         if len(mask) != len(ids): raise DataError(f'row {name}: a mask of {len(mask)} values for {len(ids)} input_ids')
@@ -71,12 +82,17 @@ def _starts(row:Mapping, size:int)->list[int]|None:
 # %% ../nbs/37_prepared.ipynb #23e928da
 def prepared_row(name:str, row:Mapping)->PreparedRow:
     "Read one row. Raises `DataError` if it is not a prepared one."
+    try: return _prepared_row(name, row)
+    except (TypeError, ValueError, KeyError, IndexError) as e:
+        raise DataError(f'row {name}: cannot be read ({type(e).__name__}: {shorten(e, 80)})') from None
+
+def _prepared_row(name:str, row:Mapping)->PreparedRow:
+    "Read one row."
     if row.get('input_ids') is None:
         found = shorten(', '.join(map(str, row)) or 'nothing', 60)
         raise DataError(f'row {name}: no input_ids; found {found}; audit reads prepared rows, '
                         'for conversations use `llama-nb data` or verify_masks')
-    ids = list(as_list(row['input_ids']))
-    if not all(isinstance(i, int) for i in ids): raise DataError(f'row {name}: input_ids are not all whole numbers')
+    ids = _whole_numbers(name, 'input_ids', row['input_ids'], 0)
     mask = _flat(row.get('attention_mask'), len(ids))
     square = bool(mask) and isinstance(mask[0], (list, tuple))
     padding = None if not mask or square else [not m for m in mask]
@@ -116,6 +132,7 @@ def iterate_rows(prepared, part:str=''):
         for name,rows in prepared.items(): yield from iterate_rows(rows, str(name))
         return
     elif isinstance(prepared, Mapping) or hasattr(prepared, 'input_ids'): prepared = [prepared]
+    if isinstance(prepared, (str, bytes)) or not hasattr(prepared, '__iter__'): _as_mapping(prepared) # raises
     count = 0
     for x in prepared:
         for row in _unbatched(_as_mapping(x)):
@@ -153,15 +170,22 @@ _KINDS_OF_FILE = ('.jsonl', '.ndjson', '.json', '.parquet', '.arrow')
 def read_prepared(
     path, # A folder of `save_to_disk`, or a .arrow, .parquet, .jsonl or .json file, or a folder of such files
 ): # Rows, or rows by part, for `audit`
-    "Open a prepared training set. Raises `DataError` if there is none."
+    "Open a prepared training set. Raises `DataError` if there is none, or it is damaged."
     path = Path(path).expanduser()
+    try: return _read_prepared(path)
+    except UnicodeDecodeError as e: raise DataError(f'{redact(path)}: not UTF-8 text (byte {e.start}); save it as UTF-8') from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f'{redact(path)}: damaged, or no prepared set ({shorten(e, 80)})') from None
+
+def _read_prepared(path:Path):
+    "Open a prepared training set."
     if not path.exists(): raise DataError(f'{redact(path)}: no such file or folder')
     if path.is_file(): return _read_file(path)
     if (path/'dataset_dict.json').is_file() or (path/'state.json').is_file():
         from datasets import load_from_disk
         return load_from_disk(str(path))
     below = [p for p in sorted(path.iterdir()) if (p/'state.json').is_file()] # one folder per configuration
-    if len(below) == 1: return read_prepared(below[0])
+    if len(below) == 1: return _read_prepared(below[0])
     if below: raise DataError(f"{redact(path)}: {len(below)} sets; name one of {', '.join(p.name for p in below)}")
     files = [p for p in sorted(path.iterdir()) if p.suffix in _KINDS_OF_FILE]
     if not files: raise DataError(f'{redact(path)}: no prepared set in this folder')

@@ -21,6 +21,7 @@ from .dialogue import encode, message_texts
 from .errors import ConfigError, DataError, did_you_mean, import_extra, shorten
 from .segments import get_template
 from .store import joined, select
+from .verification import written_notes
 from .views import progress
 
 # %% ../nbs/34_quality.ipynb #49927a7a
@@ -309,9 +310,9 @@ def _by_language(parts):
     found = [Finding('other language', *place(k), every[k].row, codes[k]) for k in _off_language(codes)]
     return found, codes, 'py3langid on the first 500 characters'
 
-def _by_length(parts, encoded, max_length):
-    "Findings, and the lengths of every conversation that can be encoded."
-    found, measured = [], {}
+def _by_length(parts, encoded, max_length, noted):
+    "Findings, the lengths of every conversation that can be encoded, and what the template leaves out of it."
+    found, measured, notes = [], {}, {}
     for part,items in parts.items():
         for i,c in enumerate(progress(items, 'counting tokens', unit='conversation')):
             try: m = measured[part, i] = _measure(c, encoded, max_length)
@@ -319,8 +320,9 @@ def _by_length(parts, encoded, max_length):
                 detail = shorten(e.message.removeprefix(f'{c.row} '), 120)
                 found.append(Finding('not encodable', part, i, c.row, detail))
                 continue
+            if said := noted(c): notes[part, i] = said
             if m[2]: found.append(Finding('too long', part, i, c.row, f'{m[0]:,} tokens'))
-    return found, measured
+    return found, measured, notes
 
 # %% ../nbs/34_quality.ipynb #9a4b2b2d
 BAD_ROWS = 'bad rows'
@@ -339,7 +341,7 @@ def fixes(
     return out
 
 # %% ../nbs/34_quality.ipynb #94150557
-def _checked_report(data, kept, gone, found, tokens, overflow, lengths, codes, how):
+def _checked_report(data, kept, gone, found, tokens, overflow, lengths, codes, how, notes):
     "The report about what is kept: the numbers of the reading, and the findings about conversations that stayed."
     dropped = Counter(f'removed: {f.kind}' for f in gone.values())
     report = data_report(kept['train'], kept['validation'], [data.train], data.report.settings, dropped)
@@ -348,7 +350,7 @@ def _checked_report(data, kept, gone, found, tokens, overflow, lengths, codes, h
     order = list(CHECKS)
     left = sorted((f for f in found if (f.part, f.index) not in gone), key=lambda f: order.index(f.kind))
     spoken = dict(Counter(code or 'unsure' for code in codes).most_common())
-    return replace(report, **same, notes={**data.report.notes, **report.notes}, tokens=tokens, overflow=overflow,
+    return replace(report, **same, notes={**data.report.notes, **report.notes, **notes}, tokens=tokens, overflow=overflow,
                    lengths=lengths, languages=spoken, checked=how, findings=tuple(left))
 
 # %% ../nbs/34_quality.ipynb #5e8a99da
@@ -364,13 +366,14 @@ def check_data(
     "Check the texts of a data set and report on them. Raises `ConfigError` for an unknown kind."
     fix = fixes(fix)
     if not isinstance(data, DataSplits): data = load_data(data, **(dict(on_bad='skip') if BAD_ROWS in fix else {}))
-    parts, measured = dict(train=data.train, validation=data.validation), {}
+    parts, measured, notes = dict(train=data.train, validation=data.validation), {}, {}
     copies, repeats = _copies(parts, threshold)
     foreign, codes, language = _by_language(parts)
     found = [*copies, *_contents(parts), *foreign]
     if tokenizer is not None:
         encoded = partial(encode, tokenizer=tokenizer, template=template, train_on=train_on)
-        long, measured = _by_length(parts, encoded, max_length)
+        noted = partial(written_notes, tokenizer=tokenizer, template=template)
+        long, measured, notes = _by_length(parts, encoded, max_length, noted)
         found += long
     gone = {(f.part, f.index): f for f in found if f.kind in fix}
     def left(part, items): return select(items, (i for i in range(len(items)) if (part, i) not in gone))
@@ -381,5 +384,5 @@ def check_data(
     if measured: tokens, overflow = _token_facts(measured, max_length, get_template(tokenizer, template).name)
     codes = [code for k,code in zip(keys, codes) if k not in gone]
     report = _checked_report(data, kept, gone, found, tokens, overflow, tuple(m[0] for m in measured.values()), codes,
-                             dict(repeats=repeats, language=language))
+                             dict(repeats=repeats, language=language), sum((n for k,n in notes.items() if k not in gone), Counter()))
     return DataSplits(kept['train'], kept['validation'], report, tuple(gone.values()))

@@ -127,6 +127,7 @@ class TurnGrammar(_Vocabulary):
         plain = probes[_PROBES[0]].input_ids
         turns = self.turns(plain, 0, len(plain))
         self.closes = {t.role for t in turns if t.close >= 0} | {'system', 'tool'} # roles whose turns have an end token
+        self.ends = frozenset(plain[t.close] for t in turns if t.close >= 0) # the end tokens it writes itself
         self.starts_with_bos = self.bos is not None and plain.count(self.bos) == 1 # Llama 2 writes one per question
         for stem in [h[0] for found in self.first.values() for h in found]: # headers that follow a control token only
             places = [t.open for t in turns[1:] if tuple(plain[t.open:t.open+len(stem)]) == stem]
@@ -249,12 +250,19 @@ def _check_answer(g:TurnGrammar, p:RowPart, t:Turn):
 # %% ../nbs/38_row_faults.ipynb #49334259
 _WRITTEN_IN_ANSWERS = ('<|python_tag|>', '<think>', '</think>', '<tool_call>', '</tool_call>')
 
+def _second_ends(g:TurnGrammar, p:RowPart, t:Turn)->list[int]:
+    "Where the template's own end token follows another one: the first came from content. Padding is not taught."
+    if t.close < 0: return []
+    last = t.end == p.end
+    return [k for k in range(t.close + 1, t.end) if p.ids[k] in g.ends and not (last and p.count(k, k + 1) == 0)][:1]
+
 def _check_control(g:TurnGrammar, p:RowPart, t:Turn):
     "Yield a fault if content of a turn became control tokens."
     ids, inside = p.ids, t.close if t.close >= 0 else t.end
     fine = (g.bos, g.eos, g.pad, *g.stops)
     wrong = [k for k in range(t.begin, inside) if ids[k] in g.special and g.special[ids[k]] not in _WRITTEN_IN_ANSWERS]
-    wrong = [k for k in wrong if not all(i in fine or g.blank(i) for i in ids[k:t.end])] # not a start token at the end
+    if t.close < 0: wrong = [k for k in wrong if not all(i in fine or g.blank(i) for i in ids[k:t.end])] # a start token at the end
+    wrong += _second_ends(g, p, t)
     after = [k for k in range(inside + 1, t.end) if ids[k] not in fine and not g.blank(ids[k])] if t.close >= 0 else []
     rest = tuple(ids[after[0]:t.end]) if after and t.end == p.end else ()
     if rest and any(h[:len(rest)] == rest for h in g.headers): after = [] # the row ends in a header
@@ -297,7 +305,11 @@ def _kept(g:TurnGrammar, row:PreparedRow)->tuple[int,int]:
 def _begins(g:TurnGrammar, ids:list, start:int, end:int)->list[int]:
     "Where conversations begin inside these tokens, the first one left out."
     found = []
-    if g.starts_with_bos: found = [k for k in range(start + 1, end) if ids[k] == g.bos and ids[k-1] != g.bos]
+    def opens(k): # a header follows, or nothing
+        while k < end and g.blank(ids[k]): k += 1
+        return k == end or not g.opens_plain or any(tuple(ids[k:k+len(h)]) == h[:end-k] for h in g.headers)
+    if g.starts_with_bos:
+        found = [k for k in range(start + 1, end) if ids[k] == g.bos and ids[k-1] != g.bos and opens(k + 1)]
     if found: return found
     turns = g.turns(ids, start, end)
     if not turns or turns[0].role != 'system': return []
@@ -362,6 +374,7 @@ def _try_grammar(tokenizer, template)->TurnGrammar|None:
 def turn_grammar(tokenizer, template, sample:list[PreparedRow])->tuple[TurnGrammar,str]:
     "The grammar that these rows follow, and a remark if it is not the one of `template`."
     def answers(g): return sum(t.role == 'assistant' for r in sample for t in g.turns(r.ids, 0, len(r.ids)))
+    if template != 'auto': get_template(tokenizer, template) # raises for an unknown one
     own = _try_grammar(tokenizer, template)
     if own and (answers(own) or template != 'auto'): return own, ''
     others = [g for name in TEMPLATES if (g := _try_grammar(tokenizer, name))]

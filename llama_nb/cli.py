@@ -470,11 +470,12 @@ def _evaluate(run:_Run, overrides:_Overrides=None, data:_EvalData=None, name:_Ev
               allow_trained:_AllowTrained=False, max_perplexity:_MaxPerplexity=None, fail_under:_FailUnder=None,
               data_text:_DataText=True, by:_By=None, everything:_All=False, as_json:_Json=False):
     "Compare base and tuned model on the held-out conversations of a run, or on a file of your own."
-    from llama_nb.runs import scores_name
+    from llama_nb.runs import run_of, scores_name
     thresholds, overrides = _thresholds(fail_under, max_perplexity), overrides or []
     cfg = _evaluation_config(run, overrides)
-    if bool(data) != bool(name): raise ConfigError('--data FILE and --name NAME go together')
-    scores_name(cfg, cfg, name, data) # refused before the long part, like a threshold that nothing measures
+    checkpoint = run_of(run)[1]
+    if bool(data) != bool(name) and (data or not checkpoint): raise ConfigError('--data FILE and --name NAME go together')
+    scores_name(cfg, cfg, name, data, checkpoint) # refused before the long part, like a threshold that nothing measures
     _check_thresholds(thresholds, cfg.evaluation.metrics)
     tell(f'evaluating {redact(run)}: reading {redact(data) if data else "its held-out conversations"}') # imports take seconds
     from llama_nb.evaluation import evaluate_saved

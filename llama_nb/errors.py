@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import re
+import sys
 import traceback
 from pathlib import Path
 
@@ -206,5 +207,17 @@ def import_extra(
         raise ImportError(f'{module} is not installed; {remedy}') from None
 
 # %% ../nbs/00_errors.ipynb #3a71b017
+class _Screen(logging.Handler):
+    "Shows a warning that no other handler takes, in the cell or on stderr."
+    def emit(self, record):
+        log = logger
+        while log is not None:
+            others = [h for h in log.handlers if h is not self and not isinstance(h, logging.NullHandler)]
+            if any(h.level <= record.levelno for h in others): return
+            log = log.parent if log.propagate else None
+        out = sys.stdout if 'ipykernel' in sys.modules else sys.stderr
+        try: print(' '.join(record.getMessage().splitlines()), file=out, flush=True)
+        except Exception: self.handleError(record)
+
 logger = logging.getLogger('llama_nb')
-logger.addHandler(logging.NullHandler())
+if not any(type(h).__name__ == '_Screen' for h in logger.handlers): logger.addHandler(_Screen(logging.WARNING))

@@ -36,7 +36,8 @@ from llama_nb.metrics import (
     rouge_signature)
 from .model import load_model, load_tuned
 from .report import EvaluationReport, LABELS, STATISTICS
-from .runs import last_step, Run, scores_name, trained_rows
+from .checkpoints import MANIFEST
+from .runs import last_step, Run, run_of, scores_name, trained_rows
 from .segments import get_template
 from .views import stage, tell
 from .store import changed
@@ -380,13 +381,16 @@ def evaluate_held_out(
     data_text:bool=True, # Save texts of the data too; False: scores, rows and replies only
     examples:Sequence|None=None, # As in `EvaluationFramework.evaluate`
     trained:set|None=None, # `conversation_hash`es of what the model was trained on; `None`: not known
+    step:int|None=None, # Training step of the model, for the report; `None`: the last one of the run
 )->EvaluationReport: # Base and tuned, with intervals and differences
     "Compare a run's model with its base. Raises `DataError` if no conversation was held out."
     if not len(conversations): raise DataError('no conversations were held out; give some, e.g. data.val_size=0.1')
     device = next(model.parameters()).device
     def load_16bit(): return load_model(replace(config.model, use_4bit=False, load_in_8bit=False), device=device)
     about = {}
-    if run is not None: about = {'run': run.folder.resolve().name, 'date': date.today().isoformat(), 'step': last_step(run)}
+    if run is not None:
+        step = last_step(run) if step is None else step
+        about = {'run': run.folder.resolve().name, 'date': date.today().isoformat(), 'step': step}
     quantised = config.model.use_4bit or config.model.load_in_8bit
     framework = EvaluationFramework(
         model, tokenizer, config.evaluation, load_16bit if quantised else None, config.data.template,
@@ -424,9 +428,14 @@ def _refuse_trained(conversations:Sequence, trained:set, source):
         f'{redact(source)}: {len(seen)} of {len(conversations)} conversations were trained on (first: {seen[0].row}), '
         'so their scores would show memory; leave them out, or allow them with allow_trained (--allow-trained)')
 
+# %% ../nbs/65_evaluation.ipynb #4035eb6b
+def _is_loose(run:Run)->bool:
+    "Whether a folder is a checkpoint that was copied out of its run; nothing is written into it."
+    return (run.folder/MANIFEST).is_file() and not run.path.is_file()
+
 # %% ../nbs/65_evaluation.ipynb #a192a37c
 def evaluate_saved(
-    folder, # Folder of a finished run, or a `Run`
+    folder, # Folder of a finished run, a `Run`, or a checkpoint, whose scores go to `eval/checkpoint-N` of its run
     config:RunConfig|None=None, # Settings to use, e.g. with another base; `None`: those of the run
     conversations:Sequence|None=None, # What to measure on; `None`: `data`, or what the run held out
     name:str|None=None, # Folder below `eval/`; `None`: `validation`, and e.g. `validation-16bit` for another precision
@@ -439,10 +448,11 @@ def evaluate_saved(
     """Load the model of a run and its held-out conversations, and compare it with its base.
 
     Raises `DataError` for `data` that the run was trained on, or if nothing was held out, `ConfigError` for a name."""
-    run = Run(folder)
-    own, trained = load_config(run.folder/'config.yaml'), trained_rows(run)
+    run, checkpoint = run_of(folder)
+    measured = checkpoint or run.folder
+    own, trained = load_config(measured/'config.yaml'), trained_rows(run)
     config = config or own
-    name = scores_name(own, config, name, data)
+    name = scores_name(own, config, name, data, checkpoint)
     if conversations is None:
         config, conversations = _to_measure(config, data, num_samples)
         moved = (config.data.dataset_name, config.data.data_path) != (own.data.dataset_name, own.data.data_path)
@@ -453,8 +463,12 @@ def evaluate_saved(
         raise DataError(f'{redact(run.folder)}: no conversations were held out in training; measure others, '
                         'with data and name (--data FILE --name NAME)')
     with stage(f"loading {redact(config.model.model_name)}{' in 4 bits' if config.model.use_4bit else ''}"):
-        model, tokenizer = load_tuned(run.folder, **_changes(own.model, config.model))
-    return evaluate_held_out(model, tokenizer, config, conversations, run, name, by, data_text, trained=trained)
+        model, tokenizer = load_tuned(measured, **_changes(own.model, config.model))
+    if _is_loose(run):
+        tell(f'{redact(run.folder)} is a checkpoint outside of its run, so these scores are not saved')
+        run = None
+    step = checkpoint and int(checkpoint.name.split('-')[1])
+    return evaluate_held_out(model, tokenizer, config, conversations, run, name, by, data_text, trained=trained, step=step)
 
 # %% ../nbs/65_evaluation.ipynb #48484fdb
 def _numbers(metrics):

@@ -86,11 +86,22 @@ def run_facts(
 # %% ../nbs/70_resume.ipynb #b5c957fa
 _OWNERS = {'data.rows': 'data.', 'data.conversations': 'data.', 'template': 'data.template', 'tokenizer': 'model.model_name',
            'base weights': 'model.model_name'} # hash: the settings that lead to it
-_SHAPES = ('lora.r', 'lora.target_modules', 'lora.use_dora', 'lora.modules_to_save') # decide the shapes of the weights
+_SHAPES = ( # decide which weights there are, and their shapes
+    'lora.r', 'lora.target_modules', 'lora.use_dora', 'lora.modules_to_save', 'lora.layers_to_transform', 'lora.exclude_modules',
+    'lora.rank_pattern', 'lora.bias', 'lora.trainable_token_indices')
+_KEPT_STATE = ('training.optim', 'training.optim_args', 'training.adam_beta1', 'training.adam_beta2',
+               'training.adam_epsilon', 'training.loraplus_lr_ratio') # the state of the optimizer contains them
+_SAME_STATE = ({'adamw_torch', 'adamw_torch_fused'}, {'adamw_8bit', 'paged_adamw_8bit'})
+
+def _why_never(name, old, new):
+    "Why no `allow_changes` makes up for a change, or an empty text: the checkpoint could not be loaded, or would undo it."
+    if name in _SHAPES: return 'the weights of the checkpoint have another shape'
+    if name not in _KEPT_STATE or any({old, new} <= same for same in _SAME_STATE if name == 'training.optim'): return ''
+    ratios = name == 'training.loraplus_lr_ratio' and None not in (old, new) # as many groups of parameters
+    return '' if ratios else 'the state of the optimizer in the checkpoint is that of the old value'
 
 def _is_allowed(name, allow):
     "Whether `allow` names a setting, all versions, or a setting that leads to this hash."
-    if name in _SHAPES: return False
     if name in allow or ('versions' in allow and name.startswith('versions.')): return True
     return name in _OWNERS and any(setting.startswith(_OWNERS[name]) for setting in allow)
 
@@ -104,9 +115,13 @@ def changed_settings(
     def all_of(facts):
         return {**facts.get('settings', {}), **{f'versions.{k}': v for k,v in facts.get('versions', {}).items()}}
     a, b = all_of(old), all_of(new)
-    changed = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name) and not _is_allowed(name, allow)]
-    why = ' (cannot be allowed: the weights of the checkpoint have another shape)'
-    return [f'{k}: {a.get(k)} → {b.get(k)}' + why*(k in _SHAPES and k in allow) for k in changed]
+    changed = []
+    for k in sorted({*a, *b}):
+        if a.get(k) == b.get(k): continue
+        why = _why_never(k, a.get(k), b.get(k))
+        if _is_allowed(k, allow) and not why: continue
+        changed.append(f'{k}: {a.get(k)} → {b.get(k)}' + (f' (cannot be allowed: {why})' if why and k in allow else ''))
+    return changed
 
 # %% ../nbs/70_resume.ipynb #8b63f8d7
 @contextmanager
@@ -241,5 +256,6 @@ def check_settings(
         raise ConfigError(f"{run.name} has no checkpoint yet, and was started with other settings: {'; '.join(changes)}; "
                           'put them back, or start a new run with train()')
     if changes:
+        never = any('(cannot be allowed: ' in change for change in changes)
         raise ConfigError(f"{checkpoint.parent.name}/{checkpoint.name} was trained with other settings: {'; '.join(changes)}; "
-                          'put them back, or name them in training.allow_changes')
+                          f"put them back, or {'start a new run' if never else 'name them in training.allow_changes'}")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STALE_S', 'TRAINED_ROWS', 'PACKAGES', 'append_event', 'read_events', 'history', 'is_alive', 'Run', 'save_config',
-           'cell_number', 'last_step', 'check_name', 'create_run', 'trained_rows', 'scores_name', 'environment',
-           'smooth', 'plot_run', 'spoken_time', 'total_steps', 'seconds_left', 'summary_line', 'save_plot',
-           'seconds_trained', 'RunList', 'list_runs', 'spoken_size', 'event_lines', 'RunView', 'follow', 'watch']
+           'cell_number', 'last_step', 'check_name', 'create_run', 'trained_rows', 'scores_name', 'run_of',
+           'environment', 'smooth', 'plot_run', 'spoken_time', 'total_steps', 'seconds_left', 'summary_line',
+           'save_plot', 'seconds_trained', 'RunList', 'list_runs', 'spoken_size', 'event_lines', 'RunView', 'follow',
+           'watch']
 
 # %% ../nbs/51_runs.ipynb #b52611f2
 import hashlib
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -302,19 +304,31 @@ def trained_rows(
 def scores_name(
     trained:RunConfig, # Settings of the run
     config:RunConfig, # Settings of the evaluation
-    name:str|None=None, # The name you ask for; `None`: `validation`, with the precision if that is not the run's
+    name:str|None=None, # The name you ask for; `None`: `validation` or the checkpoint's, with the precision if that is not the run's
     data=None, # A file of your own that is measured; `None`: what the run held out
+    checkpoint:Path|None=None, # The checkpoint that is measured; `None`: the run as it is
 )->str: # Folder below `eval/`
     "Where the scores of an evaluation are kept. Raises `ConfigError` for a name that is missing, taken or impossible."
     if name is None and data is not None: raise ConfigError('data needs a name for its scores, e.g. --name test')
     if name is None:
         suffix = '-4bit' if config.model.use_4bit else '-16bit'
-        return 'validation' + suffix*(config.model.use_4bit != trained.model.use_4bit)
+        own = 'validation' if checkpoint is None else checkpoint.name
+        return own + suffix*(config.model.use_4bit != trained.model.use_4bit)
     problem = name_problem(name)
-    if name == 'validation' and data is not None:
+    if name == 'validation' and (data is not None or checkpoint is not None):
         problem = 'the run keeps the scores of its own held-out conversations there'
     if problem: raise ConfigError(f'name {shorten(repr(name))}: {problem}; choose another name, e.g. test')
     return name
+
+# %% ../nbs/51_runs.ipynb #20504265
+def run_of(
+    folder, # A `Run`, its folder, or a checkpoint in it
+)->tuple[Run,Path|None]: # The run, and the checkpoint if the folder is one
+    "The run that a folder belongs to; a checkpoint that lies outside of a run is a run of its own."
+    path = Run(folder).folder
+    if not path.name: path = path.absolute()
+    inside = re.fullmatch(r'checkpoint-\d+', path.name) and (path.parent/'events.jsonl').is_file()
+    return (Run(path.parent), path) if inside else (Run(path), None)
 
 # %% ../nbs/51_runs.ipynb #85fa8ddd
 PACKAGES = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'safetensors',

@@ -110,8 +110,8 @@ def _restoring(checkpoint, part):
     try: yield
     except (LlamaNbError, MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
-        raise CheckpointError(f'{Path(checkpoint).name}: {part} cannot be loaded ({type(e).__name__}). Move this folder away '
-                              'and resume again: the previous checkpoint will be used.') from e
+        raise CheckpointError(f'{Path(checkpoint).name}: {part} cannot be loaded ({type(e).__name__}): it was written with another '
+                              'model, optimizer or version; put these back, or start a new run') from e
 
 def save_adapter(
     model, # A PEFT model, or a plain transformers model

@@ -181,6 +181,9 @@ def _stored_4bit(shape, c, use_4bit):
         kind = 'bitsandbytes 8 bits' if 'bitsandbytes' in method else method.upper()
         raise ConfigError(f'model {name}: its weights are stored in {kind}, which llama_nb does not train on; name the '
                           'original model, or one in bitsandbytes 4 bits')
+    if c.load_in_8bit:
+        raise ConfigError(f'model {name} is stored in 4 bits, and model.load_in_8bit asks for 8; set model.load_in_8bit=false '
+                          'and model.use_4bit=true, or name the original model')
     if not use_4bit:
         raise ResourceError(f'model {name} is stored in 4 bits, so its 16-bit weights are not there; set '
                             'model.use_4bit=true, or name the original model')
@@ -442,6 +445,7 @@ def _held(name, p, version):
     state = getattr(p, 'quant_state', None)
     part = 'linears' if name.endswith('_proj.weight') else 'other weights'
     if state is not None: return f'{part} in {state.quant_type}, nested {state.nested}, {p.device.type}, bitsandbytes {version}'
+    if p.dtype == torch.int8: return f'{part} in int8, bitsandbytes {version}'
     return f"{part} in {'float16' if p.dtype == torch.float16 else 'bfloat16'}"
 
 # %% ../nbs/14_model.ipynb #e1e1bde7
@@ -454,7 +458,7 @@ def base_fingerprint(
     for name,p in model.named_parameters():
         if 'lora_' in name or 'modules_to_save' in name: continue
         for part in ('base_model.model.', '.base_layer', '.original_module'): name = name.replace(part, '')
-        rounded = p if getattr(p, 'quant_state', None) is not None or p.dtype == torch.float16 else p.bfloat16()
+        rounded = p if getattr(p, 'quant_state', None) is not None or p.dtype in (torch.float16, torch.int8) else p.bfloat16()
         parts.setdefault(_held(name, p, version), []).append(name.encode() + sampled_bytes(rounded))
     return {held: hashlib.sha256(b''.join(sorted(found))).hexdigest()[:16] for held,found in sorted(parts.items())}
 
@@ -500,7 +504,7 @@ def tuned_config(
     saved = [place/'config.yaml' for place in (folder, folder.parent) if (place/'config.yaml').is_file()]
     if saved:
         config = load_config(saved[0]).model
-        changes = {'model_name': base, 'use_4bit': use_4bit}
+        changes = {'model_name': base, 'use_4bit': use_4bit, 'load_in_8bit': None if use_4bit is None else False}
         return replace(config, **{k: v for k,v in changes.items() if v is not None})
     name = base or json.loads((folder/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path')
     if not name:
@@ -525,7 +529,7 @@ def _foreign_config(name, use_4bit):
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         kind = {'bnb_4bit_quant_type': stored.get('bnb_4bit_quant_type', 'fp4'),
                 'use_nested_quant': bool(stored.get('bnb_4bit_use_double_quant'))}
-        return ModelConfig(model_name=name, use_4bit=True, **kind)
+        return ModelConfig(model_name=name, use_4bit=use_4bit is not False, **kind)
     full = str(getattr(shape, 'dtype', '')).endswith('float32') and not use_4bit
     return ModelConfig(model_name=name, use_4bit=bool(use_4bit), bnb_4bit_compute_dtype='float32' if full else 'auto')
 
@@ -551,7 +555,7 @@ def _why_no_adapter(folder):
 def load_tuned(
     run_folder, # A run folder or a `Run`, a checkpoint in it, or any peft adapter folder
     device:str|torch.device|None=None, # `None` is CUDA where there is one
-    use_4bit:bool|None=None, # Hold the base in 4 bits; `None`: as in training, and in 16 bits where no `config.yaml` says
+    use_4bit:bool|None=None, # Hold the base in 4 bits, or in 16; `None`: as in training, and in 16 bits where no `config.yaml` says
     base=None, # Where the base model is now, if it was moved; `None`: where it was trained on
 )->tuple: # (model, tokenizer), in eval mode
     """A trained adapter on the base it was trained on, with the base's weights stored as in training.

@@ -29,11 +29,11 @@ from pathlib import Path
 from .config import DataConfig, DATASETS
 from .conversation import Conversation, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
-from .errors import DataError, did_you_mean, path_problem, redact, shorten
+from .errors import ConfigError, DataError, did_you_mean, path_problem, redact, shorten
 from .files import (
     BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, MAX_ROW_BYTES,
     part_of, save_bad_rows, sheet_names, source_problem, source_rows)
-from .formats import check_rows, Conversations
+from .formats import check_columns, check_rows, Conversations, role_map
 from .network import offline_if_unreachable
 from .store import changed, joined, select
 from .views import progress, tell
@@ -555,6 +555,12 @@ class CombinedDatasetLoader(_Mix):
         bad, notes = [b for p in read for b in p.bad], sum((p.notes for p in read), Counter())
         return Conversations(mixed, source, format, bad, sum(p.num_rows for p in read), notes)
 
+# %% ../nbs/33_data.ipynb #aafe49b6
+def _named_data(name, loader):
+    "The data of one set of a mix; the error for a set that is too small names it."
+    try: return loader.data
+    except TooFewError as e: raise TooFewError(f'{shorten(name, 60)}: {e.message}', e.faults) from None
+
 # %% ../nbs/33_data.ipynb #77d170e9
 class MixedDatasetLoader(_Mix):
     "Any loaders as one, in exact shares. Each set is split first. `meta['dataset']` names the set."
@@ -575,7 +581,7 @@ class MixedDatasetLoader(_Mix):
 
     def _parts(self):
         "Train and held-out conversations by set; what another set holds out is not trained on."
-        data = {k: loader.data for k,loader in self.loaders.items()}
+        data = {k: _named_data(k, loader) for k,loader in self.loaders.items()}
         held = {k: d.validation for k,d in data.items()}
         keys = {conversation_key(c) for part in held.values() for c in part}
         def others(part): return select(part, (i for i,c in enumerate(part) if conversation_key(c) not in keys))
@@ -652,11 +658,19 @@ def _entry_loader(entry, options):
     if name in LOADERS and not Path(name).exists(): return LOADERS[name](entry.get('data_path'), **options)
     return ChatDatasetLoader(name, **options)
 
+# %% ../nbs/33_data.ipynb #e425c13a
+def _check_entry(entry, number):
+    "Raise `ConfigError` with the place of an entry of `datasets` whose `columns` or `roles` are wrong."
+    try: check_columns(entry.get('columns')); role_map(entry.get('roles'))
+    except ConfigError as e:
+        raise ConfigError(f'data.datasets: entry {number} ({shorten(entry["name"], 60)}): {e}') from None
+
 # %% ../nbs/33_data.ipynb #be8420f1
 def _mixed_loader(config, options):
     "The loader of a config with `datasets`."
     loaders, weights, train_on = {}, {}, {}
     for i,entry in enumerate(config.datasets, 1):
+        _check_entry(entry, i)
         name = entry['name'] if entry['name'] not in loaders else f'{entry["name"]} (entry {i})'
         loaders[name], weights[name] = _entry_loader(entry, options), entry.get('weight')
         if entry.get('train_on'): train_on[name] = entry['train_on']

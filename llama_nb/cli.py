@@ -251,22 +251,47 @@ def _memory(cfg):
     return plan(cfg.model, cfg.training, cfg.lora)
 
 # %% ../nbs/93_cli.ipynb #379c2934
+def _proved(conversations, cfg):
+    "Proof of the masks of all conversations, as this config teaches them."
+    from llama_nb.model import run_tokenizer
+    from llama_nb.verification import verify_masks
+    tokenizer, train_on = run_tokenizer(cfg), cfg.data.train_on
+    counted = progress(conversations, 'proving the masks', unit='conversation')
+    if train_on == 'all': # said by each conversation
+        counted, train_on = (dataclasses.replace(c, train_on=c.train_on or 'all') for c in counted), 'assistant'
+    return verify_masks(counted, tokenizer, template=cfg.data.template, train_on=train_on)
+
 def _masks(conversations, cfg, show=1):
     "Proof of the masks of all conversations, and the first few as text."
     from llama_nb.dialogue import encode
-    from llama_nb.verification import verify_masks
     from llama_nb.masks import show_mask
     from llama_nb.model import run_tokenizer
-    tokenizer = run_tokenizer(cfg)
-    counted = progress(conversations, 'proving the masks', unit='conversation')
-    proof = verify_masks(counted, tokenizer, template=cfg.data.template)
-    views = []
+    tokenizer, views = run_tokenizer(cfg), []
     for conversation in conversations:
         if len(views) == show: break
         try: example = encode(conversation, tokenizer, template=cfg.data.template, train_on=cfg.data.train_on)
         except DataError: continue # the report names it
         views.append(show_mask(example, tokenizer, template=cfg.data.template).text)
-    return {'exact': proof.exact, 'total': proof.total}, views
+    return _proved(conversations, cfg), views
+
+# %% ../nbs/93_cli.ipynb #6bad5c89
+def _mask_problem(proof): # Empty if all masks are exact
+    "The first conversation whose mask is not exact, and why."
+    if not proof or not proof.failures: return ''
+    row, problem = proof.failures[0]
+    named = f'{row}: ' if not isinstance(row, int) else f'conversation {row + 1}: '
+    return f'not exact: {"" if problem.startswith(str(row)) else named}{problem}'
+
+def _mask_lines(proof):
+    "The proof as lines."
+    head = f'masks exact: {proof.exact} of {proof.total}'
+    return [head, *filter(None, [_mask_problem(proof)])]
+
+def _mask_object(proof):
+    "The proof as plain JSON; failures and notes only where there are any."
+    failures = [{'row': str(row), 'problem': redact(problem)} for row,problem in proof.failures[:_MAX_FAULTS]]
+    more = {'failures': failures, 'notes': dict(proof.notes)}
+    return {'exact': proof.exact, 'total': proof.total} | {k: v for k,v in more.items() if v}
 
 # %% ../nbs/93_cli.ipynb #a5a83833
 def _check_folder(path):
@@ -331,18 +356,18 @@ def _dry_run(cfg):
     planned = plan(cfg.model, cfg.training, cfg.lora, **context)
     packed = trainer.rows() # raises as training would, for bad rows and for conversations that are too long
     data, facts, steps = trainer.data, packed.facts, _planned_steps(trainer, packed.train)
-    masks, views = _masks(joined(data.train, data.validation), cfg)
+    proof, views = _masks(joined(data.train, data.validation), cfg)
     counted, parts = ('conversations', 'rows', 'tokens', 'taught_tokens'), ('train', 'validation')
     def of_parts(keys): return {part: {k: facts[part][k] for k in keys} for part in parts}
     sizes, touched = of_parts(counted), of_parts(('shortened', 'dropped', 'bad'))
     lines = [_part_line(part, sizes[part]) for part in parts]
     if line := touched_line(trainer.encoded): lines.append(line)
-    lines += [f'optimizer steps: {steps:,}', f"masks exact: {masks['exact']} of {masks['total']}"]
+    lines += [f'optimizer steps: {steps:,}', *_mask_lines(proof), *(f'{n:,} × {what}' for what,n in proof.notes.items())]
     text = [to_yaml(cfg).rstrip(), repr(data.report), '\n'.join(lines), *views, repr(planned),
             'dry run: nothing was trained']
     found = {'config': to_dict(cfg), 'data': data.report.to_dict(), 'sizes': sizes, 'touched': touched, 'steps': steps,
-             'masks': masks, 'memory': planned.to_dict()}
-    return _Answer(found, '\n\n'.join(text))
+             'masks': _mask_object(proof), 'memory': planned.to_dict()}
+    return _Answer(found, '\n\n'.join(text), DataError.exit_code if proof.failures else 0)
 
 # %% ../nbs/93_cli.ipynb #b3075ad6
 def _run_config(run, overrides=None):
@@ -782,6 +807,11 @@ def _refusal(bad):
     rows = 'its bad rows are' if len(bad) > 1 else 'its bad row is'
     return f'training refuses this set until {rows} corrected, or left out with data.on_bad=skip'
 
+def _with_notes(found, proof):
+    "The data set with the notes of the proof in its report."
+    if not proof or not proof.notes: return found
+    return dataclasses.replace(found, report=dataclasses.replace(found.report, notes={**found.report.notes, **proof.notes}))
+
 @app.command('data', epilog=_examples("llama-nb data chats.jsonl --fix all -o clean"))
 @_command
 def _data(source:_Source=None, overrides:_Overrides=None, show:_Show=1, model:_DataModel=None, config:_ConfigFile=None,
@@ -797,21 +827,29 @@ def _data(source:_Source=None, overrides:_Overrides=None, show:_Show=1, model:_D
     allowed = not error and (not bad or cfg.data.on_bad == 'skip' or BAD_ROWS in wanted)
     if not allowed and not refused: refused = _refusal(bad)
     if (check or fix) and found.train: found = _checked(found, cfg, wanted)
+    proof, views = _masks(joined(found.train, found.validation), cfg, show) if show and found.train else (None, [])
+    found, inexact = _with_notes(found, proof), _mask_problem(proof)
     written = _write(found, output, allowed) if output else []
+<<<<<<< /tmp/tmpkoct2enn/o
     masks, views = _masks(joined(found.train, found.validation), cfg, show) if show and found.train else ({}, [])
     go_on = _next(source, overrides, cfg, found, error, allowed, wanted, output,
+=======
+    go_on = _next(source, overrides or [], cfg, found, error, allowed, wanted, output,
+>>>>>>> /tmp/tmpkoct2enn/t
                   written if allowed else [], model, preset, config)
-    code = 0 if allowed else DataError.exit_code
+    if inexact and go_on.startswith('llama-nb train'): go_on = 'correct or leave out what is not exact, then repeat this command'
+    if inexact and not refused: refused = f"{proof.total - proof.exact} of {proof.total} masks are {inexact}"
+    code = DataError.exit_code if refused else 0
     if code and not (_terminal.get() or sys.stdout).isatty(): # for the log of a script; a single fault is one line
         fault = DataError(f'{what}: {refused}', bad)
         _fail(fault if len(bad) > 1 else DataError(one_line(fault, 400)))
     if as_json:
-        extra = {'masks': masks, 'shown': views, 'written': written, 'next': go_on}
+        extra = {'masks': _mask_object(proof) if proof else {}, 'shown': views, 'written': written, 'next': go_on}
         return _Answer(_as_object(found, bad, code, refused) | extra, '', code)
-    end = [f"masks exact: {masks['exact']} of {masks['total']}"] if masks else []
+    end = _mask_lines(proof) if proof else []
     end += ([f'removed: {len(found.removed)}'] if fix else []) + [f'wrote {p}' for p in written]
     if written and not allowed: end.append('the set itself is written once its bad rows are corrected or left out')
-    return _Answer({}, _as_text(found.report, refused, views, end, go_on), code)
+    return _Answer({}, _as_text(found.report, refused if not allowed else '', views, end, go_on), code)
 
 # %% ../nbs/93_cli.ipynb #98f4ef91
 _Prepared = Annotated[str, typer.Argument(metavar='PREPARED', help='File or folder with input_ids and labels, '

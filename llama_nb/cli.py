@@ -77,9 +77,10 @@ _MAX_FAULTS = 20
 
 def _error_text(error, faults):
     "One line for an exception, with advice as you would type it."
-    if isinstance(error, RunInterrupted) and error.checkpoint:
+    if isinstance(error, RunInterrupted) and error.checkpoint and 'save_only_model' not in str(error):
         run = redact(Path(error.checkpoint).parent)
         return f'interrupted; a checkpoint is saved, resume with: llama-nb train --resume {run}'
+    if isinstance(error, RunInterrupted) and error.checkpoint: return one_line(error, 400)
     if isinstance(error, KeyboardInterrupt): return 'interrupted'
     text = _as_typed(one_line(DataError(error.message) if faults else error, 400))
     return text if isinstance(error, LlamaNbError) else f'{text} (for a traceback, set LLAMA_NB_DEBUG=1)'

@@ -191,6 +191,8 @@ def path_problem(
     "Why no file can have this path."
     text = os.fspath(path)
     if '\0' in text: return 'no path holds a NUL character'
+    try: Path(text).expanduser()
+    except RuntimeError: return f'~ names no user of this machine: {Path(text).parts[0]}'
     longest = max(len(os.fsencode(part)) for part in re.split(r'[/\\]', text))
     return f'no path has a name of {longest:,} bytes, 255 are possible' if longest > 255 else ''
 

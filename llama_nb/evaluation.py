@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from .config import EvaluationConfig, load_config, RunConfig
 from .conversation import as_conversation, Conversation, conversation_hash, Example
 from .data import load_data
 from .dialogue import encode_prompt
-from .errors import ConfigError, DataError, did_you_mean, exit_code, import_extra, logger, one_line, redact
+from .errors import ConfigError, DataError, did_you_mean, exit_code, import_extra, logger, one_line, redact, shorten
 from .generate import generate_replies, Reply
 from .lora import is_4bit
 from .losses import adapter_off, has_adapter, measuring, PerplexityEvaluator, SUMS, why_no_base
@@ -408,8 +408,8 @@ def _changes(own, asked):
     return {key: new for key,(old, new) in changes.items() if old != new}
 
 # %% ../nbs/65_evaluation.ipynb #5eb2687a
-def _to_measure(config:RunConfig, data, num_samples:int|None)->tuple[RunConfig,Sequence]:
-    "The settings with the number of samples, and the conversations: what was held out, or a whole file."
+def _to_measure(config:RunConfig, data, num_samples:int|None)->tuple[RunConfig,Sequence,Sequence]:
+    "The settings with the number of samples, and the conversations: what was held out, or a whole file; and the training part."
     found = config.data
     if data is not None: # where this file is and how it is split: nothing of the training's data holds for it
         own = dict.fromkeys(('data_path', 'mix_weights', 'max_samples', 'datasets', 'subset', 'revision', 'split'))
@@ -418,7 +418,19 @@ def _to_measure(config:RunConfig, data, num_samples:int|None)->tuple[RunConfig,S
     chosen = splits.validation if data is None else splits.train
     if data is not None: num_samples = num_samples or len(chosen)
     if num_samples: config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
-    return config, chosen
+    return config, chosen, splits.train
+
+# %% ../nbs/65_evaluation.ipynb #95032998
+_HOW_READ = dict.fromkeys(('template', 'chat_template', 'train_on', 'on_bad', 'on_overflow')) # do not choose the rows
+
+def _check_own(own:RunConfig, config:RunConfig, train:Sequence, trained:set|None):
+    "Raises `ConfigError` if other data would take the place of the run's own scores; data that was only moved would not."
+    def chosen(c): return {f.name: getattr(c.data, f.name) for f in fields(c.data) if f.name not in _HOW_READ}
+    before, now = chosen(own), chosen(config)
+    changed = [key for key in now if now[key] != before[key]]
+    if not changed or (trained is not None and {conversation_hash(c) for c in train} == trained): return
+    raise ConfigError(f'data.{changed[0]}: {shorten(redact(now[changed[0]]), 80)} is not the data of this run, whose own scores would be '
+                      'replaced; measure it under a name of its own, with data and name (--data FILE --name NAME)')
 
 # %% ../nbs/65_evaluation.ipynb #07e7c1ef
 def _refuse_trained(conversations:Sequence, trained:set, source):
@@ -438,7 +450,7 @@ def evaluate_saved(
     folder, # Folder of a finished run, a `Run`, or a checkpoint, whose scores go to `eval/checkpoint-N` of its run
     config:RunConfig|None=None, # Settings to use, e.g. with another base; `None`: those of the run
     conversations:Sequence|None=None, # What to measure on; `None`: `data`, or what the run held out
-    name:str|None=None, # Folder below `eval/`; `None`: `validation`, and e.g. `validation-16bit` for another precision
+    name:str|None=None, # Folder below `eval/`; `None`: `validation`, and e.g. `validation-16bit` for another precision, `conversations` for yours
     by:str|Callable|None=None, # As in `evaluate_held_out`
     data_text:bool=True, # As in `evaluate_held_out`
     data=None, # A file, folder or Hub id of your own to measure on, whole; it needs a `name`
@@ -447,14 +459,18 @@ def evaluate_saved(
 )->EvaluationReport: # As `evaluate_held_out`
     """Load the model of a run and its held-out conversations, and compare it with its base.
 
-    Raises `DataError` for `data` that the run was trained on, or if nothing was held out, `ConfigError` for a name."""
+    Raises `DataError` for `data` that the run was trained on, or if nothing was held out, `ConfigError` for a name,
+    and for other data in `config` without one."""
     run, checkpoint = run_of(folder)
     measured = checkpoint or run.folder
     own, trained = load_config(measured/'config.yaml'), trained_rows(run)
     config = config or own
+    takes_own = data is None and name in (None, 'validation')
+    if name is None and conversations is not None: name = 'conversations'
     name = scores_name(own, config, name, data, checkpoint)
     if conversations is None:
-        config, conversations = _to_measure(config, data, num_samples)
+        config, conversations, train = _to_measure(config, data, num_samples)
+        if takes_own and len(conversations): _check_own(own, config, train, trained)
         moved = (config.data.dataset_name, config.data.data_path) != (own.data.dataset_name, own.data.data_path)
         if (data is not None or moved) and not allow_trained:
             if trained is None: tell(f'{redact(run.folder)} keeps no list of the rows it was trained on: not checked')

@@ -414,8 +414,8 @@ class _Chat:
         "Answer `messages`; with the reply they become the conversation, without one it stays as it was."
         before, said, self.messages = self.messages, '', messages
         settings = self.settings if seed is None else {**self.settings, 'seed': seed}
-        stream = _stream(self.model, self.tokenizer, self._kept(), self.template, **settings, memory=self._memory)
         try:
+            stream = _stream(self.model, self.tokenizer, self._kept(), self.template, **settings, memory=self._memory)
             with closing(stream) as pieces:
                 while True:
                     try: piece = next(pieces)

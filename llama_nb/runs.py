@@ -131,8 +131,9 @@ class Run:
         folder, # The run's folder, which must exist; a `Run` is the same folder again
     ):
         if folder is None: raise ConfigError('there is no run yet: train() makes one')
-        self.folder = Path(getattr(folder, 'folder', folder)).expanduser()
+        self.folder = Path(getattr(folder, 'folder', folder))
         if problem := path_problem(self.folder): raise ResourceError(f'{shorten(repr(str(self.folder)), 60)}: {problem}; name the folder of a run')
+        self.folder = self.folder.expanduser()
         if not self.folder.is_dir():
             raise ResourceError(f'{redact(self.folder)} is not there; name the folder of a run, such as runs/run-1')
         self._beaten, self._id, self._events, self._read = 0.0, None, [], 0
@@ -543,8 +544,9 @@ def list_runs(
     output_dir='runs', # Folder that holds run folders, or one of its runs as a `Run`
 )->RunList: # Its runs, oldest first
     "All runs of a folder. Raises `ResourceError` if the folder is not there."
-    output_dir = output_dir.folder.parent if isinstance(output_dir, Run) else Path(output_dir).expanduser()
+    output_dir = output_dir.folder.parent if isinstance(output_dir, Run) else Path(output_dir)
     if problem := path_problem(output_dir): raise ResourceError(f'{shorten(repr(str(output_dir)), 60)}: {problem}')
+    output_dir = output_dir.expanduser()
     if not output_dir.is_dir():
         raise ResourceError(f'{redact(output_dir)} is not there; '
                             'name the folder that holds the runs of earlier trainings')

@@ -27,7 +27,7 @@ from .config import (
 from .conversation import conversation_hash
 from .data import DataSplits, read_data
 from .errors import (
-    ConfigError, LlamaNbError, logger, one_line, redact, ResourceError, RunInterrupted, shorten)
+    ConfigError, DataError, LlamaNbError, logger, one_line, redact, ResourceError, RunInterrupted, shorten)
 from .fastpath import apply_fast_path_, keep_freed_memory_
 from .guards import InterruptGuard, is_out_of_memory, out_of_memory
 from llama_nb.inputs import (
@@ -719,7 +719,12 @@ def _finish(trainer, p):
     checkpoint = run.folder/f'checkpoint-{step}'
     run.log('interrupted', step=step, checkpoint=checkpoint.name, by=p.interrupt.requested)
     raise RunInterrupted(f'{run.name}: stopped after step {step} of {state.max_steps} ({p.interrupt.requested}); '
-                         f'saved in {redact(checkpoint)}; continue with train(resume=True)', checkpoint)
+                         f'saved in {redact(checkpoint)}; {_how_to_continue(trainer.config)}', checkpoint)
+
+def _how_to_continue(config):
+    "What to do with the checkpoint of a run that was stopped."
+    if not config.training.save_only_model: return 'continue with train(resume=True)'
+    return 'it holds weights only (training.save_only_model): start a new run from them with LLAMATrainer(..., adapter=...)'
 
 # %% ../nbs/75_train.ipynb #d48ab189
 def _check_launchable(trainer, samples, callbacks, optimizers):
@@ -840,10 +845,15 @@ def chat_turn(
     """Say something and get the reply. Another system message starts a new conversation.
 
     Raises `DataError` for text that cannot be encoded."""
-    chat = trainer._chat
+    for name,value in {'text': text, 'system': system or ''}.items():
+        if not isinstance(value, str): raise DataError(f'chat: {name}: found {type(value).__name__}, give a text')
+    chat = before = trainer._chat
     if chat is None or reset or (system is not None and (system or None) != chat.system):
         chat = trainer._chat = _new_chat(trainer, system)
-    reply = live_text(chat.stream(text), stream)
+    try: reply = live_text(chat.stream(text), stream)
+    except DataError:
+        trainer._chat = before
+        raise
     return reply if chat.last.ended else f'{reply} …'
 
 def _new_chat(trainer, system):

@@ -681,6 +681,8 @@ class RunConfig:
                                        'use bf16, or fp32 on a GPU without it')
         if self.training.parallel == 'fsdp' and self.model.load_in_8bit:
             yield 'training.parallel', "found 'fsdp' with model.load_in_8bit, allowed: auto or ddp; weights in 8 bits are not cut"
+        if self.lora.use_dora and self.model.load_in_8bit:
+            yield 'lora.use_dora', 'found true with model.load_in_8bit; bitsandbytes cannot unpack 8 bits for it, use model.use_4bit=true'
         method = INIT_METHODS.get(start, InitMethod())
         if (method.full_base or method.packed_base) and self.model.load_in_8bit:
             yield 'lora.init_lora_weights', f'{start} cannot start from a base in 8 bits; set model.load_in_8bit=false'

@@ -18,15 +18,16 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn, Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from .config import load_config, LoRAConfig, ModelConfig, RunConfig
+from .config import INIT_METHODS, InitMethod, load_config, LoRAConfig, ModelConfig, RunConfig
 from .errors import CheckpointError, ConfigError, did_you_mean, path_problem, redact, ResourceError, shorten
 from .lora import add_lora, check_adapter, load_adapter
 from .quantization import bnb_config, compute_dtype, import_bitsandbytes
 from .sources import (
-    check_llama, chosen_rope, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
+    check_llama, chosen_rope, drop_rowless_pad_, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
 from .views import PALETTE, picture, table, tell, View
 
 # %% ../nbs/14_model.ipynb #c3e4be10
@@ -37,9 +38,16 @@ def _stop_tokens(tokenizer, folder=None):
     "All tokens that end a reply: from the tokenizer, by name, and from the model's generation settings."
     stops = {tokenizer.eos_token} | (set(_STOPS) & set(tokenizer.get_vocab()))
     if folder and (file := Path(folder)/'generation_config.json').is_file():
-        ids = json.loads(file.read_text(encoding='utf-8')).get('eos_token_id')
-        stops |= set(tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids or []))
+        stops |= set(tokenizer.convert_ids_to_tokens(_ending_ids(file)))
     return stops - {None}
+
+def _ending_ids(file):
+    "The `eos_token_id`s of a `generation_config.json`."
+    try: ids = json.loads(file.read_text(encoding='utf-8')).get('eos_token_id')
+    except (OSError, ValueError, AttributeError): ids = 'no JSON object'
+    ids = [ids] if isinstance(ids, int) else ids or []
+    if isinstance(ids, list) and all(isinstance(i, int) for i in ids): return ids
+    raise ResourceError(f'{redact(file)}: its eos_token_id is no list of token ids ({shorten(repr(ids), 30)}); download it again')
 
 # %% ../nbs/14_model.ipynb #6415c221
 def _choose_pad(tokenizer, stops, vocab_size=None):
@@ -57,13 +65,16 @@ def _choose_pad(tokenizer, stops, vocab_size=None):
     return next((t for t in ranked if t is not None and t not in stops), None)
 
 # %% ../nbs/14_model.ipynb #736e863a
-def _set_tokens_(tokenizer, roles, special):
-    "Give tokens of the vocabulary their roles. Raises `ConfigError` for a token that is not in it."
+def _set_tokens_(tokenizer, roles, special, vocab_size=None):
+    "Give tokens of the vocabulary their roles. Raises `ConfigError` for one that is not in it, or has no embedding."
     vocabulary = tokenizer.get_vocab()
     for key,token in [*((f'special_tokens.{k}', t) for k,t in roles.items()), *(('additional_special_tokens', t) for t in special)]:
         if token not in vocabulary:
             raise ConfigError(f'model.{key}: {shorten(repr(token), 40)} is not in the vocabulary; name one of its tokens'
                               + did_you_mean(token, [t for t in vocabulary if t.startswith('<')]))
+        if vocab_size and vocabulary[token] >= vocab_size:
+            raise ConfigError(f'model.{key}: {shorten(repr(token), 40)} has id {vocabulary[token]}, and the model has embeddings for '
+                              f'{vocab_size} tokens only; name another token')
     pad = roles.get('pad_token')
     if pad is not None and pad in _stop_tokens(tokenizer) | {roles.get('eos_token')}:
         raise ConfigError(f'model.special_tokens.pad_token: {pad!r} ends a reply, so the model would never learn to stop')
@@ -83,31 +94,48 @@ def read_template(
         raise ConfigError(f'data.chat_template {redact(path)}: cannot be read; name a Jinja file, or write the template itself') from None
 
 # %% ../nbs/14_model.ipynb #b0ce0568
-def _equipped(tokenizer, special_tokens, additional_special_tokens, chat_template):
-    "A copy of a tokenizer with the roles and the template of the settings; itself if they ask for none."
-    if not special_tokens and not additional_special_tokens and chat_template is None: return tokenizer
+def _equipped(tokenizer, special_tokens, additional_special_tokens, chat_template, vocab_size=None):
+    """A copy of a tokenizer with the roles and the template of the settings, and a pad token that has an embedding.
+
+    Itself if nothing is to be changed."""
+    pad_id = getattr(tokenizer, 'pad_token_id', None)
+    rowless = bool(vocab_size) and pad_id is not None and pad_id >= vocab_size and 'pad_token' not in (special_tokens or {})
+    if not special_tokens and not additional_special_tokens and chat_template is None and not rowless: return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    _set_tokens_(tokenizer, special_tokens or {}, additional_special_tokens or ())
+    _set_tokens_(tokenizer, special_tokens or {}, additional_special_tokens or (), vocab_size)
     if chat_template is not None: tokenizer.chat_template = read_template(chat_template)
+    if rowless: _replace_pad_(tokenizer, vocab_size)
     return tokenizer
+
+def _replace_pad_(tokenizer, vocab_size):
+    "Choose a pad token that has an embedding, and say so. Raises `ConfigError` if there is none."
+    old, pad = tokenizer.pad_token, _choose_pad(tokenizer, _stop_tokens(tokenizer), vocab_size)
+    problem = f'tokenizer: its pad token {old!r} has id {tokenizer.pad_token_id}, and the model has embeddings for {vocab_size} tokens only'
+    if pad is None: raise ConfigError(f'{problem}; give it another pad token')
+    tokenizer.pad_token = pad
+    tell(f'{problem}; {pad!r} pads instead')
 
 def run_tokenizer(
     config:RunConfig, # For the model, its special tokens and the chat template
     tokenizer=None, # A tokenizer in memory, which is not changed; `None`: that of the model
+    vocab_size:int|None=None, # Rows of the model's embedding; `None`: as the model's config says
 ): # A transformers tokenizer
     "The tokenizer of a run, as `load_tokenizer` gives it with the settings of the run."
     m = config.model
     if tokenizer is not None:
-        return _equipped(tokenizer, m.special_tokens, m.additional_special_tokens, config.data.chat_template)
-    return load_tokenizer(m.model_name, m.revision, special_tokens=m.special_tokens, chat_template=config.data.chat_template,
+        return _equipped(tokenizer, m.special_tokens, m.additional_special_tokens, config.data.chat_template,
+                         vocab_size or _vocab_size(m.model_name, m.revision))
+    return load_tokenizer(m.model_name, m.revision, vocab_size, special_tokens=m.special_tokens, chat_template=config.data.chat_template,
                           additional_special_tokens=m.additional_special_tokens)
 
 # %% ../nbs/14_model.ipynb #53001940
-def _vocab_size(source):
-    "Rows of the embedding, from the `config.json` in a folder; `None` if there is none."
-    file = Path(source)/'config.json'
-    try: return json.loads(file.read_text(encoding='utf-8')).get('vocab_size')
-    except (OSError, ValueError, AttributeError): return None
+def _vocab_size(source, revision=None):
+    "Rows of the embedding, from the `config.json` of a folder or of a Hub id in the cache; `None` if there is none."
+    file = Path(source).expanduser()/'config.json'
+    try:
+        if not file.is_file(): file = Path(try_to_load_from_cache(str(source), 'config.json', revision=revision))
+        return json.loads(file.read_text(encoding='utf-8')).get('vocab_size')
+    except (OSError, TypeError, ValueError, AttributeError): return None
 
 # %% ../nbs/14_model.ipynb #74820180
 def load_tokenizer(
@@ -124,8 +152,8 @@ def load_tokenizer(
     source = find_model(name_or_path, holds='tokenizer_config.json')
     tokenizer = from_source(AutoTokenizer, source, revision)
     tokenizer.clean_up_tokenization_spaces = False # it would change the decoded text
-    vocab_size = vocab_size or _vocab_size(source)
-    _set_tokens_(tokenizer, special_tokens or {}, additional_special_tokens or ())
+    vocab_size = vocab_size or _vocab_size(source, revision)
+    _set_tokens_(tokenizer, special_tokens or {}, additional_special_tokens or (), vocab_size)
     if chat_template is not None: tokenizer.chat_template = read_template(chat_template)
     if (special_tokens or {}).get('pad_token') is not None: return tokenizer
     pad = _choose_pad(tokenizer, _stop_tokens(tokenizer, source if Path(source).is_dir() else None), vocab_size)
@@ -201,6 +229,15 @@ def _set_compute_dtype_(model, dtype):
         if type(m).__name__ == 'Linear4bit': m.compute_dtype, m.compute_type_is_set = dtype, True
     model.config.quantization_config.bnb_4bit_compute_dtype = dtype
 
+# %% ../nbs/14_model.ipynb #4849101f
+def _check_start(c, start):
+    "Raise `ConfigError` if an adapter cannot start from a base because it is stored packed, so that its full weights are gone."
+    method = INIT_METHODS.get(start, InitMethod())
+    if not (method.full_base or method.packed_base): return
+    if getattr(model_shape(c), 'quantization_config', None) is None: return
+    raise ConfigError(f'lora.init_lora_weights: {start} needs the weights in 16 bits, and model {shorten(redact(c.model_name), 60)} is '
+                      'stored packed already; name the original model, or use true')
+
 # %% ../nbs/14_model.ipynb #835a5e9c
 def _from_weights(shape, weights, source, packing, wanted):
     "The model of a config, with weights by name that are packed as `packing` says, and how loading went."
@@ -218,8 +255,8 @@ def _load_base(model_config, device, use_4bit, weights=None):
     source, attention = find_model(model_config.model_name), model_config.attn_implementation
     if attention in ('auto', 'llama_nb_packed'): attention = 'sdpa' # the trainer switches packed attention on
     shape = check_llama(from_source(AutoConfig, source, model_config.revision), model_config.model_name)
-    rope = chosen_rope(shape, model_config)
-    scale_rope_(shape, model_config)
+    rope, pad = chosen_rope(shape, model_config), shape.pad_token_id
+    scale_rope_(drop_rowless_pad_(shape), model_config)
     if (Path(source)/'adapter_config.json').is_file():
         raise ConfigError(f'model {shorten(redact(source))}: the folder holds a model and an adapter, and transformers would '
                           'put one on the other; move the adapter (adapter_*) into a folder of its own')
@@ -231,7 +268,7 @@ def _load_base(model_config, device, use_4bit, weights=None):
     packing = {'quantization_config': bnb_config(model_config, device)} if use_4bit and not stored else {}
     if weights is not None: model, info = _from_weights(shape, weights, source, packing, wanted)
     else: model, info = from_source(AutoModelForCausalLM, source, model_config.revision, **wanted, **packing,
-                                    **({'config': shape} if rope else {}))
+                                    **({'config': shape} if rope or pad != shape.pad_token_id else {}))
     if lost := sorted({*info['missing_keys'], *map(str, info.get('mismatched_keys', ()))}):
         raise CheckpointError(f'model {shorten(redact(source))}: {len(lost)} weights are missing in its files (first: '
                               f'{lost[0]}) and would be random; download it again')
@@ -260,6 +297,7 @@ def load_model(
         has_kernels = ', though bitsandbytes has kernels for it' if device.type in ('mps', 'xpu') else ''
         raise ResourceError(f"device '{device}': llama_nb runs on CUDA and on the CPU, where gradients and resuming are proved{has_kernels}; "
                             "use device='cpu'")
+    if lora_config is not None: _check_start(model_config, lora_config.init_lora_weights)
     model = _load_base(model_config, device, model_config.use_4bit or model_config.load_in_8bit, weights)
     if lora_config is None: return model
     model.config.use_cache = False

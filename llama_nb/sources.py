@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_MODEL', 'ROPE_FILE', 'quiet_transformers', 'cache_folder', 'check_gguf', 'demo_model', 'find_model',
-           'from_source', 'model_shape', 'chosen_rope', 'scale_rope_', 'check_llama']
+           'from_source', 'model_shape', 'chosen_rope', 'scale_rope_', 'check_llama', 'drop_rowless_pad_']
 
 # %% ../nbs/13_sources.ipynb #5c94a45f
 import hashlib
@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.utils import logging as hf_logging
 
 from .config import ModelConfig
-from .errors import ConfigError, did_you_mean, one_line, path_problem, redact, ResourceError, shorten
+from .errors import ConfigError, did_you_mean, one_line, path_problem, LlamaNbError, redact, ResourceError, shorten
 from .network import connection_problem, offline_if_unreachable
 from .shapes import KNOWN_MODELS, known_shape
 
@@ -375,7 +375,7 @@ def find_model(
     if problem := path_problem(name): raise ResourceError(f'model {shorten(repr(redact(name)), 60)}: {problem}; use a folder, a .gguf file or a Hub id')
     path = Path(name).expanduser()
     if name == 'demo' and not path.is_dir(): return str(demo_model())
-    if name.endswith('.gguf'): return _converted_gguf(_gguf_file(name))
+    if name.endswith('.gguf') and not path.is_dir(): return _converted_gguf(_gguf_file(name))
     if path.is_dir():
         if (path/holds).is_file(): return str(path.absolute()) # the working folder may change
         hint = '; it holds an adapter, which load_tuned loads' if (path/'adapter_config.json').is_file() else ''
@@ -415,6 +415,8 @@ def from_source(
                             'download it again') from None
     except SafetensorError as e: raise _cut_weights(source, local, e) from None
     except (OSError, ValueError, ImportError) as e: raise _load_error(source, local, e, revision, problem) from None
+    except (MemoryError, LlamaNbError): raise
+    except Exception as e: raise _damaged(cls, source, e) from None # of many kinds, from files that were changed or cut
 
 # %% ../nbs/13_sources.ipynb #1d0bcc1e
 def _is_present(source, revision=None, error=None):
@@ -455,6 +457,14 @@ def _load_error(source, local, error, revision=None, problem=''):
     return ResourceError(f'model {name} is gated or does not exist{near}; accept its licence on the Hub and run '
                          f'`hf auth login` (formerly `huggingface-cli login`); or {others}')
 
+# %% ../nbs/13_sources.ipynb #1090d48e
+def _damaged(cls, source, error):
+    "The `ResourceError` for files that transformers cannot make sense of: it names the file, or those it may be."
+    part = {'AutoConfig': 'config.json', 'AutoTokenizer': 'tokenizer files', 'GenerationConfig': 'generation_config.json'}
+    files = part.get(cls.__name__, 'config.json, or the files of its weights,')
+    return ResourceError(f'model {shorten(redact(source))}: its {files} cannot be used ({type(error).__name__}: '
+                         f'{one_line(error, 70)}); download it again')
+
 # %% ../nbs/13_sources.ipynb #fd9616a8
 def model_shape(
     model, # A `ModelConfig`, a name it would accept, or a `LlamaConfig` (returned unchanged)
@@ -469,8 +479,8 @@ def model_shape(
 def _own_shape(name, revision=None):
     "The shape of a model as its author made it."
     if name in KNOWN_MODELS and not Path(name).exists(): return known_shape(name)
-    if name.endswith('.gguf'): return _gguf_shape(_gguf_file(name))
-    return check_llama(from_source(AutoConfig, find_model(name), revision), name)
+    if name.endswith('.gguf') and not Path(name).expanduser().is_dir(): return _gguf_shape(_gguf_file(name))
+    return drop_rowless_pad_(check_llama(from_source(AutoConfig, find_model(name), revision), name))
 
 # %% ../nbs/13_sources.ipynb #5f8a124d
 ROPE_FILE = 'rope_scaling.json' # in an adapter's folder, if its base was stretched
@@ -515,7 +525,31 @@ def check_llama(
     shape, # A transformers config
     name, # The model's name, for the message
 )->LlamaConfig: # `shape`
-    "Refuse other architectures with a `ConfigError`."
-    if isinstance(shape, LlamaConfig) and shape.model_type == 'llama': return shape
+    "Refuse other architectures with a `ConfigError`, and values that no Llama can have with a `ResourceError`."
+    if isinstance(shape, LlamaConfig) and shape.model_type == 'llama': return _check_values(shape, name)
     raise ConfigError(f"model {shorten(redact(name))}: its architecture is {getattr(shape, 'model_type', '?')!r}; "
                       'llama_nb fine-tunes models of Llama architecture')
+
+def _check_values(shape, name):
+    "The shape, if a model can be built from it."
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    rope = (shape.rope_parameters or {}).get('rope_type', 'default')
+    sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'vocab_size')
+    wrong = [key for key in sizes if not isinstance(getattr(shape, key), int) or getattr(shape, key) < 1]
+    if shape.hidden_act not in ACT2FN: wrong.append('hidden_act')
+    packing = getattr(shape, 'quantization_config', None)
+    if packing is not None and not isinstance(packing, dict) and not hasattr(packing, 'to_dict'): wrong.append('quantization_config')
+    found = [f'{key} {shorten(repr(getattr(shape, key)), 30)}' for key in wrong]
+    if rope not in ('default', *ROPE_INIT_FUNCTIONS): found.append(f'rope_type {shorten(repr(rope), 30)}')
+    if not found: return shape
+    raise ResourceError(f"model {shorten(redact(name))}: its config.json says {', '.join(found)}, which no Llama can have; download it again")
+
+# %% ../nbs/13_sources.ipynb #c1ded471
+def drop_rowless_pad_(
+    shape:LlamaConfig, # Changed in place
+)->LlamaConfig: # `shape`
+    "Leave out a pad id that the embedding has no row for."
+    pad = shape.pad_token_id
+    if pad is not None and not 0 <= pad < shape.vocab_size: shape.pad_token_id = None
+    return shape

@@ -204,7 +204,8 @@ class LLAMATrainer:
         self._prepared = None # a run made ready by asking for `hf_trainer`
         self.planned = None # its `MemoryPlan`
         self._model = self._data = self._encoded = None # loaded on first use
-        self._tokenizer = tokenizer if tokenizer is None else run_tokenizer(self.config, tokenizer)
+        self._rows = None if model is None else model.get_input_embeddings().weight.shape[0] # `None`: as the config says
+        self._tokenizer = tokenizer if tokenizer is None else run_tokenizer(self.config, tokenizer, self._rows)
         self.validation_names = {} # name -> number of held-out conversations, if they have names
         if data is not None: self._data, self.validation_names = as_splits(data, validation, self.config.data)
         self._start = None # the adapter's initial values
@@ -239,7 +240,7 @@ class LLAMATrainer:
     def tokenizer(self):
         if self._tokenizer is None and self.config.model.model_name == IN_MEMORY:
             raise ConfigError('tokenizer: the model you gave has no name that leads to its tokenizer; give it too: tokenizer=...')
-        if self._tokenizer is None: self._tokenizer = run_tokenizer(self.config)
+        if self._tokenizer is None: self._tokenizer = run_tokenizer(self.config, vocab_size=self._rows)
         return self._tokenizer
 
     @property

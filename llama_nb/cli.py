@@ -831,12 +831,7 @@ def _data(source:_Source=None, overrides:_Overrides=None, show:_Show=1, model:_D
     proof, views = _masks(joined(found.train, found.validation), cfg, show) if show and found.train else (None, [])
     found, inexact = _with_notes(found, proof), _mask_problem(proof)
     written = _write(found, output, allowed) if output else []
-<<<<<<< /tmp/tmpkoct2enn/o
-    masks, views = _masks(joined(found.train, found.validation), cfg, show) if show and found.train else ({}, [])
     go_on = _next(source, overrides, cfg, found, error, allowed, wanted, output,
-=======
-    go_on = _next(source, overrides or [], cfg, found, error, allowed, wanted, output,
->>>>>>> /tmp/tmpkoct2enn/t
                   written if allowed else [], model, preset, config)
     if inexact and go_on.startswith('llama-nb train'): go_on = 'correct or leave out what is not exact, then repeat this command'
     if inexact and not refused: refused = f"{proof.total - proof.exact} of {proof.total} masks are {inexact}"

@@ -136,6 +136,8 @@ TABLE = [
     Row('accelerate.Accelerator.unwrap_model', ('model',), 'guards', starts=True),
     Row('huggingface_hub.constants.HF_HUB_OFFLINE', (), 'doctor'),
     Row('huggingface_hub.get_token', (), 'checks, doctor'),
+    Row('transformers.activations.ACT2FN', (), 'sources'),
+    Row('transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS', (), 'sources'),
     Row('transformers.PreTrainedTokenizerFast.backend_tokenizer', (), 'tokens, train'),
 ]
 

@@ -245,12 +245,6 @@ def _config_explain(key:_Key, as_json:_Json=False):
     lines = [f"{found['setting']}: {found['meaning']}", f"allowed: {found['allowed']}", f"default: {json.dumps(found['default'])}"]
     return _Answer(found, '\n'.join(lines))
 
-# %% ../nbs/93_cli.ipynb #67fe5152
-def _memory(cfg):
-    "The memory plan of a config."
-    from llama_nb.memory import plan
-    return plan(cfg.model, cfg.training, cfg.lora)
-
 # %% ../nbs/93_cli.ipynb #379c2934
 def _proved(conversations, cfg):
     "Proof of the masks of all conversations, as this config teaches them."
@@ -881,25 +875,43 @@ _PlanArguments = Annotated[Optional[list[str]], typer.Argument(
     metavar='[MODEL] [SECTION.KEY=VALUE]...', help='Name of a model, and settings.', show_default=False)]
 _Card = _option(Optional[float], '--card', help='Memory of your GPU in GB; exit with code 3 if the run does not fit.')
 
+def _ways_table(plans, kind):
+    "One row for each way to share the base among processes; the way that will be taken has a mark."
+    from llama_nb.memory import GiB
+    def cards(p): return ', '.join(card for card,v in p.verdicts.items() if v['fits']) or 'none'
+    return table([{'training.parallel': f'{name} *' if name == kind else name, 'GiB on each process': f'{p.total/GiB:.1f}',
+                   'cards': cards(p)} for name,p in plans.items()]).text
+
+def _on_card(planned, card, way):
+    "Verdict for a card: what a script gets, and the lines that say it."
+    from llama_nb.memory import GiB, cheapest_changes
+    room = int(0.95*card*GiB) # 5 % is never free, as in the table
+    found = {'card': card, 'fits': planned.fits(room), 'changes': cheapest_changes(planned, room)}
+    verdict = f"{'fits' if found['fits'] else 'does not fit'} a card of {card:g} GB{way}"
+    if found['changes']: verdict += '; what would help, cheapest first:'
+    lines = [f"  {c['setting']}: saves {c['saves_bytes']/GiB:.1f} GiB ({c['cost']})" for c in found['changes']]
+    return found, [verdict, *lines]
+
+
+# %% ../nbs/93_cli.ipynb #73c59d9c
 @app.command('plan', epilog=_examples("llama-nb plan huggyllama/llama-13b --card 24"))
 @_command
 def _plan(arguments:_PlanArguments=None, config:_ConfigFile=None, preset:_Preset=None, card:_Card=None,
           as_json:_Json=False):
     "Estimate the memory a run needs, without downloading weights."
+    from llama_nb.memory import parallel_plans
     names, overrides = [a for a in arguments or [] if '=' not in a], [a for a in arguments or [] if '=' in a]
     if len(names) > 1: raise ConfigError(f'one model at a time, found {", ".join(map(shorten, names))}')
     cfg = _resolve(config, preset, [*(f'model.model_name={json.dumps(n)}' for n in names), *overrides])
-    planned = _memory(cfg)
-    found = {'model': cfg.model.model_name, **planned.to_dict()}
-    if card is None: return _Answer(found, repr(planned))
-    from llama_nb.memory import GiB, cheapest_changes
-    room = int(0.95*card*GiB) # 5 % is never free, as in the table
-    found |= {'card': card, 'fits': planned.fits(room), 'changes': cheapest_changes(planned, room)}
-    verdict = f"{'fits' if found['fits'] else 'does not fit'} a card of {card:g} GB"
-    if found['changes']: verdict += '; what would help, cheapest first:'
-    lines = [f"  {c['setting']}: saves {c['saves_bytes']/GiB:.1f} GiB ({c['cost']})" for c in found['changes']]
-    code = 0 if found['fits'] else ResourceError.exit_code
-    return _Answer(found, '\n'.join([repr(planned), verdict, *lines]), code)
+    plans, way = parallel_plans(cfg.model, None, cfg.training, cfg.lora), ''
+    kind = next((k for k,p in plans.items() if card is None or _on_card(p, card, '')[0]['fits']), next(iter(plans)))
+    found, lines = {'model': cfg.model.model_name, **plans[kind].to_dict()}, [repr(plans[kind])]
+    if (num := cfg.training.num_processes) > 1:
+        found |= {'parallel': kind, 'ways': {k: p.to_dict()['total_bytes'] for k,p in plans.items()}}
+        lines, way = [*lines, '', _ways_table(plans, kind)], f', {num} of them with training.parallel={kind}'
+    if card is None: return _Answer(found, '\n'.join(lines))
+    verdict, told = _on_card(plans[kind], card, way)
+    return _Answer(found | verdict, '\n'.join([*lines, *told]), 0 if verdict['fits'] else ResourceError.exit_code)
 
 # %% ../nbs/93_cli.ipynb #4bd82a2d
 _RunsFolder = Annotated[Path, typer.Argument(metavar='[FOLDER]', help='Folder that holds runs.')]

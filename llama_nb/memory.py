@@ -10,6 +10,7 @@ __all__ = ['GiB', 'CARDS', 'CUDA_CONTEXT_BYTES', 'STEP_TOKENS', 'UNPACK_TOKENS',
 
 # %% ../nbs/45_memory.ipynb #06e05023
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -484,17 +485,18 @@ def decide(
 # %% ../nbs/45_memory.ipynb #9e1e6886
 def parallel_plans(
     model_config, # What `plan` takes
-    memory_bytes:int, # Memory of each process
+    memory_bytes:int|None, # Memory of each process; `None`: unknown, settings stay as they are
     training_config:TrainingConfig, # With `num_processes`
     lora_config:LoRAConfig|None=None, # `None` takes the defaults
     **kwargs, # What `decide` takes
 )->dict[str,MemoryPlan]: # `'ddp'` and `'fsdp'`, or only what `training.parallel` and the other settings allow
-    "What `decide` decides for each way to share the base among processes."
+    "What `decide` decides, or without a size of memory what `plan` counts, for each way to share the base."
     t = training_config
     in_8bit = getattr(getattr(model_config, 'model', model_config), 'load_in_8bit', False)
     can_cut = t.num_processes > 1 and t.compile is not True and t.compute != 'fp8' and not in_8bit
     kinds = [t.parallel] if t.parallel != 'auto' else ['ddp', 'fsdp'] if can_cut else ['ddp']
-    return {kind: decide(model_config, memory_bytes, dataclasses.replace(t, parallel=kind), lora_config, **kwargs)
+    planned = plan if memory_bytes is None else functools.partial(decide, memory_bytes=memory_bytes)
+    return {kind: planned(model_config, training_config=dataclasses.replace(t, parallel=kind), lora_config=lora_config, **kwargs)
             for kind in kinds}
 
 def choose_parallel(

@@ -101,6 +101,7 @@ def test_a_role_is_one_of_four_words(name, template):
         for role in (t, f'user{t}', f'assistant\n{t}', FORMS['look-alike'](t)):
             for use in (encode, encode_prompt):
                 with pytest.raises(DataError, match='role'): use([{'role': role, 'content': 'x'}, {'role': 'assistant', 'content': 'x'}], tok, template)
+                with pytest.raises(DataError, match='role'): Message(role, 'x')  # built by hand
     for role in ('User', 'user ', 'ipython'):  # names that people write: what goes into the header is one of the four words
         assert as_conversation([{'role': role, 'content': 'x'}, {'role': 'assistant', 'content': 'x'}]).roles[0] in ROLES
     for role in ('us\u0435r', 'assistant<|eot_id|>', '', None, 1, ['user']):

@@ -19,9 +19,9 @@ MUTANTS = {
     'the run a checkpoint belongs to': ('checkpoints', "if run_id and manifest.get('run') not in (None, run_id)", 'if False', 'test_damage.py::test_a_stale_checkpoint_of_another_run_is_skipped'),
     'a full disk is told as such': ('checkpoints', 'raise disk_full(folder, final.name, written, sum(map(_bytes, checkpoints(folder)[-1:]))) from e', 'raise', 'test_damage.py::test_file_size_limit'),
     'the update of a NaN is skipped': ('guards', 'inner.found_inf = bad.float()', 'inner.found_inf = torch.zeros(())', 'test_exact.py::test_a_number_that_is_none_stops_the_run'),
-    'a NaN is noticed': ('guards', 'if bad: raise self._error', 'if False: raise self._error', 'test_exact.py::test_a_number_that_is_none_stops_the_run'),
+    'a NaN is noticed': ('guards', 'if bad and not (np.isfinite(total) and self._is_overflow(bad, values, step)): raise self._error', 'if False: raise self._error', 'test_exact.py::test_a_number_that_is_none_stops_the_run'),
     'a loss that explodes is noticed': ('guards', 'if self.count < self.patience:', 'if True:', 'test_exact.py::test_a_loss_that_explodes_stops_the_run'),
-    'settings are compared': ('resume', 'if changes := changed_settings(old, facts, allow):', 'if False:', 'test_exact.py::test_a_changed_setting_is_refused'),
+    'settings are compared': ('resume', 'changes = changed_settings(old, facts, allow)', 'changes = {}', 'test_exact.py::test_a_changed_setting_is_refused'),
     'parts are asked for by name': ('resume', 'if missing: raise', 'if False: raise', 'test_exact.py::test_a_missing_part_is_not_gone_on_without'),
     'later epochs are shuffled by their number': ('loop', "random.Random(f'{self.seed}:{self.epoch}').shuffle(order)", 'random.shuffle(order)', 'test_exact.py::test_resumed_is_uninterrupted'),
     'an interrupt saves': ('guards', 'control.should_save = self.trainer.saved_step != state.global_step', 'control.should_save = False', 'test_stop.py::test_interrupts'),
@@ -32,6 +32,15 @@ MUTANTS = {
     'a template is tried first': ('layouts', 'if why: refuse_template(', 'if False: refuse_template(', 'test_hostile.py::test_hostile_chat_template'),
     'pickles are refused by name': ('checkpoints', "'.bin', '.pkl'", "'.never'", 'test_hostile.py::test_code_files_are_refused'),
 }
+
+
+@pytest.mark.parametrize('safeguard', MUTANTS)
+def test_the_safeguard_stands_there(safeguard):
+    "The mutants themselves run only with --flags slow; that each still finds its line is seen at once."
+    module, old, _, test = MUTANTS[safeguard]
+    file, name = test.split('::')
+    assert old in (ROOT/'llama_nb'/f'{module}.py').read_text(encoding='utf-8')
+    assert f'def {name}(' in (ROOT/'tests'/file).read_text(encoding='utf-8')
 
 
 @pytest.mark.slow

@@ -551,8 +551,8 @@ class TrainingConfig:
     deterministic: StrictBool = False # On a GPU: repeat a run bit for bit, about 2 % slower; a CPU always does
     # Use packed attention, fused LoRA linears and a loss on taught tokens only; false: the plain model
     fast_path: StrictBool = True
-    # Parts of the fast path on a GPU: RoPE and SwiGLU as one kernel each, block scales kept unpacked where they fit,
-    # adapters rounded once per micro-batch; false: operations of torch, the same up to a rounding
+    # Parts of the fast path on a GPU: RoPE, SwiGLU, and norm with residual stream as one kernel each, block scales kept
+    # unpacked where they fit, adapters rounded once per micro-batch; false: operations of torch, the same up to a rounding
     kernels: StrictBool = True
     # Compile the layers with torch.compile and pad rows to one length, which delays the first step;
     # `"auto"`: on a GPU, if the run is long enough to gain
@@ -574,8 +574,9 @@ class TrainingConfig:
     neftune_noise_alpha: _Scale|None = None # NEFTune: scale of the uniform noise on embeddings in training; `None`: none
     max_grad_norm: _NotNegative = 1.0 # Clip the gradient norm to this value; 0 disables clipping
     logging_steps: _AtLeast1 = 1 # Log every this many steps
-    save_steps: _AtLeast1|Literal['auto'] = 'auto' # Save every this many steps; `"auto"`: about five times per run
-    eval_steps: _AtLeast1|Literal['auto'] = 'auto' # Validate every this many steps; `"auto"`: about eight times
+    # Save every this many steps; `"auto"`: at the end, and at most four times before, at least a minute apart
+    save_steps: _AtLeast1|Literal['auto'] = 'auto'
+    eval_steps: _AtLeast1|Literal['auto'] = 'auto' # Validate every this many steps; `"auto"`: at most eight times
     save_total_limit: _AtLeast1 = 2 # Number of checkpoints to keep, at least 2; the best one is kept besides
     save_strategy: Literal['steps', 'epoch'] = 'steps' # Save every `save_steps` steps, or after each epoch
     eval_strategy: _Strategy = 'steps' # Validate every `eval_steps` steps, after each epoch, or not at all

@@ -49,7 +49,7 @@ def apply_fast_path_(
     attention:bool=True, # Packed attention, by the borders in the batch
     lora:bool=True, # LoRA linears as one operation that saves only packed weights
     layers:bool=True, # Norm, RoPE and SwiGLU as one function each, in training
-    kernels:bool=True, # On a GPU: RoPE and SwiGLU as one kernel each; False: torch's own operations
+    kernels:bool=True, # On a GPU: RoPE, SwiGLU, norm with residual stream as one kernel each; False: torch's operations
 )->nn.Module: # The same model
     """Switch on the fast pieces in a model."""
     if attention:

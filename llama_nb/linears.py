@@ -282,14 +282,14 @@ class _LoRAGroup(torch.autograd.Function):
         outs = [_add_update(rows, low, B.to(x.dtype), scaling, None, s, kind, p, eight)
                 for low, B, s, kind, p in zip(split, Bs, sizes, kinds, parts)]
         ctx.one_A = A is getattr(getattr(As[0], 'rounded', None), 'stack', None)
-        ctx.eps, norm = (normed[2], normed[:2]) if normed else (None, (x, None)) # what to save of the input
+        ctx.norm, norm = (normed[2:], normed[:2]) if normed else ((), (x, None)) # what to save of the input
         ctx.save_for_backward(*norm, lows, *([A] if ctx.one_A else As), *Bs, *tensors[2*len(As):])
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx, *grads):
         x, weight, lows, *tensors = ctx.saved_tensors
-        if weight is not None: x = norm_again(x, weight, ctx.eps)
+        if weight is not None: x = norm_again(x, weight, *ctx.norm)
         scaling, sizes, kinds, counts = ctx.settings
         rows, gs, first = _as_rows(x), [_as_rows(g) for g in grads], 1 if ctx.one_A else len(counts)
         As, Bs, parts = _by_layer(counts, tensors, first)

@@ -537,7 +537,7 @@ def training_arguments(
     use_cpu:bool, # Train on the CPU even if there is a GPU
 )->TrainingArguments: # Settings of transformers
     "Translate a `TrainingConfig`."
-    def every(setting, times): return max(1, total_steps//times) if setting == 'auto' else setting
+    def every(setting, times): return math.ceil(total_steps/times) if setting == 'auto' else setting
     made = TrainingArguments(
         str(folder), **{name: getattr(config, name) for name in _SAME_NAME},
         per_device_train_batch_size=batch_size,

@@ -17,6 +17,7 @@ import base64
 import random
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -168,17 +169,18 @@ class SafeTrainer(_StepWindow):
     Takes `run` (a `Run`) and `run_facts` (saved as `run.json` in each checkpoint) besides the trainer's own arguments."""
     def __init__(self, *args, run:Run, run_facts:dict|None=None, **kwargs):
         self.run, self.run_facts = run, run_facts or {}
-        self.saved_step = None # step of the newest checkpoint that this trainer wrote
+        self.saved_step, self.save_seconds = None, 0. # of the newest checkpoint that this trainer wrote
         self._stage = None # folder of the checkpoint that is being written
         super().__init__(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial=None, **kwargs):
-        step, self.phase = self.state.global_step, 'saving'
+        step, self.phase, since = self.state.global_step, 'saving', time.monotonic()
         for guard in self.guards: guard.before_save()
         others = _random_states(self)
         if is_main(): self._write_checkpoint(step, others, model, trial, **kwargs)
         self.saved_step = step
         meet() # the other ranks wait until it is complete
+        self.save_seconds = time.monotonic() - since
 
     def _write_checkpoint(self, step, random_states, model, trial, **kwargs):
         "Write the checkpoint of a step, with the random states of the other ranks, and remove old ones."
@@ -225,6 +227,7 @@ class SafeTrainer(_StepWindow):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         "As stock, but a checkpoint that is due is saved before the evaluation of the same step."
         take_over_decisions_(self.control)
+        self._save_if_stopping()
         if self.control.should_evaluate and self.control.should_save:
             self.control.should_evaluate = False
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -241,7 +244,12 @@ class SafeTrainer(_StepWindow):
             raise
         meet() # sample replies take the main process a while
         take_over_decisions_(self.control)
+        self._save_if_stopping()
         return metrics
+
+    def _save_if_stopping(self):
+        "The last step of a run is saved, whatever ends the run."
+        if self.control.should_training_stop and self.saved_step != self.state.global_step: self.control.should_save = True
 
     def _save_after_failure(self, trial):
         "Save a checkpoint of this step if there is none, and if the loss is in its usual range."

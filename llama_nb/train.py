@@ -29,7 +29,7 @@ from .data import DataSplits, read_data
 from .errors import (
     ConfigError, DataError, LlamaNbError, logger, one_line, redact, ResourceError, RunInterrupted, shorten)
 from .fastpath import apply_fast_path_, keep_freed_memory_
-from .guards import InterruptGuard, is_out_of_memory, out_of_memory
+from .guards import InterruptGuard, is_out_of_memory, out_of_memory, SaveGuard
 from llama_nb.inputs import (
     adopt_model, as_splits, check_objects, data_or_settings, describe_model, IN_MEMORY, lora_settings,
     read_adapter)
@@ -554,6 +554,7 @@ def _run_callbacks(trainer, run, samples, progress):
                        lambda to: _publish(trainer, to))
     stops = t.load_best_model_at_end or t.early_stopping
     if stops: callbacks.insert(0, StopGuard(run, t.early_stopping_delta if t.early_stopping else None))
+    if t.save_steps == 'auto' and t.save_strategy == 'steps': callbacks.insert(0, SaveGuard())
     if t.mirror: callbacks.append(Mirror(run, t.mirror, t.save_total_limit))
     return callbacks
 

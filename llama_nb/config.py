@@ -574,7 +574,7 @@ class TrainingConfig:
     neftune_noise_alpha: _Scale|None = None # NEFTune: scale of the uniform noise on embeddings in training; `None`: none
     max_grad_norm: _NotNegative = 1.0 # Clip the gradient norm to this value; 0 disables clipping
     logging_steps: _AtLeast1 = 1 # Log every this many steps
-    # Save every this many steps; `"auto"`: at the end, and at most four times before, at least a minute apart
+    # Save every this many steps; `"auto"`: at the end, and at most four times before, in at most 5 % of the time
     save_steps: _AtLeast1|Literal['auto'] = 'auto'
     eval_steps: _AtLeast1|Literal['auto'] = 'auto' # Validate every this many steps; `"auto"`: at most eight times
     save_total_limit: _AtLeast1 = 2 # Number of checkpoints to keep, at least 2; the best one is kept besides

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from .errors import redact
-from .runs import last_step, smooth
+from .runs import last_step, smooth, trained_rows, UNKNOWN_ROWS
 from .views import write_text
 
 # %% ../nbs/52_card.ipynb #f13cafd8
@@ -50,10 +50,12 @@ def _score_text(system, score):
 # %% ../nbs/52_card.ipynb #7cc4041b
 def _not_comparable(saved, step):
     "What a reader of scores must know: they are of another step, or of rows that were trained on."
-    trained = ((saved.get('settings') or {}).get('data') or {}).get('trained')
+    data = (saved.get('settings') or {}).get('data') or {}
+    trained = data.get('trained')
     at = (saved.get('about') or {}).get('step')
     notes = [f'at step {at}, not {step}']*(at is not None and at != step)
     notes += [f'{trained} of its rows were trained on']*bool(trained)
+    notes += ['earlier training rows are not known']*bool(data.get('trained_before_unknown'))
     return f" ({'; '.join(notes)})" if notes else ''
 
 # %% ../nbs/52_card.ipynb #649bcff0
@@ -102,6 +104,13 @@ def _curve_facts(run):
             'validation loss': span(held[0], held[-1]) if held else None}
 
 # %% ../nbs/52_card.ipynb #b2e13110
+def _trained_before(run):
+    "What the weights were trained on before this run's own data, in words."
+    rows = trained_rows(run, before=True) or set()
+    known = len(rows - {UNKNOWN_ROWS})
+    words = [f'{known:,} other conversations']*bool(known) + ['conversations that are not known']*(UNKNOWN_ROWS in rows)
+    return {'trained before on': ' and '.join(words)} if words else {}
+
 def card_facts(
     run, # A `Run`
 )->dict: # Whatever the folder tells, by name
@@ -110,7 +119,7 @@ def card_facts(
     model, lora, training = (config.get(k) or {} for k in ('model', 'lora', 'training'))
     return {'base_model': model.get('model_name', 'unknown'), 'use_4bit': model.get('use_4bit'),
             'compute_dtype': env.get('compute_dtype', 'bfloat16'), 'config': config,
-            'data': _load_json(run.folder/'data.json'), 'settings': _setting_facts(model, lora, training),
+            'data': _load_json(run.folder/'data.json') | _trained_before(run), 'settings': _setting_facts(model, lora, training),
             'curves': _curve_facts(run), 'scores': _scores(run.folder, last_step(run)),
             'packages': {name: env.get('packages', {}).get(name) for name in _PACKAGES}}
 

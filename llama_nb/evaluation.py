@@ -37,7 +37,7 @@ from llama_nb.metrics import (
 from .model import load_model, load_tuned
 from .report import EvaluationReport, LABELS, STATISTICS
 from .checkpoints import MANIFEST
-from .runs import last_step, Run, run_of, scores_name, trained_rows
+from .runs import last_step, Run, run_of, scores_name, trained_rows, UNKNOWN_ROWS
 from .segments import get_template
 from .views import stage, tell
 from .store import changed
@@ -196,7 +196,7 @@ class EvaluationFramework:
         max_length:int|None=None, # Maximum conversation length in tokens; `None`: the model's maximum
         on_overflow:str='raise', # Longer conversations: as in `encode`; the report names dropped ones
         about:dict|None=None, # Facts for the title of the report, e.g. `run` and `date`
-        trained:set|None=None, # `conversation_hash`es of what the model was trained on; `None`: not known
+        trained:set|None=None, # `conversation_hash`es of what the model was trained on, as `trained_rows` gives them; `None`: not known
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, eval_config or EvaluationConfig()
         self.base_16bit, self.template, self.max_length = base_16bit, template, max_length
@@ -285,6 +285,7 @@ class EvaluationFramework:
         else: skipped['base_16bit'] = why
         choice = dict(dropped=dropped, asked=min(len(conversations), self.config.num_samples))
         if self.trained is not None: choice['trained'] = len(seen)
+        if UNKNOWN_ROWS in (self.trained or ()): choice['trained_before_unknown'] = True
         return _make_report(self, chosen, choice, found, skipped, by, groups)
 
     def _trained_on(self, conversations):
@@ -470,10 +471,11 @@ def evaluate_saved(
     name = scores_name(own, config, name, data, checkpoint)
     if conversations is None:
         config, conversations, train = _to_measure(config, data, num_samples)
-        if takes_own and len(conversations): _check_own(own, config, train, trained)
+        if takes_own and len(conversations): _check_own(own, config, train, trained_rows(run, before=False))
         moved = (config.data.dataset_name, config.data.data_path) != (own.data.dataset_name, own.data.data_path)
         if (data is not None or moved) and not allow_trained:
             if trained is None: tell(f'{redact(run.folder)} keeps no list of the rows it was trained on: not checked')
+            elif UNKNOWN_ROWS in trained: tell(f'{redact(run.folder)} went on from an adapter without a list of its rows: those are not checked')
             _refuse_trained(conversations, trained or set(), data or config.data.dataset_name)
     if not len(conversations):
         raise DataError(f'{redact(run.folder)}: no conversations were held out in training; measure others, '

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_MEMORY', 'data_or_settings', 'as_splits', 'check_objects', 'describe_model', 'adopt_model', 'lora_settings',
-           'read_adapter']
+           'read_adapter', 'rows_before']
 
 # %% ../nbs/68_inputs.ipynb #2455bfdd
 import json
@@ -18,8 +18,9 @@ from .config import DataConfig, LoRAConfig, ModelConfig, ROPE_TYPES
 from .conversation import Conversation, Message
 from .data import DatasetLoader, DataSplits, get_loader, selected
 from .errors import CheckpointError, ConfigError, DataError, redact, ResourceError, shorten
-from .lora import adapted_linears, add_lora
+from .lora import adapted_linears, adapter_tensors, add_lora
 from .model import adapter_folder, disable_cpu_4bit_trap_, tuned_config
+from .runs import run_of, trained_rows, UNKNOWN_ROWS
 from .sources import check_llama, model_shape, scale_rope_
 from .store import joined
 
@@ -216,3 +217,22 @@ def _base_of(folder):
     base = tuned_config(folder)
     if any((place/'config.yaml').is_file() for place in (folder, folder.parent)): return base
     return replace(base, max_length=min(base.max_length, model_shape(base).max_position_embeddings))
+
+# %% ../nbs/68_inputs.ipynb #df598872
+def rows_before(
+    adapter=None, # Folder of an adapter to go on from
+    model=None, # Or a loaded model, with or without an adapter
+)->set[str]: # `conversation_hash`es, and `UNKNOWN_ROWS` if there may be others
+    "What an adapter was trained on so far; nothing for a new one."
+    place = None if adapter is None else adapter_folder(adapter)
+    if adapter is None:
+        if not hasattr(model, 'peft_config') or _is_untrained(model): return set()
+        place = getattr(model, 'loaded_from', None)
+    rows = None if place is None else trained_rows(run_of(place)[0])
+    return {UNKNOWN_ROWS} if rows is None else rows
+
+def _is_untrained(model):
+    "Whether the adapter of a PEFT model is as peft makes it: no update, and no module trained in full."
+    tensors = adapter_tensors(model)
+    started = [t for name,t in tensors.items() if '.lora_B' in name or '.lora_embedding_A' in name]
+    return len(started) > 0 and all('lora_' in name for name in tensors) and not any(t.any() for t in started)

@@ -608,6 +608,7 @@ def load_tuned(
         model = load_model(config, device=device)
     model = load_adapter(model, folder)
     check_base(model, folder, config.model_name)
+    model.loaded_from = folder # for whoever trains it further
     own_tokenizer = (folder/'tokenizer_config.json').is_file()
     source = folder if own_tokenizer else config.model_name
     return model, load_tokenizer(source, config.revision, model.get_input_embeddings().weight.shape[0])

@@ -363,9 +363,12 @@ def _dropped(report):
 # %% ../nbs/63_report.ipynb #2f2eee1b
 def _trained(report):
     "How many of the conversations were trained on, in words."
-    count = (report.settings.get('data') or {}).get('trained')
-    if not count: return ''
-    return f'{count} of {report.n} conversations were trained on: these scores show memory, not how well the model generalises'
+    data = report.settings.get('data') or {}
+    count, notes = data.get('trained'), []
+    if count: notes.append(f'{count} of {report.n} conversations were trained on: these scores show memory, not how well the model generalises')
+    if data.get('trained_before_unknown'):
+        notes.append('the adapter was trained before on conversations that are not known: these may be among them')
+    return '; '.join(notes)
 
 # %% ../nbs/63_report.ipynb #3a1fe88a
 def _notes(report):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from llama_nb.attention import plain_attention
 from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig, load_config
 from llama_nb.data import load_data
-from llama_nb.errors import CheckpointError, ConfigError
+from llama_nb.errors import CheckpointError, ConfigError, DataError
 from llama_nb.lora import adapted_linears
 from llama_nb.model import load_tuned
 from llama_nb.train import LLAMATrainer
@@ -221,6 +221,115 @@ def test_an_adapter_of_ours_is_continued_and_resumed(place):
     before = (whole.folder/'adapter_model.safetensors').read_bytes()
     shutil.rmtree(whole.folder/'checkpoint-4')
     assert (go_on(resume=True).folder/'adapter_model.safetensors').read_bytes() == before
+
+
+class Killed(BaseException): pass
+
+
+class Dies(TrainerCallback):
+    "Ends the process's training in its first step, as a kill would, before there is a checkpoint."
+    def on_step_begin(self, args, state, control, **kwargs): raise Killed
+
+
+def published(run): return (run.folder/'adapter_model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('kind', ['folder', 'foreign', 'model'])
+def test_a_run_killed_before_its_first_checkpoint_starts_again_from_its_adapter(place, tmp_path, kind):
+    "From `config.yaml` alone it equals the uninterrupted run; another adapter is refused."
+    first = trainer(place, 'origin', max_steps=2).train(progress=False)
+    if kind == 'foreign': save_foreign(place, tmp_path/'foreign', adapter_name='style', target_modules=r'.*layers\.1\..*(k|v)_proj')
+    def begin(name, **more):
+        training = TrainingConfig(str(tmp_path/'runs'), name, learning_rate=1e-2, max_steps=4, save_steps=2, compute='fp32')
+        given = dict(model=load_tuned(first, device='cpu')[0]) if kind == 'model' else dict(adapter=first if kind == 'folder' else tmp_path/'foreign')
+        return LLAMATrainer(data_config=DataConfig(str(place/'chats.jsonl')), training_config=training, device='cpu', **given, **more)
+    whole = begin('whole').train(progress=False)
+    with pytest.raises(Killed): begin('half', callbacks=[Dies()]).train(progress=False)
+    half = tmp_path/'runs'/'half'
+    assert not list(half.glob('checkpoint-*'))
+    save_foreign(place, tmp_path/'other', r=8 if kind == 'foreign' else 4, target_modules='all-linear')
+    def again(**given): return LLAMATrainer.from_config(load_config(half/'config.yaml'), device='cpu', **given).train(resume=half, progress=False)
+    if kind == 'folder':
+        save_foreign(place, tmp_path/'twin', r=4, lora_alpha=16, target_modules='all-linear')
+        with pytest.raises(ConfigError, match='went on from another adapter'): again(adapter=tmp_path/'twin')
+    run = again()
+    assert published(run) == published(whole) and run.status == 'finished'
+
+
+def test_a_run_with_a_new_adapter_does_not_go_on_from_another(place, tmp_path):
+    first = trainer(place, 'source', max_steps=1).train(progress=False)
+    made = trainer(place, 'fresh', max_steps=2, callbacks=[Dies()])
+    with pytest.raises(Killed): made.train(progress=False)
+    with pytest.raises(ConfigError, match='began with a new adapter'):
+        go_on(tmp_path, None, place/'chats.jsonl', adapter=first).train(resume=made.run, progress=False)
+
+
+def test_the_copy_of_the_starting_adapter_is_lost(place, tmp_path):
+    first = trainer(place, 'source-2', max_steps=1).train(progress=False)
+    made = go_on(tmp_path, 'copyless', place/'chats.jsonl', callbacks=[Dies()], adapter=first)
+    with pytest.raises(Killed): made.train(progress=False)
+    def again(**given): return LLAMATrainer.from_config(load_config(made.run.folder/'config.yaml'), device='cpu', **given).train(resume=made.run, progress=False)
+    shutil.rmtree(made.run.folder/'start')
+    with pytest.raises(ConfigError, match='not in its folder start any more; give it again'): again()
+    assert again(adapter=first).status == 'finished'
+
+
+def scored(run, data, name, **more):
+    from llama_nb.config import EvaluationConfig
+    from dataclasses import replace
+    from llama_nb.evaluation import evaluate_saved
+    quick = replace(load_config(run.folder/'config.yaml'), evaluation=EvaluationConfig(metrics=('perplexity',), num_bootstrap=100))
+    return evaluate_saved(run, quick, data=data, name=name, **more)
+
+
+def as_file(path, rows):
+    path.write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    return path
+
+
+def go_on(tmp_path, name, data, **given):
+    training = TrainingConfig(str(tmp_path/'runs'), name, learning_rate=1e-2, max_steps=1, compute='fp32')
+    return LLAMATrainer(data_config=DataConfig(str(data), val_size=0.), training_config=training, device='cpu', **given)
+
+
+@pytest.mark.parametrize('how', ['folder', 'loaded', 'trained'])
+def test_an_evaluation_knows_what_the_ancestors_were_trained_on(place, tmp_path, how):
+    "Over two generations, through folders, loaded models and the models of finished trainers."
+    words = ('owl', 'kingfisher', 'bittern')
+    sets = [as_file(tmp_path/f'{word}.jsonl', chats(8, word)) for word in words]
+    made = trainer(place, 'eldest', data_config=DataConfig(str(sets[0]), val_size=0.), max_steps=1)
+    run = made.train(progress=False)
+    for word, data in zip(words[1:], sets[1:]):
+        given = {'folder': dict(adapter=run), 'loaded': dict(model=load_tuned(run, device='cpu')[0]), 'trained': dict(model=made.model)}
+        made = go_on(tmp_path, word, data, **given[how])
+        run = made.train(progress=False)
+    for data in sets:
+        with pytest.raises(DataError, match='8 of 8 conversations were trained on'): scored(run, data, 'old')
+    report = scored(run, sets[0], 'old', allow_trained=True)
+    assert '8 of 8 conversations were trained on' in repr(report)
+    assert '8 of its rows were trained on' in (run.folder/'README.md').read_text('utf-8')
+    assert 'trained before on | 16 other conversations' in (run.folder/'README.md').read_text('utf-8')
+    assert scored(run, as_file(tmp_path/'new.jsonl', chats(3, 'avocet')), 'new').settings['data']['trained'] == 0
+
+
+def test_what_a_plain_adapter_was_trained_on_is_not_known(place, tmp_path):
+    "The table and the card say so."
+    save_foreign(place, tmp_path/'foreign')
+    run = go_on(tmp_path, 'heir', as_file(tmp_path/'owl.jsonl', chats(6, 'owl')), adapter=tmp_path/'foreign').train(progress=False)
+    report = scored(run, as_file(tmp_path/'new.jsonl', chats(3, 'avocet')), 'new')
+    assert 'trained before on conversations that are not known' in repr(report)
+    card = (run.folder/'README.md').read_text('utf-8')
+    assert 'trained before on | conversations that are not known' in card and 'earlier training rows are not known' in card
+
+
+def test_rows_of_before_a_resume_on_other_data_stay_known(place, tmp_path):
+    old, new = (as_file(tmp_path/f'{word}.jsonl', chats(8, word)) for word in ('owl', 'rail'))
+    def train(data, steps, **more): return trainer(place, 'moved', data_config=DataConfig(str(data), val_size=0.), max_steps=steps, save_steps=1, **more)
+    train(old, 2).train(progress=False)
+    allowed = ['data.dataset_name', 'training.max_steps']
+    run = train(new, 4, allow_changes=allowed).train(resume=True, progress=False)
+    for data in (old, new):
+        with pytest.raises(DataError, match='8 of 8 conversations were trained on'): scored(run, data, 'seen')
 
 
 WRONG = {

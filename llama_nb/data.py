@@ -26,7 +26,7 @@ from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
-from .config import DataConfig, DATASETS
+from .config import DataConfig, DATASETS, IN_MEMORY
 from .conversation import Conversation, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import ConfigError, DataError, did_you_mean, path_problem, redact, shorten
@@ -476,6 +476,9 @@ class ChatDatasetLoader(_PlaceLoader):
         path = Path(source).expanduser()
         if path.exists(): return self._files(path)
         if _is_hub_id(source, path): return self._splits(_hub(source, 'data', 'a file or folder', self.place))
+        if source == IN_MEMORY:
+            raise ConfigError('data.dataset_name: the data of this run was given in memory, so no file holds it; give it again in Python, '
+                              'data=..., or evaluate others: --data FILE --name NAME')
         raise DataError(f'{shorten(source, 60)}: no such file or folder (give a path, a Hub id like owner/name, '
                         f'or one of {", ".join(DATASETS)}{did_you_mean(source, DATASETS)})')
 

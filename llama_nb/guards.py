@@ -279,11 +279,7 @@ class InterruptGuard(Guard):
         state, # `TrainerState` that was loaded from a checkpoint; changed in place
     )->bool: # Whether the evaluation of its step must still be done
         "Check whether the step of a checkpoint was evaluated. If so, its result is added to the history, which was saved before."
-        step = state.global_step
-        by_epoch = args.eval_strategy == 'epoch'
-        whole = abs(state.epoch - round(state.epoch)) < 1e-6 if by_epoch and state.epoch else step % (state.eval_steps or step) == 0
-        due = step > 0 and (whole or step >= state.max_steps) # the last step is evaluated too
-        if args.eval_strategy == 'no' or not due or not self.run: return False
+        if not self._is_due(args, state): return False
         def is_result(event): return event['kind'] == 'eval' and event.get('step') == state.global_step
         result = next((e for e in self.run.events()[::-1] if is_result(e)), None)
         if result is None or state.global_step not in dict(self.run.metrics('eval_loss')): return True
@@ -292,12 +288,19 @@ class InterruptGuard(Guard):
             state.log_history.append({**values, 'epoch': state.epoch, 'step': state.global_step})
         return False
 
+    def _is_due(self, args, state):
+        "Whether the step of a checkpoint is one that is evaluated; the last one is."
+        step, by_epoch = state.global_step, args.eval_strategy == 'epoch'
+        whole = abs(state.epoch - round(state.epoch)) < 1e-6 if by_epoch and state.epoch else step % (state.eval_steps or step) == 0
+        return bool(self.run) and args.eval_strategy != 'no' and step > 0 and (whole or step >= state.max_steps)
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.pending_evaluation = from_main(self.has_pending_evaluation(args, state))
+        repeated = self.trainer.decides_by_evaluation and self._is_due(args, state)
+        self.pending_evaluation = from_main(repeated or self.has_pending_evaluation(args, state))
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.pending_evaluation: self.trainer.evaluate()
-        self.pending_evaluation = False
+        pending, self.pending_evaluation = self.pending_evaluation, False
+        if pending: self.trainer.evaluate_pending()
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.run and self.run.folder/'STOP'

@@ -123,6 +123,10 @@ def is_alive(
     except (OSError, ValueError, KeyError, TypeError): return False
 
 # %% ../nbs/51_runs.ipynb #ec18f9b9
+def _working_folder():
+    try: return os.getcwd()
+    except OSError: return None # it was removed
+
 _ENDS = {'finished': 'finished', 'interrupted': 'interrupted', 'failed': 'crashed'}
 
 class Run:
@@ -131,16 +135,22 @@ class Run:
         folder, # The run's folder, which must exist; a `Run` is the same folder again
     ):
         if folder is None: raise ConfigError('there is no run yet: train() makes one')
-        self.folder = Path(getattr(folder, 'folder', folder))
-        if problem := path_problem(self.folder): raise ResourceError(f'{shorten(repr(str(self.folder)), 60)}: {problem}; name the folder of a run')
-        self.folder = self.folder.expanduser()
+        path = Path(getattr(folder, 'folder', folder))
+        if problem := path_problem(path): raise ResourceError(f'{shorten(repr(str(path)), 60)}: {problem}; name the folder of a run')
+        self.folder = path.expanduser()
         if not self.folder.is_dir():
             raise ResourceError(f'{redact(self.folder)} is not there; name the folder of a run, such as runs/run-1')
         self._beaten, self._id, self._events, self._read = 0.0, None, [], 0
         self.drawn_in = None # Number of the notebook cell in which a live view shows this run already
 
     @property
-    def name(self)->str: return self.folder.name
+    def folder(self)->Path:
+        "Where it is: as you named it, and by its absolute path once the working folder is another one."
+        return self._named if _working_folder() == self._here else self._absolute
+    @folder.setter
+    def folder(self, folder): self._named, self._absolute, self._here = folder, folder.absolute(), _working_folder()
+    @property
+    def name(self)->str: return self._named.name
     @property
     def path(self)->Path: return self.folder/'events.jsonl'
     @property
@@ -248,6 +258,9 @@ def _make_parents(output_dir):
     "Make the folder of all runs. Raises `ConfigError` if a file has its name, `ResourceError` if it cannot be made."
     try: output_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
+        link = next((p for p in (output_dir, *output_dir.parents) if p.is_symlink() and not p.exists()), None)
+        if link is not None: raise ConfigError(f'training.output_dir: {redact(link)} is a link to {redact(os.readlink(link))}, which is not '
+                                               'there; make that folder, or name another one') from None
         raise ConfigError(f'training.output_dir: {redact(output_dir)} is, or lies below, a file; name a folder') from None
     except OSError as e:
         raise ResourceError(f'training.output_dir: {redact(output_dir)} cannot be made ({e.strerror}); '

@@ -16,7 +16,8 @@ import numpy as np
 
 from .errors import ConfigError
 from .runs import Run
-from .safe_trainer import Guard
+from .ranks import from_main
+from .safe_trainer import EndedBeforeStep, Guard
 from .views import tell
 
 # %% ../nbs/67_stopping.ipynb #4f7222b1
@@ -110,7 +111,7 @@ class StopGuard(Guard):
     def __init__(self,
         run:Run, # Whose evaluations
         delta:float|None=None, # Smallest gain worth more training, in nats per token; `None`: never stop
-    ): self.run, self.delta, self.stopped = run, delta, False
+    ): self.run, self.delta, self.stopped, self.resumed = run, delta, False, False
 
     def _save_too(self, control):
         if control.should_evaluate: control.should_save = True
@@ -119,16 +120,27 @@ class StopGuard(Guard):
     def on_step_end(self, args, state, control, **kwargs): return self._save_too(control)
     def on_epoch_end(self, args, state, control, **kwargs): return self._save_too(control)
 
+    def on_train_begin(self, args, state, control, **kwargs): self.resumed = state.global_step > 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        resumed, self.resumed = self.resumed, False # a process may die between an evaluation and the decision
+        if resumed and from_main(self._ends(state, control)): raise EndedBeforeStep
+
     def on_evaluate(self, args, state, control, **kwargs):
-        if self.delta is None or state.global_step >= state.max_steps: return control
+        self._ends(state, control)
+        return control
+
+    def _ends(self, state, control):
+        "Whether the evaluation of this step ends the run, which is logged."
         found = read_losses(self.run)
+        if self.delta is None or state.global_step >= state.max_steps or state.global_step not in found: return False
         bound = gain_to_come(list(found), list(found.values()), state.max_steps)
-        if bound >= self.delta: return control
+        if bound >= self.delta: return False
         self.run.log('stopped', step=state.global_step, bound=round(bound, 6), delta=self.delta)
         tell(f'stopped at step {state.global_step} of {state.max_steps}: the rest could gain at most {max(bound, 0):.4f} nats '
              f'per token ({1 - ERROR_RATE:.0%} sure), and {self.delta:g} is asked for')
         self.stopped = control.should_training_stop = True
-        return control
+        return True
 
     def kept(self, run)->set:
         "Steps from the pick on: any of them may still become the pick."

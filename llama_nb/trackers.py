@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EventLog', 'SampleGuard', 'ProgressBar', 'PaceGuard', 'in_notebook', 'LiveView', 'tracked_config', 'Tracker',
-           'guards']
+           'check_trackers', 'guards']
 
 # %% ../nbs/55_trackers.ipynb #663748b1
+import importlib.util
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from .errors import import_extra, logger, one_line, redact
+from .errors import ConfigError, import_extra, logger, one_line, redact, shorten
 from .guards import FiniteGuard, InterruptGuard, SpikeGuard, TrialGuard
 from .ranks import is_main, summed
 from .runs import cell_number, Run, RunView, spoken_time
@@ -281,6 +282,29 @@ class Tracker(Guard):
         if self.sink: self._try(self.sink[1])
         self.sink = None
     def on_train_end(self, args, state, control, **kwargs): self.close()
+
+# %% ../nbs/55_trackers.ipynb #fab43c72
+_PACKAGES = {'azure_ml': 'azureml', 'flyte': 'flytekit', 'dagshub': 'dagshub mlflow'} # where it is not the tracker's name
+_INSTALL = {'azureml': 'azureml-sdk', 'comet_ml': 'comet-ml'} # where it is not the package's name
+
+def _missing_package(name):
+    "What a tracker lacks here; an empty text if it has its package."
+    if name == 'kubeflow': return '' if os.environ.get('KUBEFLOW_TRAINER_SERVER_URL') else 'not in a pod of Kubeflow Trainer'
+    lacking = [package for package in _PACKAGES.get(name, name).split() if importlib.util.find_spec(package) is None]
+    return f'not installed; run pip install {" ".join(_INSTALL.get(p, p) for p in lacking)}' if lacking else ''
+
+def check_trackers(
+    names, # From `TRACKERS`
+):
+    "Raise `ConfigError` for a tracker whose package is missing."
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    for name in names:
+        try:
+            if name in ('tensorboard', 'wandb'): import_extra(name, 'trackers')
+            elif name not in INTEGRATION_TO_CALLBACK: raise ImportError(f'{name} is not known to this version of transformers')
+            elif not INTEGRATION_TO_CALLBACK[name].__module__.startswith('transformers.'): continue # a replacement of yours
+            elif missing := _missing_package(name): raise ImportError(f'{name} is {missing}')
+        except ImportError as e: raise ConfigError(f'training.report_to: {shorten(e, 160)}, or leave it out') from None
 
 # %% ../nbs/55_trackers.ipynb #bf2cb9b9
 def guards(

@@ -13,17 +13,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
-
 from .card import write_card
 from .checkpoints import disk_full, is_disk_full
 from .checks import (
-    check_devices, check_disk, check_launchable, check_same, check_scaled, check_supported, check_validation,
-    discard_if_refused)
+    check_devices, check_disk, check_launchable, check_optimizer, check_same, check_scaled, check_schedule,
+    check_supported, check_validation, discard_if_refused)
 from .config import (
-    absolute_paths, DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, RunConfig, TrainingConfig)
+    absolute_paths, DataConfig, EvaluationConfig, IN_MEMORY, LoRAConfig, ModelConfig, RunConfig, TrainingConfig)
 from .conversation import conversation_hash
 from .data import DataSplits, read_data
 from .errors import (
@@ -31,8 +29,8 @@ from .errors import (
 from .fastpath import apply_fast_path_, keep_freed_memory_
 from .guards import InterruptGuard, is_out_of_memory, out_of_memory, SaveGuard
 from llama_nb.inputs import (
-    adopt_model, as_splits, check_objects, data_or_settings, describe_model, IN_MEMORY, lora_settings,
-    read_adapter)
+    adopt_model, as_splits, check_objects, data_or_settings, describe_model, lora_settings, read_adapter,
+    rows_before)
 from .launch import launch_training, LaunchSpec, Machines, stop_launched
 from .layers import recompute_norms_
 from .linears import uncompile_layers_, unpack_copies_, unpack_scales_
@@ -48,18 +46,20 @@ from .publishing import load_chosen, load_published_, publish, upload_asked, was
 from .quantization import compute_dtype
 from .ranks import all_values, from_main, is_launched, is_main, meet, rank_device, start_ranks
 from .resume import (
-    exclusive, find_checkpoint, first_facts, forget_adapter, hash_parts, open_run, run_facts, settled, sweep,
-    weights_fingerprint)
-from .runs import environment, Run, save_config, TRAINED_ROWS
+    exclusive, find_checkpoint, first_facts, forget_adapter, hash_parts, keep_start, known_start, load_start_,
+    open_run, own_facts, run_facts, settled, START, start_fingerprint, sweep, weights_fingerprint)
+from .runs import environment, Run, save_config, save_trained_rows, trained_rows
 from .safe_trainer import SilentRun
 from .shapes import parameter_counts
 from .shards import frozen_layer_bytes, shard_base_
 from .sources import model_shape
 from .staging import load_staged
 from .stopping import StopGuard
-from .trackers import guards, LiveView
+from .trackers import check_trackers, guards, LiveView
 from .training_data import encode_data, EncodedData, PackedData, rows_by_name, save_touched, settle_rope
-from .views import live_text, stage, tell, write_json, write_text
+from .views import live_text, stage, tell, write_json
+import shutil
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 # %% ../nbs/75_train.ipynb #5242414e
 def resolve(
@@ -157,6 +157,10 @@ def _make_model(trainer):
         return adopt_model(tuned, c.lora).eval()
     return _load(trainer, c.lora) if given.model is None else adopt_model(given.model, c.lora).eval()
 
+def _trained_values(model):
+    "A copy of the trained parameters by name."
+    return {n: p.detach().clone() for n,p in model.named_parameters() if p.requires_grad}
+
 def _load(trainer, lora_config):
     "The model of the settings; with all ranks together if they will share it."
     load = load_staged if _is_in_parts(trainer) else load_model
@@ -209,6 +213,7 @@ class LLAMATrainer:
         self.validation_names = {} # name -> number of held-out conversations, if they have names
         if data is not None: self._data, self.validation_names = as_splits(data, validation, self.config.data)
         self._start = None # the adapter's initial values
+        self._before = rows_before(adapter, model) # what the adapter given was trained on
         self.in_parts = None # whether several ranks share the base, as `training.parallel: auto` has decided
         self.trained_in = None # the `Run` that other processes trained, whose adapter the model gets
         self._chat = None # the `ChatSession`
@@ -262,8 +267,7 @@ class LLAMATrainer:
                 self._model = _make_model(self)
             if training.fast_path: apply_fast_path_(
                 self._model, attention=self._uses_fast_attention, kernels=training.kernels)
-            trained = ((n, p) for n,p in self._model.named_parameters() if p.requires_grad)
-            self._start = {n: p.detach().clone() for n,p in trained}
+            self._start = _trained_values(self._model)
             if self.trained_in is not None: load_published_(self._model, self.trained_in)
         return self._model
 
@@ -452,6 +456,8 @@ class _Prepared(NamedTuple):
     checkpoint:Path|None # Where to resume
     total:int # Optimizer steps of the whole run
     lock:ExitStack # Closed when the run has ended
+    last_run:Run|None # The trainer's run before
+    arguments:dict # Of the loop, as the settings made them
 
 # %% ../nbs/75_train.ipynb #a5477ab5
 def _step(checkpoint): return int(checkpoint.name.split('-')[1])
@@ -477,10 +483,10 @@ def _checkpoint_of_main(run, name):
     return run.folder/name
 
 # %% ../nbs/75_train.ipynb #822ba354
-def _facts(trainer, batch_size, compiled):
+def _facts(trainer, batch_size, compiled, optimizers=(None, None)):
     "What each checkpoint keeps for comparison when it is resumed, see `run_facts`."
     data = trainer.rows().facts
-    return run_facts(trainer.config, **{
+    return run_facts(trainer.config, **own_facts(*optimizers), **{
         'training.per_device_train_batch_size': batch_size, 'training.compile': compiled,
         'data.rows': data['fingerprint'], 'data.conversations': data['train']['conversations'],
         'template': data['template']['hash'][:16],
@@ -507,12 +513,13 @@ def _reply_sampler(trainer):
     return reply_sampler(trainer.model, trainer.tokenizer, data.validation, data.train, e.sample_prompts,
                          trainer.config.data.template, e.max_new_tokens)
 
-def _save_facts(trainer, run):
-    "Write what is known about data and machine into the run folder."
+def _save_facts(trainer, run, checkpoint=None):
+    "Write what is known about data and machine into the run folder. The rows behind a checkpoint stay known."
     if not is_main(): return
+    before = trained_rows(run, None if checkpoint else True) or set()
     write_json(run.folder/'data.json', trainer.rows().facts)
     save_touched(trainer.encoded, run.folder)
-    write_text(run.folder/TRAINED_ROWS, ''.join(f'{conversation_hash(c)}\n' for c in trainer.data.train))
+    save_trained_rows(run, [conversation_hash(c) for c in trainer.data.train], before)
     dtype = compute_dtype(trainer.config.model.bnb_4bit_compute_dtype, trainer.device)
     device = torch.cuda.get_device_name() if trainer.device.type == 'cuda' else 'cpu'
     facts = environment(device=device, compute_dtype=str(dtype).removeprefix('torch.'))
@@ -530,12 +537,40 @@ def _save_settings(trainer, run, facts):
     if (run.folder/'README.md').is_file(): write_card(run)
 
 # %% ../nbs/75_train.ipynb #4ebf1cf3
+def _goes_on(given): return given.adapter is not None or hasattr(given.model, 'peft_config')
+
+def _keep_start(trainer, run):
+    "Keep the adapter that a new run goes on from, if there is one."
+    given = trainer.given
+    if given.adapter is None and _goes_on(given): _reset_adapter_(trainer)
+    if _goes_on(given): keep_start(run, given.adapter, given.model, trainer._before)
+
 def _shared_run(trainer, resume, into):
     "The run of all ranks: the main process makes or finds it, the others only read it."
     if not is_main(): return SilentRun(from_main())
-    run = into if into is not None else open_run(trainer.config, resume, trainer.run)
+    run = into if into is not None else open_run(trainer.config, resume, trainer.run, partial(_keep_start, trainer))
     from_main(str(run.folder.absolute()))
     return run
+
+# %% ../nbs/75_train.ipynb #4fb28381
+def _settle_start(trainer, run, resume, checkpoint):
+    "Start again from the adapter that the run went on from; its fingerprint, `None` for a run with a new adapter."
+    given = trainer.given
+    mine = start_fingerprint(trainer._start, trainer.model.active_adapter) if _goes_on(given) else None
+    if not resume: return mine
+    old = known_start(checkpoint or first_facts(run))
+    if old not in ('', mine) and (given.adapter is not None or (old is None and checkpoint is None)):
+        began = 'began with a new adapter' if old is None else 'went on from another adapter'
+        raise ConfigError(f"{run.name} {began} than the one you give; leave it out, or start a new run from it with train()")
+    if checkpoint is not None: return old or None
+    if (run.folder/START).is_dir():
+        load_start_(trainer.model, run)
+        trainer._start = _trained_values(trainer.model)
+        mine = start_fingerprint(trainer._start, trainer.model.active_adapter)
+    if old not in ('', mine):
+        raise ConfigError(f'{run.name} has no checkpoint yet and went on from an adapter that is not in its folder {START} any more; '
+                          'give it again: LLAMATrainer.from_config(load_config("RUN/config.yaml"), adapter=...).train(resume="RUN")')
+    return mine
 
 # %% ../nbs/75_train.ipynb #0b85d18f
 def _discard_if_refused(trainer, run):
@@ -563,10 +598,14 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
     "Check everything that can be checked before the first step, and make or find the run."
     c, t = trainer.config, trainer.config.training
     check_supported(t, resume, trainer.device)
+    check_trackers(t.report_to)
+    if optimizers[0] is None: check_optimizer(t, trainer.device)
     check_scaled(c)
     rows = trainer.rows().train
-    check_validation(t, len(trainer.encoded.validation.examples))
+    check_validation(t, len(trainer.encoded.validation.examples), trainer.given.compute_metrics)
     check_disk(t, trainer.model)
+    _check_own_optimizer(trainer, *optimizers)
+    last_run = trainer.run
     with ExitStack() as lock:
         run = _shared_run(trainer, resume, into)
         if not resume and into is None and is_main(): lock.enter_context(_discard_if_refused(trainer, run))
@@ -574,7 +613,9 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         tell(f'run: {redact(run.folder)}')
         checkpoint = _checkpoint_to_resume(run, resume)
         size, steps, compiled = _auto_settings(trainer, checkpoint or first_facts(run))
-        facts = _facts(trainer, size, compiled)
+        if optimizers[1] is None: check_schedule(t, steps)
+        start = _settle_start(trainer, run, resume, checkpoint)
+        facts = _facts(trainer, size, compiled, optimizers) | {'start': start}
         check_same(c, checkpoint, facts, run)
         trainer.run = run
         _reset_adapter_(trainer)
@@ -586,12 +627,13 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         hf = _make_trainer(trainer, run, facts, everyone, size, steps, compiled, optimizers)
         trainer._hf_trainer = hf
         trainer._chat = trainer._error = None
-        _save_facts(trainer, run)
+        trainer.model.loaded_from = run.folder # for `rows_before`
+        _save_facts(trainer, run, checkpoint)
         _save_settings(trainer, run, facts)
         run.log('resume' if resume else 'start', step=_step(checkpoint) if checkpoint else 0, total_steps=steps,
                 rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
         interrupt = next(g for g in callbacks if isinstance(g, InterruptGuard))
-        return _Prepared(run, hf, interrupt, checkpoint, steps, lock.pop_all())
+        return _Prepared(run, hf, interrupt, checkpoint, steps, lock.pop_all(), last_run, _named_arguments(hf.args))
 
 # %% ../nbs/75_train.ipynb #46e871c6
 def _warm_up(trainer, p):
@@ -656,16 +698,28 @@ def _log_memory(trainer, run, before):
             planned_growth_bytes=planned.total - loaded, resident_growth_bytes=None if peak is None else peak - before)
 
 # %% ../nbs/75_train.ipynb #e8a307e7
+_OWN_HAS = ('learning_rate', 'weight_decay', 'optim', 'optim_args', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'loraplus_lr_ratio')
+_OWN_DECIDES = ('lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_steps', 'warmup_ratio')
+
+def _check_own_optimizer(trainer, optimizer, scheduler):
+    "Check the optimizer and scheduler that you gave, and name the settings that they replace."
+    check_objects(None, (), (optimizer, scheduler))
+    if optimizer is None: return
+    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    if not any(p.requires_grad and id(p) in held for p in trainer.model.parameters()):
+        raise ConfigError('optimizers: the optimizer holds no trained parameter of this model; make it from '
+                          '[p for p in trainer.model.parameters() if p.requires_grad]')
+    t, replaced = trainer.config.training, _OWN_HAS + _OWN_DECIDES*(scheduler is not None)
+    unread = [name for name in replaced if getattr(t, name) != getattr(type(t), name)]
+    if unread: tell(f"no effect beside an optimizer of your own: training.{', training.'.join(unread)}")
+
 def _check_yours(hf):
-    "Check the optimizer and the callbacks that you gave; transformers' own `EarlyStoppingCallback` gets the metric it asks for."
-    if hf.optimizer is not None:
-        held = {id(p) for group in hf.optimizer.param_groups for p in group['params']}
-        if not any(p.requires_grad and id(p) in held for p in hf.model.parameters()):
-            raise ConfigError('optimizers: the optimizer holds no trained parameter of this model; make it from '
-                              '[p for p in trainer.model.parameters() if p.requires_grad]')
-    if not any(isinstance(c, EarlyStoppingCallback) for c in hf.callback_handler.callbacks): return
+    "Give transformers' own `EarlyStoppingCallback` and `ReduceLROnPlateau` the metric they ask for."
+    asks = ['callbacks: EarlyStoppingCallback']*any(isinstance(c, EarlyStoppingCallback) for c in hf.callback_handler.callbacks)
+    if isinstance(hf.lr_scheduler, ReduceLROnPlateau): asks.append('optimizers: ReduceLROnPlateau')
+    if not asks: return
     if hf.args.eval_strategy == 'no':
-        raise ConfigError('callbacks: EarlyStoppingCallback needs a validation loss; raise data.val_size or set training.eval_strategy')
+        raise ConfigError(f'{asks[0]} needs a validation loss; raise data.val_size or set training.eval_strategy')
     if hf.args.metric_for_best_model is None: hf.args.metric_for_best_model, hf.args.greater_is_better = 'eval_loss', False
 
 # %% ../nbs/75_train.ipynb #cbe5340b
@@ -752,7 +806,7 @@ def _launch_spec(trainer, run, resume, machines):
 def _train_launched(trainer, resume, progress, background, machines):
     "Train in several processes."
     check_devices(machines, trainer.config.training.num_processes, trainer.device)
-    run = open_run(trainer.config, resume, trainer.run) if machines.rank == 0 else None
+    run = open_run(trainer.config, resume, trainer.run, partial(_keep_start, trainer)) if machines.rank == 0 else None
     spec = _launch_spec(trainer, run, resume, machines)
     def work():
         with ExitStack() as on_refusal:
@@ -773,6 +827,40 @@ def _check_idle(trainer):
                           'call trainer.stop() or trainer.wait() first')
 
 # %% ../nbs/75_train.ipynb #48213259
+_READ_LATE = ('learning_rate', 'weight_decay', 'max_grad_norm', 'max_steps', 'gradient_accumulation_steps', 'optim', 'lr_scheduler_type',
+              'warmup_steps', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'logging_steps', 'save_steps', 'eval_steps', 'seed')
+
+def _named_arguments(args):
+    "`TrainingArguments` that have a setting of the same name, and that the loop reads when it starts."
+    return {name: getattr(value := getattr(args, name), 'value', value) for name in _READ_LATE}
+
+def _discard_prepared(trainer, prepared):
+    "Remove a run that was prepared and will not be trained; the trainer is as it was before."
+    prepared.lock.close()
+    if is_main(): shutil.rmtree(prepared.run.folder, ignore_errors=True)
+    trainer._prepared = trainer._hf_trainer = None
+    trainer.run = prepared.last_run
+
+def _take_over(trainer, prepared, resume, optimizers, samples, progress):
+    "Check what `train` was asked for beside a run that `hf_trainer` has prepared, and keep what was set there."
+    given = {'resume': resume, 'optimizers': any(o is not None for o in optimizers), 'samples': samples}
+    asked, hf = next((name for name,value in given.items() if value), None), prepared.hf
+    try:
+        if asked: raise ConfigError(f'{asked}: trainer.hf_trainer has prepared the new run {prepared.run.name}, which is removed again; '
+                                    f'call train({asked}=...) once more, without asking for hf_trainer before')
+        _check_own_optimizer(trainer, hf.optimizer, hf.lr_scheduler)
+    except ConfigError:
+        _discard_prepared(trainer, prepared)
+        raise
+    if progress is False:
+        for guard in [guard for guard in hf.guards if guard.shows_progress]: hf.remove_callback(guard)
+    changed = {k: v for k,v in _named_arguments(hf.args).items() if v != prepared.arguments[k]}
+    hf.run_facts['settings'] |= own_facts(hf.optimizer, hf.lr_scheduler) | {f'training.{k}': v for k,v in changed.items()}
+    if not is_main(): return
+    config = replace(trainer.config, training=replace(trainer.config.training, **changed))
+    save_config(absolute_paths(config), prepared.run.folder/'config.yaml') # what the run is trained with
+    write_json(prepared.run.folder/'run.json', hf.run_facts)
+
 def train_run(
     trainer:LLAMATrainer, # What to train
     resume=False, # `True`, a `Run`, a run folder, a checkpoint, or the address of a mirror such as `s3://bucket/runs`
@@ -794,12 +882,11 @@ def train_run(
     check_objects(None, callbacks, optimizers)
     if background and progress is None: progress = False
     if trainer.config.training.num_processes > 1 and not is_launched():
+        if trainer._prepared is not None: _discard_prepared(trainer, trainer._prepared)
         _check_launchable(trainer, samples, callbacks, optimizers)
         return _train_launched(trainer, resume, progress, background, machines or Machines())
     prepared, trainer._prepared = trainer._prepared, None
-    if prepared is not None and (resume or any(o is not None for o in optimizers)):
-        prepared.lock.close()
-        raise ConfigError(f'{prepared.run.name} was prepared by trainer.hf_trainer; set its optimizer there, and call train() alone')
+    if prepared is not None: _take_over(trainer, prepared, resume, optimizers, samples, progress)
     if prepared is None: prepared = _prepare(trainer, resume, progress, samples, callbacks, optimizers, into)
     else:
         for callback in callbacks: prepared.hf.add_callback(callback)
@@ -834,7 +921,12 @@ def evaluate_run(
     examples = None if encoded is None else encoded.examples_for(trainer.config)
     return evaluate_held_out(trainer.model, trainer.tokenizer, trainer.config, trainer.data.validation, trainer.run,
                              name, by, examples=examples,
-                             trained={conversation_hash(x) for x in trainer.data.train})
+                             trained=_rows_seen(trainer))
+
+def _rows_seen(trainer):
+    "Hashes of all conversations that the adapter was trained on."
+    own = {conversation_hash(x) for x in trainer.data.train}
+    return own | trainer._before | (trained_rows(trainer.run) or set() if trainer.run is not None else set())
 
 # %% ../nbs/75_train.ipynb #5654d7c3
 def chat_turn(

@@ -42,3 +42,10 @@ def undisturbed(tiny):
     "The run that nobody disturbs: eight steps, a checkpoint after each."
     from fork_run import finished
     return finished(tiny[1], 'whole')
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory, request):
+    "A folder of its own for each file: a tiny model in `tiny` and conversations in `chats.jsonl`."
+    from tiny_run import make_place
+    return make_place(tmp_path_factory.mktemp(request.module.__name__))

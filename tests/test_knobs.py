@@ -1,11 +1,15 @@
 """Each setting of a run does something, and a run that is stopped and resumed under it is the same run, bit for bit."""
+import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
-from llama_nb.errors import CheckpointError
+from llama_nb.errors import CheckpointError, RunInterrupted
 from llama_nb.train import LLAMATrainer
 from tiny_run import make_tiny
 
@@ -16,7 +20,7 @@ KNOBS = {
     'loss': dict(label_smoothing=.1, neftune_noise_alpha=5.0),
     'loss on the plain path': dict(label_smoothing=.1, neftune_noise_alpha=5.0, fast_path=False),
     'workers and batches': dict(dataloader_num_workers=1, per_device_eval_batch_size=2),
-    'epochs': dict(save_strategy='epoch', eval_strategy='epoch', max_steps=-1, num_train_epochs=3.0, gradient_accumulation_steps=4),
+    'epochs': dict(save_strategy='epoch', eval_strategy='epoch', save_steps='auto', eval_steps='auto', max_steps=-1, num_train_epochs=3.0, gradient_accumulation_steps=4),
     'best': dict(load_best_model_at_end=True),
 }
 LORA = {
@@ -41,6 +45,35 @@ def trainer(tiny, name, knobs, lora, **more):
 
 
 def weights(run): return (run.folder/'adapter_model.safetensors').read_bytes()
+
+
+BASES = {'8 bits': dict(load_in_8bit=True), 'biases': dict(use_4bit=False), 'biases of adapted layers': dict(use_4bit=False)}
+BIAS = {'biases': 'all', 'biases of adapted layers': 'lora_only'}
+
+
+@pytest.mark.parametrize('name', BASES)
+def test_resumed_is_the_same_run_on_other_bases(tiny, name):
+    "A base in 8 bits, and one whose layers have biases, some or all of them trained."
+    from safetensors.torch import load
+    folder = tiny/'biased'
+    if name in BIAS and not folder.exists():
+        from llama_nb.shapes import tiny_llama
+        shutil.copytree(tiny/'tiny', folder)
+        base = tiny_llama(vocab_size=259, max_position_embeddings=2048)
+        base.config.attention_bias = True
+        torch.manual_seed(0)
+        type(base)(base.config).save_pretrained(folder)
+    def train(resume=False):
+        made = trainer(tiny, name.replace(' ', '-'), {}, {'bias': BIAS.get(name, 'none')})
+        config = replace(made.config, model=ModelConfig(str(folder if name in BIAS else tiny/'tiny'), max_length=256, **BASES[name]))
+        return LLAMATrainer.from_config(config, device='cpu').train(resume=resume, progress=False)
+    whole = train()
+    before = whole.metrics('loss'), weights(whole)
+    trained = [key for key, value in load(before[1]).items() if key.endswith('.bias') and value.abs().max() > 0]
+    assert len(trained) == (8 if name in BIAS else 0), trained  # q, k, v and o of two layers
+    for checkpoint in whole.checkpoints()[1:]: shutil.rmtree(checkpoint)
+    again = train(resume=whole)
+    assert (again.metrics('loss'), weights(again)) == before
 
 
 @pytest.mark.parametrize('name', KNOBS)
@@ -137,6 +170,52 @@ def test_early_stopping_proven_ends_the_run_and_publishes_the_pick(tiny):
     for step in (chosen['published'], chosen['best']): assert (run.folder/f'checkpoint-{step}').is_dir()
     assert weights(run) == (run.folder/f"checkpoint-{chosen['published']}"/'adapter_model.safetensors').read_bytes()
     assert f"the weights of step {chosen['published']}" in (run.folder/'README.md').read_text()
+
+
+class Stop(TrainerCallback):
+    "Asks for a stop within one step, as another process does."
+    def __init__(self, step): self.step = step
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step: (Path(args.output_dir)/'STOP').touch()
+
+
+def proven(tiny, name, **knobs):
+    training = dict(early_stopping='proven', early_stopping_delta=50.0, max_steps=12, eval_steps=2, learning_rate=1e-3) | knobs
+    return LLAMATrainer(ModelConfig(str(tiny/'tiny'), use_4bit=False, max_length=256), LoRAConfig(r=4),
+                        DataConfig('dailydialog', 'sample', max_samples=48, val_size=.5, on_overflow='drop_turns'),
+                        TrainingConfig(output_dir=str(tiny/'runs'), run_name=name, save_total_limit=9, per_device_train_batch_size=1, **training), device='cpu')
+
+
+def outcome(run):
+    "What a run has come to."
+    state = json.loads((run.folder/'trainer_state.json').read_text())
+    ends = [(e['kind'], e['step']) for e in run.events() if e['kind'] in ('stopped', 'finished')]
+    return run.metrics('loss'), run.metrics('eval_loss'), weights(run), state['global_step'], ends[-2:], [c.name for c in run.checkpoints()]
+
+
+def test_a_stop_that_is_proven_in_an_interrupted_step_stays_one(tiny):
+    "Interrupted in the step whose evaluation ends the run, before that evaluation, or just after it."
+    wanted = outcome(proven(tiny, 'proven-whole').train(progress=False))
+    assert wanted[3] == 6
+    with pytest.raises(RunInterrupted): proven(tiny, 'proven-cut').train(progress=False, callbacks=[Stop(6)])
+    run = proven(tiny, 'proven-cut').train(resume=True, progress=False)
+    assert outcome(run) == wanted
+    events = run.path.read_text().splitlines()  # as if the process had died between the evaluation and the decision
+    run.path.write_text('\n'.join(events[:next(i for i, line in enumerate(events) if '"stopped"' in line)]) + '\n')
+    (run.folder/'adapter_model.safetensors').unlink()
+    assert outcome(proven(tiny, 'proven-cut').train(resume=True, progress=False)) == wanted
+
+
+def test_early_stopping_of_transformers_resumes_exactly(tiny):
+    "Its count of evaluations without a gain outlives an interrupt, in the step that ends the run and in one before it."
+    def make(name, *more):
+        made = proven(tiny, name, early_stopping=None, early_stopping_delta=.01, load_best_model_at_end=True, eval_steps=1, save_steps=1)
+        return lambda resume=False: made.train(resume=resume, progress=False, callbacks=[*more, EarlyStoppingCallback(3, 50.0)])
+    wanted = outcome(make('patient')())
+    assert wanted[3] == 4, 'the first evaluation counts as a gain, three more do not'
+    for step in (2, 3, 4):
+        with pytest.raises(RunInterrupted): make(f'patient-{step}', Stop(step))()
+        assert outcome(make(f'patient-{step}')(resume=True)) == wanted, step
 
 
 def test_load_best_model_at_end_publishes_the_lowest_loss(tiny):

@@ -10,9 +10,8 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-from fork_run import make_chats
 from peft import LoraConfig, get_peft_model
-from tiny_run import ENV, make_tiny
+from tiny_run import ENV
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from llama_nb.attention import plain_attention
@@ -24,14 +23,6 @@ from llama_nb.model import load_tuned
 from llama_nb.train import LLAMATrainer
 
 IDS = torch.arange(20, 60)[None]
-
-
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('own')
-    make_tiny(folder/'tiny')
-    make_chats(folder/'chats.jsonl')
-    return folder
 
 
 def chats(n=12, word='heron'):
@@ -110,6 +101,124 @@ def test_own_optimizer_and_scheduler_resume_exactly(place):
     shutil.rmtree(whole.folder/'checkpoint-4')
     again = train(resume=whole)
     assert ((again.folder/'adapter_model.safetensors').read_bytes(), again.metrics('loss')) == before
+
+
+def own_sgd(made, lr=.5, gamma=.5):
+    own = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=lr, momentum=.9)
+    return own, torch.optim.lr_scheduler.StepLR(own, 1, gamma)
+
+
+@pytest.mark.parametrize('how', ['train', 'hf_trainer'])
+def test_an_own_optimizer_is_asked_for_again(place, how):
+    "Without it, with another one or another schedule a resume is refused in one line; with the same one it goes on."
+    def make(): return trainer(place, f'again-{how}', max_steps=4, save_steps=2)
+    made = make()
+    if how == 'train': whole = made.train(progress=False, optimizers=own_sgd(made))
+    else:
+        made.hf_trainer.optimizer, made.hf_trainer.lr_scheduler = own_sgd(made)
+        whole = made.train(progress=False)
+    before = (whole.folder/'adapter_model.safetensors').read_bytes()
+    shutil.rmtree(whole.folder/'checkpoint-4')
+    wrong = {'its optimizer was an object of your own, SGD': lambda made: (None, None), 'its optimizer was SGD': lambda made: own_sgd(made, lr=.25),
+             'its scheduler was StepLR': lambda made: own_sgd(made, gamma=.9), 'its scheduler was an object of your own': lambda made: (own_sgd(made)[0], None)}
+    for told, optimizers in wrong.items():
+        made = make()
+        with pytest.raises(ConfigError, match=told) as refused: made.train(resume=whole, progress=False, optimizers=optimizers(made))
+        assert 'optimizers=(optimizer, scheduler)' in str(refused.value) and len(str(refused.value)) < 200
+    made = make()
+    made.train(resume=whole, progress=False, optimizers=own_sgd(made))
+    assert (whole.folder/'adapter_model.safetensors').read_bytes() == before
+
+
+def test_a_run_by_its_settings_takes_no_other_optimizer(place):
+    whole = trainer(place, 'settings', max_steps=4, save_steps=2).train(progress=False)
+    shutil.rmtree(whole.folder/'checkpoint-4')
+    made = trainer(place, 'settings', max_steps=4, save_steps=2)
+    with pytest.raises(ConfigError, match='its optimizer was that of its settings, not SGD'): made.train(resume=whole, progress=False, optimizers=own_sgd(made))
+    other = own_sgd(made)
+    with pytest.raises(ConfigError, match='changes the rates of another optimizer'): made.train(progress=False, optimizers=(own_sgd(made)[0], other[1]))
+    with pytest.raises(ConfigError, match='changes the rates of another optimizer'): made.train(progress=False, optimizers=(None, other[1]))
+
+
+def test_arguments_set_on_hf_trainer_are_kept(place):
+    "They stand in the run's settings, and a resume without them is refused by name."
+    made = trainer(place, 'arguments', max_steps=4, save_steps=2)
+    made.hf_trainer.args.max_grad_norm = 1e-3
+    run = made.train(progress=False)
+    before = (run.folder/'adapter_model.safetensors').read_bytes()
+    assert run.config['training']['max_grad_norm'] == 1e-3
+    shutil.rmtree(run.folder/'checkpoint-4')
+    with pytest.raises(ConfigError, match='max_grad_norm: 0.001 → 1.0'): trainer(place, 'arguments', max_steps=4, save_steps=2).train(resume=run, progress=False)
+    LLAMATrainer.from_config(load_config(run.folder/'config.yaml'), device='cpu').train(resume=run, progress=False)
+    assert (run.folder/'adapter_model.safetensors').read_bytes() == before
+
+
+def test_a_prepared_run_that_is_not_trained_leaves_no_folder(place):
+    trainer(place, 'first-of-two', max_steps=2, save_steps=1).train(progress=False)
+    before = sorted(p.name for p in (place/'runs').iterdir())
+    made = trainer(place, 'first-of-two', max_steps=2, save_steps=1)
+    for given in (dict(resume=True), dict(optimizers=own_sgd(made)), dict(samples=lambda: [])):
+        made.hf_trainer
+        with pytest.raises(ConfigError, match=f'{next(iter(given))}: trainer.hf_trainer has prepared the new run first-of-two-2'): made.train(progress=False, **given)
+        assert sorted(p.name for p in (place/'runs').iterdir()) == before and made.run is None
+    made.hf_trainer.optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=.1)
+    with pytest.raises(ConfigError, match='holds no trained parameter'): made.train(progress=False)
+    assert sorted(p.name for p in (place/'runs').iterdir()) == before
+    assert made.train(resume=True, progress=False).name == 'first-of-two'
+
+
+REFUSED_KNOBS = [
+    (dict(optim='sgd', optim_args={'nesterov': True, 'momentum': 0.0}), 'training.optim_args: sgd: found'),
+    (dict(optim='adamw_torch', optim_args={'fused': True, 'foreach': True}), 'training.optim_args: adamw_torch'),
+    (dict(optim='adafactor', optim_args={'relative_step': True}), 'training.optim_args: adafactor'),
+    (dict(optim='lion_32bit', optim_args={'min_8bit_size': 'small'}), "min_8bit_size: found 'small', allowed: a number"),
+    (dict(lr_scheduler_type='inverse_sqrt', lr_scheduler_kwargs={'timescale': 0}), 'training.lr_scheduler_kwargs: inverse_sqrt'),
+    (dict(lr_scheduler_type='polynomial', lr_scheduler_kwargs={'power': '2'}), "power: found '2', allowed: a number"),
+    (dict(lr_scheduler_type='polynomial', lr_scheduler_kwargs={'power': -1.0}), 'training.lr_scheduler_kwargs: polynomial'),
+    (dict(lr_scheduler_type='warmup_stable_decay', warmup_steps=3), 'training.warmup_steps: found 3'),
+    (dict(report_to=['neptune']), 'training.report_to: neptune is not installed')]
+
+
+@pytest.mark.parametrize('knobs, told', REFUSED_KNOBS)
+def test_a_value_that_cannot_work_leaves_no_run(place, knobs, told):
+    from importlib.util import find_spec
+    if 'report_to' in knobs and find_spec('neptune'): pytest.skip('neptune is installed')
+    with pytest.raises(ConfigError, match=told) as refused: trainer(place, 'never-made', **knobs).train(progress=False)
+    assert len(str(refused.value)) <= 200 and not (place/'runs'/'never-made').exists()
+
+
+@pytest.mark.parametrize('name', ['linear', 'polynomial', 'warmup_stable_decay', 'cosine_with_restarts'])
+def test_a_run_of_one_step_learns_under_every_schedule(place, name):
+    made = trainer(place, None, max_steps=1, lr_scheduler_type=name)
+    run = made.train(progress=False)
+    assert run.metrics('learning_rate') == [(1, made.config.training.learning_rate)]
+
+
+def test_a_schedule_of_plateaus_resumes_exactly(place):
+    "Its steps follow evaluations: the one of the resumed step counts too, whether it was done before the end or not."
+    def train(resume=False, stop=None):
+        made = trainer(place, 'plateau', max_steps=6, save_steps=2, eval_steps=1, learning_rate=.1)
+        own = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=1e-4)
+        return made.train(resume=resume, progress=False, optimizers=(own, torch.optim.lr_scheduler.ReduceLROnPlateau(own, patience=0, factor=.5, threshold=.5)))
+    whole = train()
+    before = (whole.folder/'adapter_model.safetensors').read_bytes(), whole.metrics('learning_rate')
+    assert len({rate for _, rate in before[1]}) > 2
+    for step in (4, 6): shutil.rmtree(whole.folder/f'checkpoint-{step}', ignore_errors=True)
+    again = train(resume=whole)
+    assert ((again.folder/'adapter_model.safetensors').read_bytes(), again.metrics('learning_rate')) == before
+
+
+def test_a_folder_that_was_named_relatively_is_found_from_elsewhere(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    made = LLAMATrainer(ModelConfig('tiny', use_4bit=False, max_length=128), LoRAConfig(r=4), DataConfig('chats.jsonl', val_size=.2),
+                        TrainingConfig('relative', max_steps=2, save_steps=1, compute='fp32'), device='cpu')
+    run = made.train(progress=False)
+    assert str(run.folder) == 'relative/run-1'
+    monkeypatch.chdir(tmp_path)
+    assert run.folder == place/'relative'/'run-1' and run.status == 'finished' and len(run.checkpoints()) == 2
+    torch.testing.assert_close(logits(load_tuned(run, device='cpu')[0]), logits(made.model), rtol=0, atol=1e-5)
+    shutil.rmtree(run.folder/'checkpoint-2')
+    assert made.train(resume=True, progress=False).folder == run.folder and not list(tmp_path.iterdir())
 
 
 def test_hf_trainer_prepares_one_run(place):

@@ -2,11 +2,9 @@
 import hashlib
 import json
 
-import pytest
 import torch
 import yaml
-from fork_run import make_chats
-from tiny_run import finish, make_tiny
+from tiny_run import finish
 
 from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig, load_config
 from llama_nb.data import load_data
@@ -15,14 +13,6 @@ from llama_nb.train import LLAMATrainer
 torch.set_num_threads(1)  # as a process of the command line has in these tests
 MODEL, LORA = dict(use_4bit=True, max_length=128), dict(r=4, lora_dropout=.1, rank_pattern={'q_proj': 8})
 TRAINING = dict(learning_rate=.01, max_steps=4, save_steps=2, eval_steps=2, gradient_accumulation_steps=2, lr_scheduler_type='linear', warmup_steps=1)
-
-
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('routes')
-    make_tiny(folder/'tiny')
-    make_chats(folder/'chats.jsonl')
-    return folder
 
 
 def sha(folder): return hashlib.sha256((folder/'adapter_model.safetensors').read_bytes()).hexdigest()

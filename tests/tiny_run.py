@@ -65,3 +65,11 @@ def record(test, **figures):
     "Keep the figures of a test where `python -m bench reliability` looks for them."
     if path := os.environ.get('LLAMA_NB_FIGURES'):
         with open(path, 'a') as f: f.write(json.dumps({'test': test, **figures}) + '\n')
+
+
+def make_place(folder):
+    "A folder with the tiny model and short conversations, for runs of a notebook."
+    from fork_run import make_chats
+    make_tiny(folder/'tiny')
+    make_chats(folder/'chats.jsonl')
+    return folder

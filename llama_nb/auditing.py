@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +35,9 @@ class _Answer(NamedTuple):
     taught:bool # Whether `encode` teaches it
 
 # %% ../nbs/39_auditing.ipynb #f926e2d8
-def _content_spans(example:Example)->dict[int,Span]:
-    "The span of each message's content."
-    found, opened = {}, set()
-    for s in example.spans:
-        if s.message in opened or s.state == 'template' and s.message not in found: continue
-        found.setdefault(s.message, s)
-        opened.add(s.message)
-    return found
+def _encoded_part(e:Example)->RowPart:
+    "An encoded conversation as a part of a row."
+    return RowPart(e.input_ids, [0, *accumulate(l != IGNORE_INDEX for l in e.labels)], 0, len(e))
 
 # %% ../nbs/39_auditing.ipynb #8f3a3a84
 _WRITTEN = ('<|python_tag|>', '<think>', '</think>', '<tool_call>', '</tool_call>')
@@ -79,8 +75,7 @@ class _Book:
 
     def question(self, e:Example)->str:
         "The first text of a user."
-        s = next((s for s in _content_spans(e).values() if s.role == 'user'), e.spans[0])
-        return self.grammar.decode(e.input_ids[s.start:s.end]).strip()
+        return _first_question(self.grammar, _encoded_part(e), self.grammar.turns(e.input_ids, 0, len(e)))
 
 # %% ../nbs/39_auditing.ipynb #5bec85f3
 def _first_question(g:TurnGrammar, p:RowPart, turns:list[Turn])->str:
@@ -113,15 +108,19 @@ def _is_exact(p:RowPart, labels:list, e:Example)->bool:
 
 # %% ../nbs/39_auditing.ipynb #30cb234c
 def _answers(g:TurnGrammar, e:Example)->list[_Answer]:
-    "The answers of a conversation as the template writes them."
-    return [_Answer(g.decode(e.input_ids[s.start:s.end]).strip(), s.state == 'taught')
-            for s in _content_spans(e).values() if s.role == 'assistant']
+    "The answers of a conversation as the template writes them, with calls and thoughts."
+    p, found = _encoded_part(e), []
+    for t in g.turns(e.input_ids, 0, len(e)):
+        if t.role != 'assistant': continue
+        a, b = content_range(g, p, t)
+        found.append(_Answer(_without_empty_thought(g.decode(e.input_ids[a:b]).strip()), p.count(a, b) > 0))
+    return found
 
 # %% ../nbs/39_auditing.ipynb #b680c7b9
-def _without_empty_thought(text:str, want:str)->str:
-    "An answer without the empty thought that some templates write before it, unless it is wanted."
+def _without_empty_thought(text:str)->str:
+    "An answer without the empty thought that some templates write before it."
     head, end, rest = text.partition('</think>')
-    return rest.strip() if end and not head.replace('<think>', '').strip() and '</think>' not in want else text
+    return rest.strip() if end and not head.replace('<think>', '').strip() else text
 
 # %% ../nbs/39_auditing.ipynb #4d7a8a6d
 def _compare(book:_Book, p:RowPart, turns:list[Turn], e:Example):
@@ -129,7 +128,7 @@ def _compare(book:_Book, p:RowPart, turns:list[Turn], e:Example):
     g, want, got = book.grammar, _answers(book.grammar, e), [t for t in turns if t.role == 'assistant']
     for k,(w,t) in enumerate(zip(want, got)):
         a, b = content_range(g, p, t)
-        text, n = _without_empty_thought(g.decode(p.ids[a:b]).strip(), w.text), p.count(a, b)
+        text, n = _without_empty_thought(g.decode(p.ids[a:b]).strip()), p.count(a, b)
         cut = t.close < 0 and t.end == p.end and w.text.startswith(text.rstrip('\ufffd'))
         said = shown_text(g, p.ids[a:b])
         if text == w.text and cut: yield 'end of turn missing', f'answer {k}: nothing follows {said}'
@@ -279,15 +278,16 @@ def _example(row:PreparedRow, p:RowPart, turns:list[Turn], kinds, most:int=500)-
     return Example(row.ids[p.start:end], row.labels[p.start:end], tuple(spans), name)
 
 # %% ../nbs/39_auditing.ipynb #90c03188
-_TEXTS = ('messages', 'prompt', 'completion')
+_TEXTS = ('messages', 'prompt', 'completion', 'tools')
 
-def _own_conversation(row:Mapping)->list|None:
-    "The messages that a row still carries beside its ids, as TRL leaves them there; `None` if it has none."
+def _own_conversation(row:Mapping)->dict|None:
+    "The messages and tools that a row still carries beside its ids, as TRL leaves them there; `None` if it has none."
     texts = [row['messages']] if row.get('messages') else [row.get('prompt'), row.get('completion')]
     lists = [list(as_list(t)) for t in texts if isinstance(as_list(t), (list, tuple))]
     messages = [m for found in lists for m in found]
     whole = len(lists) == len(texts) and messages and all(isinstance(m, Mapping) and 'role' in m for m in messages)
-    return messages if whole else None
+    tools = as_list(row.get('tools'))
+    return dict(messages=messages, **({'tools': tools} if tools else {})) if whole else None
 
 _READ = {'input_ids', 'labels', *MASK_FIELDS, *BATCH_FIELDS, 'attention_mask', 'position_ids', 'seq_lengths', 'seq_idx',
          'length', 'token_type_ids', 'special_tokens_mask', 'rows', 'num_items_in_batch'}

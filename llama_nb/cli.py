@@ -666,6 +666,12 @@ def _read_all(cfg):
     finally: logger.removeFilter(below_warning)
 
 # %% ../nbs/93_cli.ipynb #21230cda
+def _check_output(folder):
+    "Raises `DataError` if a data set must not be written to this folder; before anything is read."
+    from llama_nb.data import output_problem
+    problem = output_problem(folder) if folder else ''
+    if problem: raise DataError(f'{problem} (choose another folder: -o FOLDER)')
+
 def _write(found, folder, complete):
     "Write the data set, or only its accounts if it has bad rows that you did not choose to skip; returns the paths."
     from llama_nb.data import save_accounts, save_data
@@ -817,6 +823,7 @@ def _data(source:_Source=None, overrides:_Overrides=None, show:_Show=1, model:_D
     tell(f'reading {what}', on_screen_only=True)
     from llama_nb.quality import BAD_ROWS, fixes
     wanted = fixes(fix or ())
+    _check_output(output)
     found, error = _read_all(cfg)
     bad, refused = found.report.bad, error.message if error else ''
     allowed = not error and (not bad or cfg.data.on_bad == 'skip' or BAD_ROWS in wanted)

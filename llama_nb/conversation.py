@@ -6,7 +6,8 @@
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'TRAIN_ON', 'TRAIN_PARTS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS',
            'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'detail_parts',
            'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools', 'MessageFault', 'as_fault',
-           'carries_meaning', 'may_be_mask', 'read_message', 'as_conversation', 'conversation_hash', 'Span', 'Example']
+           'plain_key', 'carries_meaning', 'may_be_mask', 'read_message', 'says_origin', 'unused_note',
+           'as_conversation', 'conversation_hash', 'Span', 'Example']
 
 # %% ../nbs/20_conversation.ipynb #5e14a069
 import difflib
@@ -285,7 +286,8 @@ class Conversation:
         "The conversation as a row of a data file; reading the row gives the conversation back."
         beside = {'tools': list(self.tools)} if self.tools else {}
         if self.train_on: beside['train_on'] = self.train_on if isinstance(self.train_on, str) else list(self.train_on)
-        return {**self.meta, **beside, 'messages': self.to_dicts()}
+        aside = {f'unused_{k}' if _is_acted_on(k, v) else k: v for k,v in self.meta.items()} # as it was when it was read
+        return {**aside, **beside, 'messages': self.to_dicts()}
 
     def to_dicts(self)->list[dict]: # `[{"role", "content"}, ...]`, with the other fields where given
         "The messages as plain dictionaries; the arguments of a call are JSON text."
@@ -392,6 +394,13 @@ def _text_of(value, key, role):
     if value is None: raise MessageFault(key, f'{key} is null', 'give a text, or remove the message')
     raise MessageFault(key, f'{key} is not a text: {type(value).__name__}', 'write it as a string')
 
+# %% ../nbs/20_conversation.ipynb #921da87b
+def plain_key(
+    key, # A key as written
+)->str: # In lower case, with `_` for spaces and hyphens
+    "A key as it is compared with ours."
+    return '_'.join(re.split(r'[\s-]+', str(key).strip().lower()))
+
 # %% ../nbs/20_conversation.ipynb #6ebc9371
 THOUGHTS = ('reasoning_content', 'thinking', 'reasoning', 'thought') # Names of what an assistant thought
 ROLE_KEYS = ('role', 'from', 'speaker') # Names of the role
@@ -404,7 +413,7 @@ def _names(m, keys=None):
     names |= {ours: theirs for ours,theirs in (keys or {}).items() if m.get(theirs) is not None}
     for k,v in m.items():
         if v is None or not isinstance(k, str) or k in names: continue
-        if (ours := '_'.join(re.split(r'[\s-]+', k.strip().lower()))) in MESSAGE_KEYS: names.setdefault(ours, k)
+        if (ours := plain_key(k)) in MESSAGE_KEYS: names.setdefault(ours, k)
     return names
 
 # %% ../nbs/20_conversation.ipynb #ad8e9b15
@@ -491,14 +500,25 @@ def _part_flags(m, names, role):
     return details if found else [], notes
 
 # %% ../nbs/20_conversation.ipynb #125938d0
+def _plain_calls(calls): return [(c.name, json.loads(c.arguments)) for c in as_calls(calls)]
+
+def _calls_beside(calls, key, written, text):
+    "The calls of `tool_calls` or `function_call`; a text that a role says to be a call must be the same one."
+    try: read = as_calls(calls)
+    except DataError as e: raise as_fault(e, key) from None
+    if written not in CALL_ROLES or not text.strip(): return read, text, []
+    try: same = _plain_calls(text) == _plain_calls(read)
+    except DataError: return read, text, []
+    if not same: raise MessageFault(key, f'two calls: {key} and the text of a {written} differ', 'keep one of them')
+    return read, '', []
+
 def _calls(m, names, written, text):
     "The calls of a message, its text, and notes; raises `MessageFault` if `tool_calls` holds no calls."
     key = next((names[k] for k in _CALL_KEYS if k in names and carries_meaning(m[names[k]])), None)
     if key is None and written not in CALL_ROLES: return None, text, []
-    try: return (as_calls(m[key]), text, []) if key else (as_calls(text), '', [])
-    except DataError as e:
-        if key: raise as_fault(e, key) from None
-    return None, text, [f'{written} without a name and arguments kept as text, not taught']
+    if key is not None: return _calls_beside(m[key], key, written, text)
+    try: return as_calls(text), '', []
+    except DataError: return None, text, [f'{written} without a name and arguments kept as text, not taught']
 
 def _train_of(m, names, role, text, details=()):
     "The `train` and `weight` of a message and notes, after the flags of all tools."
@@ -530,13 +550,19 @@ def _written_text(m, names, role, role_key):
     first = 'value' if role_key == names.get('from') else 'content'
     has_text = any(k in names for k in _CONTENT_KEYS)
     if not has_text and any(k in names and carries_meaning(m[names[k]]) for k in _CALL_KEYS): return ''
+    if role == 'system' and not has_text and any(k in m for k in _CONTENT_KEYS): return '' # a null
     key = _key_of(m, names, (first, *_CONTENT_KEYS), 'content')
     return _text_of(m[key], key, role)
 
 # %% ../nbs/20_conversation.ipynb #81b83125
+def _call_role(m, names, roles):
+    "The role that says that the content is a call, whichever key it stands in; empty if none does."
+    said = [str(m[names[k]]).strip().lower() for k in ROLE_KEYS if k in names]
+    return next((s for s in said if s in CALL_ROLES and s not in (roles or {})), '')
+
 def _same_calls(m, names, keys):
     "Whether two keys hold the same calls, their ids aside."
-    try: found = [[(c.name, json.loads(c.arguments)) for c in as_calls(m[names[k]])] for k in keys]
+    try: found = [_plain_calls(m[names[k]]) for k in keys]
     except DataError as e: raise as_fault(e, names[keys[-1]]) from None
     return all(calls == found[0] for calls in found)
 
@@ -547,7 +573,9 @@ def _check_twins(m, names, role, role_key, roles):
         try: same = _role(m[key], key, roles)[1] == role
         except MessageFault: notes.append(f'message field {key!r} not used') # a name
         else:
-            if not same: raise MessageFault(key, f'two roles: {role_key} and {key} differ', 'keep one of them')
+            if same: continue
+            said = f'{role_key} is {_quoted(m[role_key])}, {key} is {_quoted(m[key])}'
+            raise MessageFault(key, f'two roles that differ: {said}', 'keep one of them')
     said = [k for k in _CONTENT_KEYS if k in names and isinstance(m[names[k]], (str, list, tuple, Mapping))]
     if len(said) > 1:
         first = 'value' if 'value' in said and role_key == names.get('from') else said[0]
@@ -584,6 +612,7 @@ def read_message(
     names = _names(m, keys)
     role_key = _key_of(m, names, ROLE_KEYS, 'role')
     written, role = _role(m[role_key], role_key, roles)
+    written = _call_role(m, names, roles) or written
     twins = _check_twins(m, names, role, role_key, roles)
     text = _written_text(m, names, role, role_key)
     calls, text, more = _calls(m, names, written, text)
@@ -613,17 +642,52 @@ def _message(m, i:int, where:str, field:str='messages')->Message:
     for note in notes: _tell_unused(note)
     return message
 
+# %% ../nbs/20_conversation.ipynb #d5c84a7f
+_ORIGIN = re.compile('(?:.*_)?(?:id|hash)|idx|index|uuid|source|dataset|url|lang|language|license|timestamp|created_at|'
+                     'date|model|topic')
+
+def says_origin(
+    key, # Name of a field, as in `plain_key`
+)->bool: # Such as `id` or `source`
+    "Whether a name says where a row comes from."
+    return bool(_ORIGIN.fullmatch(key))
+
+# %% ../nbs/20_conversation.ipynb #150ca20d
+def unused_note(
+    key, # Name of a field of a row, as written
+    value, # Its value
+)->str: # Empty if leaving it out cannot lose a text or a mask
+    "A note about a field of a row that is not used."
+    ours = plain_key(key)
+    mask = ours in (*TRAIN_FLAGS, 'label', 'kto_tag') or may_be_mask(ours)
+    lost = value is not None and (mask or carries_meaning(value) and not says_origin(ours))
+    return f'field {shorten(key, 30)!r} not used' if lost else ''
+
 # %% ../nbs/20_conversation.ipynb #0a7c0456
-MESSAGE_LISTS = ('messages', 'conversations', 'conversation') # Fields of a row that hold its messages
+MESSAGE_LISTS = ('messages', 'conversations', 'conversation', 'dialog', 'dialogue', 'utterances', 'turns', 'chat',
+                 'data') # Fields of a row that hold its messages; the first one that is there counts
 _READ_BY_FORMATS = ('system_prompt', 'system_message', 'context', 'history', 'functions', 'kto_tag', *TRAIN_FLAGS)
+
+def _is_acted_on(key, value)->bool:
+    "Whether the reader would act on a field beside the messages that was left aside."
+    ours = plain_key(key)
+    if ours in ('label', 'kto_tag'): return is_rejected(value)
+    if ours in MESSAGE_LISTS[1:]: return isinstance(value, (list, tuple)) and any(isinstance(m, Mapping) for m in value)
+    return ours in ('messages', 'system', 'tools', 'train_on') or ours in _READ_BY_FORMATS
+
+def _is_read(ours:str, v)->bool:
+    "Whether the reader of data files gives this field a meaning, under this plain key and with this value."
+    if ours in ('system', 'tools', 'label', 'train_on'): return True
+    if ours not in _READ_BY_FORMATS or isinstance(v, str) and not v: return False
+    if ours in ('context', 'history', 'functions'): return carries_meaning(v) or not isinstance(v, (str, list, Mapping))
+    if ours in ('system_prompt', 'system_message', 'masked'): return True
+    return not (v == 1 and v is not True) # a flag of 1 says what is the case anyway
 
 def _check_beside(row:Mapping, field:str):
     "Raises `DataError` for a field beside the messages that only the reader of data files gives its meaning."
     for k,v in row.items():
         if k in (field, 'row', 'system', 'tools', 'label'): continue
-        ours, v = '_'.join(str(k).lower().split()), v.tolist() if hasattr(v, 'tolist') else v
-        has_value = ours in _READ_BY_FORMATS and (carries_meaning(v) or v == 0)
-        if has_value or ours in ('system', 'tools', 'label', 'train_on'):
+        if _is_read(plain_key(k), v.tolist() if hasattr(v, 'tolist') else v):
             raise DataError(f'{k}: only read_conversations([row]) reads this field; call it, and pass its conversation')
 
 def _row_parts(row:Mapping, field:str)->tuple:
@@ -636,6 +700,13 @@ def _row_parts(row:Mapping, field:str)->tuple:
     if not isinstance(row.get('system'), (str, type(None))):
         raise DataError(f"system: not a text: {type(row['system']).__name__}; write it as a string")
     return row[field], row.get('row'), rest, as_tools(row.get('tools'))
+
+def _no_list(x, field)->str:
+    "Why something is no conversation."
+    if field or not isinstance(x, Mapping):
+        return f"{field or 'messages'}: expected a list of messages, got {'null' if x is None else type(x).__name__}"
+    found = shorten(', '.join(map(str, x)) or 'nothing', 60)
+    return f'messages: missing; found {found}; read_conversations([row]) reads rows of other formats'
 
 def _with_system(messages:tuple, system:str|None)->tuple:
     "The messages with the system text beside them in front. Raises `DataError` if they have another one."
@@ -658,10 +729,24 @@ def as_conversation(
     if field: x, row, meta, tools = _row_parts(x, field)
     elif isinstance(x, Mapping): row = x.get('row')
     if isinstance(x, (str, Mapping)) or not isinstance(x, Iterable):
-        raise DataError(f"messages: expected a list of messages, got {'null' if x is None else type(x).__name__}")
+        raise DataError(_no_list(x, field))
     where = f'{row} ' if row else ''
     messages = tuple(_message(m, i, where, field or 'messages') for i,m in enumerate(x))
+    for note in _notes_beside(meta, field, messages): _tell_unused(note)
     return as_conversation(Conversation(_with_system(messages, system), row, meta, tools, train_on))
+
+# %% ../nbs/20_conversation.ipynb #e29e9b57
+def _notes_beside(rest:Mapping, field:str, messages:tuple)->list[str]:
+    "Notes about fields that are not used. Raises `DataError` if another list holds other messages."
+    notes = []
+    for k,v in rest.items():
+        v = v.tolist() if hasattr(v, 'tolist') else v
+        is_list = plain_key(k) in MESSAGE_LISTS and isinstance(v, (list, tuple)) and len(v) > 0
+        if is_list and all(isinstance(m, Message) or isinstance(m, Mapping) and m.keys() & {*ROLE_KEYS} for m in v):
+            if tuple(_message(m, i, '', k) for i,m in enumerate(v)) == messages: continue
+            raise DataError(f'{field} and {k} hold different messages; keep one of them')
+        if k != 'label' or _is_class(v): notes.append(unused_note(k, v))
+    return list(filter(None, notes))
 
 # %% ../nbs/20_conversation.ipynb #46a9cc19
 def conversation_hash(

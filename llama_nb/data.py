@@ -6,7 +6,7 @@
 __all__ = ['ACTS', 'EMOTIONS', 'LOADERS', 'TooFewError', 'split_conversations', 'DataSplits', 'selected', 'DatasetLoader',
            'sample_path', 'AlpacaDatasetLoader', 'detokenize', 'DailyDialogDatasetLoader', 'ChatDatasetLoader',
            'mix_counts', 'CombinedDatasetLoader', 'MixedDatasetLoader', 'get_loader', 'load_data', 'read_data',
-           'save_conversations', 'save_accounts', 'save_data']
+           'save_conversations', 'save_accounts', 'output_problem', 'save_data']
 
 # %% ../nbs/33_data.ipynb #ac020b92
 import base64
@@ -32,7 +32,7 @@ from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import ConfigError, DataError, did_you_mean, path_problem, redact, shorten
 from .files import (
     BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, MAX_ROW_BYTES,
-    part_of, save_bad_rows, sheet_names, source_problem, source_rows)
+    part_of, read_beside, save_bad_rows, sheet_names, source_problem, source_rows)
 from .formats import check_columns, check_rows, Conversations, role_map
 from .network import offline_if_unreachable
 from .store import changed, joined, select
@@ -280,6 +280,19 @@ def _chain(sources):
 def _each(splits): return {split: partial(_chain, [rows]) for split,rows in splits.items()}
 
 # %% ../nbs/33_data.ipynb #9020d194
+def _check_place(loader, kind):
+    "Raises `DataError` if a part of a Hub data set is chosen, and the data come from elsewhere."
+    k = next((k for k in ('subset', 'revision') if loader.place.get(k)), None)
+    if k is None: return
+    raise DataError(f'{loader.name}: {k} {shorten(repr(loader.place[k]), 40)} chooses a part of a data set on the Hub, '
+                    f'and this is {kind} (leave {k} out)')
+
+def _whole(rows, split, name):
+    "Rows that are one split. Raises `DataError` if another one is chosen."
+    if split in (None, 'train') or str(getattr(rows, 'split', None)) == split: return rows
+    raise DataError(f'{name}: no split {shorten(repr(split), 40)} (these rows have no splits; give the dict of all '
+                    'splits, or leave split out)')
+
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
     hub_id = sample = None
@@ -291,6 +304,7 @@ class _PlaceLoader(DatasetLoader):
     def _places(self):
         "Split -> a function that yields its rows with their places."
         if self.data_path is None: return self._splits(_hub(self.hub_id, self.name, place=self.place))
+        _check_place(self, 'a file or a folder')
         if self.data_path == 'sample' and self.sample: path = sample_path(self.sample)
         else: path = Path(self.data_path).expanduser()
         if not path.exists():
@@ -471,9 +485,10 @@ class ChatDatasetLoader(_PlaceLoader):
     @cached_property
     def _places(self):
         source = self.data_path
+        path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+        if path is None or path.exists(): _check_place(self, 'a file or a folder' if path else 'data in memory')
         if isinstance(source, dict): return self._splits(source)
-        if not isinstance(source, (str, os.PathLike)): return _each(dict(train=source))
-        path = Path(source).expanduser()
+        if path is None: return _each(dict(train=_whole(source, self.split, self.name)))
         if path.exists(): return self._files(path)
         if _is_hub_id(source, path): return self._splits(_hub(source, 'data', 'a file or folder', self.place))
         if source == IN_MEMORY:
@@ -695,8 +710,11 @@ def get_loader(
     if not isinstance(source, DataConfig): return ChatDatasetLoader(source, **options)
     fields = ('assistant_speaker', 'on_bad', 'val_size', 'max_samples', 'seed', 'columns', 'roles')
     options = {k: getattr(source, k) for k in fields} | options
-    if source.datasets is not None: return _mixed_loader(source, options)
     place = {k: getattr(source, k) for k in ('split', 'subset', 'revision')}
+    chosen = next((k for k,v in place.items() if v), None)
+    if chosen and source.dataset_name == 'both':
+        raise ConfigError(f'data.{chosen}: cannot choose a part of two sets; name them in data.datasets, each with its {chosen}')
+    if source.datasets is not None: return _mixed_loader(source, options)
     if source.dataset_name != 'both': options = place | options
     if source.dataset_name == 'both':
         shared = {k: options[k] for k in ('assistant_speaker', 'on_bad', 'seed', 'columns', 'roles')}
@@ -778,15 +796,21 @@ def save_conversations(
     return path
 
 # %% ../nbs/33_data.ipynb #033c5fac
+def _digest(path)->str:
+    "The SHA-256 of a file."
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
 def save_accounts(
     data:DataSplits, # Result of `load_data` or `check_data`
     folder, # Folder of the data set; the files go below `accounts/`
+    saved:Iterable[Path]=(), # Files of the set that were written with it, to know them again
 )->list[Path]: # The files written
     "Write the report, the bad rows and the removed rows."
     accounts = Path(folder)/'accounts'
     accounts.mkdir(parents=True, exist_ok=True)
     for name in ('bad_rows.jsonl', 'removed.jsonl'): (accounts/name).unlink(missing_ok=True)
-    report = json.dumps(data.report.to_dict(), ensure_ascii=False, indent=1)
+    known = {'saved': {Path(p).name: _digest(p) for p in saved}} if saved else {}
+    report = json.dumps(data.report.to_dict() | known, ensure_ascii=False, indent=1)
     (accounts/'report.json').write_text(report, encoding='utf-8')
     made = [accounts/'report.json']
     if data.report.bad: made.append(save_bad_rows(data.report.bad, accounts/'bad_rows.jsonl'))
@@ -798,23 +822,43 @@ def save_accounts(
         made.append(accounts/'removed.jsonl')
     return made
 
+# %% ../nbs/33_data.ipynb #947277c4
+_SAVED = ('train.jsonl', 'validation.jsonl')
+
+def _written_before(folder:Path)->dict[str,str]:
+    "Names and digests of the files that the last `save_data` wrote here."
+    try: return dict(json.loads((folder/'accounts'/'report.json').read_text(encoding='utf-8'))['saved'])
+    except (OSError, ValueError, KeyError, TypeError): return {}
+
+def output_problem(
+    folder, # Where a data set shall be saved
+)->str: # Empty if nothing speaks against it
+    "Why a data set must not be saved in a folder: a file of yours would be replaced, or read together with it."
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir(): return f'{shorten(folder, 80)} is no folder'
+    before = _written_before(folder)
+    for path in (folder/name for name in _SAVED if (folder/name).exists()):
+        if path.name not in before: return f'{shorten(path, 80)} is there, and save_data did not write it'
+        if _digest(path) != before[path.name]: return f'{shorten(path, 80)} was changed after save_data wrote it'
+    other = next(iter(read_beside(folder, _SAVED)), None)
+    return f'{shorten(other, 80)} is there, and would be read together with the set' if other else ''
+
 # %% ../nbs/33_data.ipynb #55f623fa
 def save_data(
     data:DataSplits, # Result of `load_data` or `check_data`
     folder, # Where to write; created if missing
-    overwrite:bool=False, # Whether a file of yours with the same name may be replaced
+    overwrite:bool=False, # Whether to write in spite of an `output_problem`, such as a file of yours with that name
 )->list[Path]: # The files written
     """Write `train.jsonl` and `validation.jsonl`, and below `accounts/` the report, the bad rows and the removed rows.
 
-    `load_data(folder)` loads the data set again. What `save_data` wrote before is replaced; raises `DataError` if a
-    file of that name was not written by it."""
+    `load_data(folder)` loads the data set again. What `save_data` wrote before is replaced; raises `DataError` for
+    any other data file in the folder."""
     folder, parts = Path(folder), dict(train=data.train, validation=data.validation)
+    problem = '' if overwrite else output_problem(folder)
+    if problem: raise DataError(f'{problem} (choose another folder; with overwrite=True it is written all the same)')
     folder.mkdir(parents=True, exist_ok=True)
-    present = [p for name in parts if (p := folder/f'{name}.jsonl').exists()]
-    if present and not (overwrite or (folder/'accounts'/'report.json').exists()):
-        raise DataError(f'{shorten(present[0], 80)} is there, and save_data did not write it '
-                        '(choose another folder; overwrite=True replaces it)')
+    present = [p for name in _SAVED if (p := folder/name).exists()]
     written = [save_conversations(part, folder/f'{name}.jsonl') for name,part in parts.items() if part]
     for p in present:
         if p not in written: p.unlink() # a part that is empty now
-    return [*written, *save_accounts(data, folder)]
+    return [*written, *save_accounts(data, folder, written)]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from .conversation import Conversation, Source
-from .errors import redact, shorten
+from .errors import other_rows, redact, shorten
 from .formats import Conversations
 from .store import joined
 from .views import escape, Line, PALETTE, progress, table, text_lines, View
@@ -101,6 +101,20 @@ def count_of(
 def _bad_cells(b):
     return f'{shorten(b.source.file, 60)}:{b.source.line}', shorten(b.field, 40), redact(b.problem), b.fix
 
+def _equal_rows(bad)->list[list]:
+    "Bad rows, those together that differ in the row and the number of the message only."
+    groups = {}
+    for b in bad:
+        key = b.source.file, re.sub(r'\[\d+\]', '[]', b.field), b.problem, b.fix
+        groups.setdefault(key, []).append(b)
+    return list(groups.values())
+
+def _cells_of_equal(group):
+    "The cells of the first of several equal bad rows, with the other rows behind the problem."
+    place, field, problem, fix = _bad_cells(group[0])
+    if len({b.field for b in group}) > 1: field = re.sub(r'\[\d+\]', '[…]', field)
+    return place, field, f'{problem} {other_rows(b.source.line for b in group[1:])}'.rstrip(), fix
+
 # %% ../nbs/32_data_report.ipynb #902f4091
 def _bad_title(bad, num_rows):
     are = 'is' if len(bad) == 1 else 'are'
@@ -110,33 +124,35 @@ def _bad_title(bad, num_rows):
 def bad_row_lines(
     bad, # `BadRow`s
     num_rows:int, # Rows read
-    limit:int=50, # How many to list
-    rest:str='', # A last line if there are more than `limit`, such as the file that lists them all
+    limit:int=50, # How many to list; rows with the same fault are one
+    rest:str='', # A last line if not every row is named, such as the file that lists them all
 )->list[Line]: # A title, then file and line, field, problem and remedy; empty if there are no bad rows
-    "The bad rows, one per line."
+    "The bad rows, one line per fault."
     if not bad: return []
-    cells = [_bad_cells(b) for b in bad[:limit]]
+    groups = _equal_rows(bad)
+    cells = [_cells_of_equal(group) for group in groups[:limit]]
     columns = list(zip(*cells)) or [(), ()]
     place_width, field_width = (min(30, max(map(len, column), default=0)) for column in columns[:2])
     lines = [Line(''), Line('', _bad_title(bad, num_rows), ('red', 'bold'))]
     for place,field,problem,fix in cells:
         field = f'{field:{field_width}}  ' if field_width else ''
         lines.append(Line(f'  {place:{place_width}}  ', f'{field}{problem}  →  {fix}', ('red',)))
-    if len(bad) <= limit: return lines
-    reasons = Counter(b.reason for b in bad[limit:]).most_common(6)
-    more = ', '.join(f'{n:,} × {reason}' for reason,n in reasons)
-    lines.append(Line('  ', f'… and {len(bad) - limit:,} more: {more}'))
-    return lines + [Line('  ', rest)]*bool(rest)
+    left = [b for group in groups[limit:] for b in group]
+    more = ', '.join(f'{n:,} × {reason}' for reason,n in Counter(b.reason for b in left).most_common(6))
+    if left: lines.append(Line('  ', f'… and {len(left):,} more: {more}'))
+    cut = left or any(problem.endswith('…)') for _,_,problem,_ in cells)
+    return lines + [Line('  ', rest)]*bool(rest and cut)
 
 # %% ../nbs/32_data_report.ipynb #7c7b42d4
 def bad_row_table(
     bad, # `BadRow`s
     num_rows:int, # Rows read
-    limit:int=50, # How many to list
+    limit:int=50, # How many to list; rows with the same fault are one
 )->View: # Place, field, problem and remedy
     "The bad rows as a table."
-    caption = _bad_title(bad, num_rows) + (f'; here the first {limit}' if len(bad) > limit else '')
-    cells = [_bad_cells(b) for b in bad[:limit]]
+    groups = _equal_rows(bad)
+    caption = _bad_title(bad, num_rows) + (f'; here the first {limit} faults' if len(groups) > limit else '')
+    cells = [_cells_of_equal(group) for group in groups[:limit]]
     return table(cells, ['row', 'field', 'problem', 'remedy'], caption=caption, marks=['red']*len(cells))
 
 # %% ../nbs/32_data_report.ipynb #0f5f9156

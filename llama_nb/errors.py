@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LlamaNbError', 'ConfigError', 'ResourceError', 'ThresholdError', 'NonFiniteError', 'DivergenceError',
-           'CheckpointError', 'DataError', 'fault_lines', 'OutOfMemoryError', 'RunInterrupted', 'exit_code', 'redact',
-           'shorten', 'one_line', 'did_you_mean', 'path_problem', 'import_extra']
+           'CheckpointError', 'DataError', 'other_rows', 'fault_lines', 'OutOfMemoryError', 'RunInterrupted',
+           'exit_code', 'redact', 'shorten', 'one_line', 'did_you_mean', 'path_problem', 'import_extra']
 
 # %% ../nbs/00_errors.ipynb #ea3ade4d
 import difflib
@@ -68,17 +68,25 @@ class DataError(LlamaNbError, ValueError):
     def __str__(self):
         return '\n'.join([self.message, *(f'  {line}' for line in fault_lines(self.faults))])
 
+# %% ../nbs/00_errors.ipynb #f38fa332
+def other_rows(
+    rows, # Numbers of rows, in order
+)->str: # Such as `'(and 4 more rows: 2-4, 7)'`; empty for no rows
+    "Which other rows have the same fault; a long list is cut."
+    spans, rows = [], list(rows)
+    for row in rows:
+        if spans and row == spans[-1][1] + 1: spans[-1][1] = row
+        else: spans.append([row, row])
+    said = ', '.join(f'{a}' if a == b else f'{a}-{b}' for a,b in spans)
+    if len(said) >= 60: said = said[:said.rfind(', ', 0, 58)] + ', …'
+    return f'(and {len(rows):,} more row{"s"[:len(rows) > 1]}: {said})' if rows else ''
+
 # %% ../nbs/00_errors.ipynb #ccec5cfa
 _ROW = re.compile(r':(\d+)')
 
 def _as_one(group):
     "Several faults that differ in the row only, as one line with the other rows."
-    spans = []
-    for row in (int(_ROW.search(fault)[1]) for fault in group[1:]):
-        if spans and row == spans[-1][1] + 1: spans[-1][1] = row
-        else: spans.append([row, row])
-    rows = ', '.join(f'{a}' if a == b else f'{a}-{b}' for a,b in spans)
-    return f'{group[0]} (and {len(group) - 1} more rows: {rows if len(rows) < 60 else rows[:58] + "…"})'
+    return f'{group[0]} {other_rows(int(_ROW.search(fault)[1]) for fault in group[1:])}'
 
 def fault_lines(
     faults, # One entry per fault: anything whose `str` is a line with file, row and problem

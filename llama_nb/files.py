@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_ROW_BYTES', 'SURROGATES', 'RowFault', 'BadRow', 'quoted', 'save_bad_rows', 'strict_json', 'part_of',
-           'json_sections', 'sheet_names', 'data_folder', 'look_into', 'data_files', 'file_name', 'files_rows',
-           'is_dataframe', 'numbered_rows', 'source_problem', 'source_rows']
+           'json_sections', 'sheet_names', 'data_folder', 'look_into', 'data_files', 'read_beside', 'file_name',
+           'files_rows', 'is_dataframe', 'numbered_rows', 'source_problem', 'source_rows']
 
 # %% ../nbs/30_files.ipynb #ff9243a8
 import codecs, csv, gzip, io, json, math, os, re, zlib
@@ -495,8 +495,12 @@ _SEP_LINE = re.compile(r'"?sep=(.)"?\s*')
 
 def _column_names(line, separators):
     "The names in a header, and the separator that gives the most of them; raises `csv.Error` if it is broken."
-    found = {s: [cell.strip() for cell in next(csv.reader([line], delimiter=s, strict=True), [])] for s in separators}
-    separator = max(found, key=lambda s: sum(map(bool, found[s])))
+    found = {}
+    for s in separators: # between quoted names, only the right one leaves no text behind a quote
+        try: found[s] = [cell.strip() for cell in next(csv.reader([line], delimiter=s, strict=True), [])]
+        except csv.Error as e: error = e
+    separator = max(found, key=lambda s: sum(map(bool, found[s])), default=None)
+    if separator is None or len(found) < len(separators) and len(found[separator]) < 2: raise error
     return [cell or f'Unnamed: {i}' for i,cell in enumerate(found[separator])], separator
 
 def _first_text(lines, separators, count):
@@ -778,6 +782,17 @@ def data_files(
         raise DataError(f'{p.name}: a link that leads out of the data folder (copy the file)')
     return files
 
+# %% ../nbs/30_files.ipynb #0b2c9709
+def read_beside(
+    folder, # A folder, which may be missing
+    names:Iterable[str], # Names of files that are, or will be, in it
+)->list[Path]: # In order of their names
+    "Other data files of a folder that are read together with these."
+    folder, names = Path(folder), set(names)
+    if not folder.is_dir(): return []
+    inside = [p for p in look_into(folder)[0] if not _is_metadata(p) and (p.parent != folder or p.name not in names)]
+    return [p for p in inside if p.parent == folder or part_of(p.relative_to(folder).parts[0])]
+
 # %% ../nbs/30_files.ipynb #85d631f0
 _STEP = 64 # Rows between two updates of the bar
 
@@ -833,7 +848,8 @@ def _plain_cell(value):
     if isinstance(value, dict): return {k: _plain_cell(v) for k,v in value.items()}
     if hasattr(value, 'tolist'): value = value.tolist()
     if isinstance(value, (list, tuple)): return [_plain_cell(v) for v in value]
-    return None if value != value or type(value).__name__ in ('NAType', 'NaTType') else value
+    missing = type(value).__name__ in ('NAType', 'NaTType') or value != value
+    return None if missing else value
 
 def _frame_rows(frame):
     "Rows of a `DataFrame` as dicts, one at a time."

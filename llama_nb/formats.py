@@ -13,9 +13,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Iterable, NamedTuple, Sequence
 
-from .conversation import (
-    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, is_rejected, may_be_mask, Message,
-    MessageFault, read_message, ROLE_KEYS, ROLES, Source, THOUGHTS, train_flag, TRAIN_FLAGS)
+from llama_nb.conversation import (
+    as_fault, as_tools, as_train_on, CALL_ROLES, Conversation, is_rejected, may_be_mask, Message, MESSAGE_LISTS,
+    MessageFault, plain_key, read_message, ROLE_KEYS, ROLES, says_origin, Source, THOUGHTS, train_flag, TRAIN_FLAGS,
+    unused_note)
 from .errors import ConfigError, DataError, did_you_mean, logger, shorten
 from .files import BadRow, numbered_rows, quoted, RowFault, source_rows, strict_json, SURROGATES
 from .store import LazySequence, select, StoredConversations
@@ -38,7 +39,6 @@ def _content(text, field, role, may_be_empty=False):
 def _last_key(field): return re.split(r'[.\[]', field)[-1] if not field.endswith(']') else 'content'
 
 # %% ../nbs/31_formats.ipynb #9041cb35
-_LISTS = ('messages', 'conversations', 'conversation', 'dialog', 'dialogue', 'utterances', 'turns', 'chat', 'data')
 _TEXTS = ('text', 'conversation', 'dialogue', 'dialog', 'chat')
 _SYSTEMS = ('system', 'system_prompt', 'system_message')
 _PAIRS = { # question -> its answers, in order of preference
@@ -48,13 +48,11 @@ _PAIRS = { # question -> its answers, in order of preference
     'human': ('assistant', 'gpt', 'bot'), 'user': ('assistant', 'gpt', 'bot')}
 _ANSWERS = tuple(dict.fromkeys(a for answers in _PAIRS.values() for a in answers))
 _LABELS = ('label', 'kto_tag')
-FIELDS = tuple(dict.fromkeys((*_LISTS, *_PAIRS, *_ANSWERS, *_SYSTEMS, 'text', 'context', 'history', 'tools',
+FIELDS = tuple(dict.fromkeys((*MESSAGE_LISTS, *_PAIRS, *_ANSWERS, *_SYSTEMS, 'text', 'context', 'history', 'tools',
                               'functions', *THOUGHTS, 'mapping', 'current_node', *_LABELS, *TRAIN_FLAGS, 'train_on',
                               'role', 'content')))
 _INNER = ('role', 'content') # keys of a message, inside a list
 _KNOWN = frozenset(FIELDS) - {*_INNER}
-
-def _our_name(key): return '_'.join(re.split(r'[\s-]+', str(key).strip().lower()))
 
 class _Row:
     "The fields of a row under our names; remembers how each is written, and which were used."
@@ -68,12 +66,12 @@ class _Row:
                 raise RowFault(theirs, f'{theirs} is missing: found {_keys(row)}', f'columns maps {ours} to it')
             self._add(ours, theirs)
         exact = [(k, k) for k in row if k in _KNOWN]
-        for k,ours in (*exact, *((k, _our_name(k)) for k in row if k not in _KNOWN)):
+        for k,ours in (*exact, *((k, plain_key(k)) for k in row if k not in _KNOWN)):
             if ours in _KNOWN and k not in taken and ours not in self.columns: self._add(ours, k)
 
     def _add(self, ours, key):
         value = self.row[key]
-        if value is None or isinstance(value, str) and not value and ours in _LISTS: self.nulls.setdefault(ours, key)
+        if value is None or isinstance(value, str) and not value and ours in MESSAGE_LISTS: self.nulls.setdefault(ours, key)
         elif self.names.setdefault(ours, key) == key: self.nulls.pop(ours, None)
 
     def __contains__(self, ours): return ours in self.names
@@ -138,8 +136,9 @@ class _Turn(NamedTuple):
     @property
     def is_broken_call(self):
         "Whether it should be a tool call, but has no name and arguments."
-        written = self.keys.get('from') or self.keys.get('role')
-        return isinstance(written, str) and written.strip().lower() in CALL_ROLES and not self.message.tool_calls
+        said = (self.keys.get(k) for k in ROLE_KEYS)
+        is_call = any(isinstance(s, str) and s.strip().lower() in CALL_ROLES for s in said)
+        return is_call and not self.message.tool_calls
 
 def _pair(question, answer):
     "A question and its answer, each a text with its place, as turns."
@@ -167,6 +166,23 @@ def _messages(row, field='messages', options=None):
     return turns, notes
 
 # %% ../nbs/31_formats.ipynb #db57cb94
+def _pair_flag(inner):
+    "What the flags beside a question and its answer say; `None` if they say nothing."
+    said = {k: v for k in TRAIN_FLAGS[:-1] if (v := _truth(_flag_value(inner, k))) is not None}
+    for k in said: inner.take(k)
+    if _rejected(inner, ''): said.setdefault('train', False)
+    for k in _LABELS:
+        if k in inner and is_rejected(inner.row[inner.names[k]]): inner.take(k)
+    try: return train_flag(said | dict(role='assistant'))
+    except DataError as e: raise _row_fault(as_fault(e)) from None
+
+def _flagged_pair(inner, pair, at):
+    "A question and its answer, with the thoughts and the flags that stand beside them."
+    try: said, taught = _with_thoughts(inner, _pair(*((inner.take(k), inner.spelt(k)) for k in pair))), _pair_flag(inner)
+    except RowFault as e: raise RowFault(f'{at}.{e.field}', e.problem, e.fix) from None
+    said = [_masked(t, taught) if t.message.role == 'assistant' or not taught else t for t in said]
+    return [t._replace(at=f'{at}.{t.at}') for t in said]
+
 def _exchanges(row, field='conversation', options=None):
     "A list of pairs, such as `human` and `assistant`."
     turns, notes, name = [], [], row.spelt(field)
@@ -175,7 +191,7 @@ def _exchanges(row, field='conversation', options=None):
         pair = _find_pair(inner.names)
         if pair is None:
             raise RowFault(f'{name}[{i}]', f'not a pair: found {_keys(m)}', 'give a question and an answer')
-        turns += _pair(*((inner.take(k), f'{name}[{i}].{inner.spelt(k)}') for k in pair))
+        turns += _flagged_pair(inner, pair, f'{name}[{i}]')
         notes += _unused(inner)
     return turns, notes
 
@@ -197,20 +213,20 @@ def _system(row):
     return turns[:1]
 
 def _history(row, options=None):
-    "The earlier exchanges of a row: pairs, messages, or texts in turn."
+    "The earlier exchanges of a row: pairs, messages, or texts in turn; and notes."
     past, name = row.take('history'), row.spelt('history')
-    if past is None or past == '' or past == []: return []
+    if past is None or past == '' or past == []: return [], []
     if not isinstance(past, list): raise RowFault(name, f'{name} is not a list: {type(past).__name__}', 'give a list')
     if all(isinstance(m, dict) for m in past):
         pairs = not past[0].keys() & {*ROLE_KEYS}
-        return (_exchanges if pairs else _messages)(row, 'history', options)[0]
+        return (_exchanges if pairs else _messages)(row, 'history', options)
     if all(isinstance(m, str) for m in past): past = [past[i:i + 2] for i in range(0, len(past), 2)]
     turns = []
     for i,pair in enumerate(past):
         at = f'{name}[{i}]'
         if not isinstance(pair, list) or len(pair) != 2: raise RowFault(at, 'not a pair', 'give [question, answer]')
         turns += _pair(*((text, at) for text in pair))
-    return turns
+    return turns, []
 
 # %% ../nbs/31_formats.ipynb #89b74768
 def _below(row, question, used):
@@ -275,7 +291,7 @@ def _each(row, k, count):
 def _speaker_roles(row, count, options):
     "The role of each utterance where a list of speakers says it; `None`: two speakers in turn."
     for k in row.row:
-        if k not in row.inner and _our_name(k) not in _SPEAKERS or (said := _each(row, k, count)) is None: continue
+        if k not in row.inner and plain_key(k) not in _SPEAKERS or (said := _each(row, k, count)) is None: continue
         try: roles = [read_message(dict(role=who, content='x'), options and options.roles)[0].role for who in said]
         except MessageFault as e:
             letters = all(isinstance(who, int) or len(str(who).strip()) == 1 for who in said)
@@ -289,7 +305,7 @@ def _lists_inside(row, count):
     "Lists of thoughts, calls, details and labels, by the key that each has inside a message."
     found = {}
     for k in row.row:
-        ours = next((o for o,theirs in row.columns.items() if theirs == k), _our_name(k))
+        ours = next((o for o,theirs in row.columns.items() if theirs == k), plain_key(k))
         if ours not in _INSIDE or (said := _each(row, k, count)) is None: continue
         if ours == 'label' and any(v is not None and _truth(v) is None for v in said): continue # classes
         found[ours] = said
@@ -299,7 +315,7 @@ def _lists_inside(row, count):
 def _cut_lists(row, name, count, kept):
     "Cut what has one value per utterance to those kept; a mask whose name we do not know is refused."
     for k in [k for k in row.row if k not in row.used and k != name]:
-        ours = next((o for o,theirs in row.columns.items() if theirs == k), _our_name(k))
+        ours = next((o for o,theirs in row.columns.items() if theirs == k), plain_key(k))
         v = _each(row, k, count) if ours in TRAIN_FLAGS else row.row[k]
         if not isinstance(v, (list, tuple)) or len(v) != count: continue
         row.row = {**row.row, k: list(v[kept]) if ours in TRAIN_FLAGS else tuple(v[kept])}
@@ -466,31 +482,28 @@ def _kind_of_list(field, value, inner_names=frozenset()):
     "The format of a list of messages; `None` if the field holds something else."
     default = 'messages' if field == 'messages' else 'sharegpt' if field.startswith('conversation') else None
     if isinstance(value, str) and field in _TEXTS and _spoken(value, field, _TEXT_STYLES): return 'text'
-    if not isinstance(value, list) or not value: return default or ('utterances' if field in _LISTS[3:6] else None)
+    if not isinstance(value, list) or not value: return default or ('utterances' if field in MESSAGE_LISTS[3:6] else None)
     inner = next((m for m in value if isinstance(m, dict)), None)
     if inner is None:
         has_texts = any(isinstance(m, str) for m in value)
-        return 'utterances' if field in _LISTS[3:6] or has_texts and field not in _LISTS[:2] else default
+        return 'utterances' if field in MESSAGE_LISTS[3:6] or has_texts and field not in MESSAGE_LISTS[:2] else default
     if inner_names & inner.keys(): return 'messages'
-    keys = {_our_name(k) for k,v in inner.items() if v is not None}
+    keys = {plain_key(k) for k,v in inner.items() if v is not None}
     if keys & {'from', 'value'}: return 'sharegpt'
     if keys & {'role', 'content', 'speaker'}: return 'messages'
     return 'exchanges' if _find_pair(keys) else default
 
 # %% ../nbs/31_formats.ipynb #0d997cb3
-_IDS = re.compile('(?:.*_)?(?:id|hash)|idx|index|uuid|source|dataset|url|lang|language|license|timestamp|created_at|'
-                  'date|model|topic') # names that say where a row comes from
-
 def _is_text_row(row):
     "Whether a text stands alone: beside it are only names, numbers and the fields we know."
     known = {*row.names.values()}
     other = (k for k,v in row.row.items() if k not in known and isinstance(v, (str, list, dict)) and v)
-    if not all(_IDS.fullmatch(_our_name(k)) for k in other): return False
-    return {'role', 'parent_id'}.isdisjoint(map(_our_name, row.row))
+    if not all(says_origin(plain_key(k)) for k in other): return False
+    return {'role', 'parent_id'}.isdisjoint(map(plain_key, row.row))
 
 def _sniff(row, names):
     "The format of a row and the field, or the pair of fields, that holds its messages."
-    for field in _LISTS:
+    for field in MESSAGE_LISTS:
         if field in names and (kind := _kind_of_list(field, row.row[names[field]], row.inner)): return kind, field
     if (pair := _find_pair(names)): return 'alpaca' if pair[0] == 'instruction' else 'prompt_completion', pair
     if 'mapping' in names and isinstance(row.row[names['mapping']], dict): return 'chatgpt', 'mapping'
@@ -513,7 +526,7 @@ def sniff_shape(
 def _unknown_format(row):
     "A `RowFault` that says what is missing beside the fields that are there, or lists the known fields."
     found = f'unknown format: found {_keys(row.row)}'
-    for names,fix in ((_LISTS, 'give a list'), ((*_PAIRS, *_ANSWERS, 'text'), 'give a text, or remove the row')):
+    for names,fix in ((MESSAGE_LISTS, 'give a list'), ((*_PAIRS, *_ANSWERS, 'text'), 'give a text, or remove the row')):
         null = next((row.nulls[k] for k in names if k in row.nulls), None)
         if null is not None: return RowFault(null, f'{null} is null', fix)
     asked = next((k for k in _PAIRS if k in row), None)
@@ -617,7 +630,8 @@ def _plain(value):
     if isinstance(value, dict): return {k: _plain(v) for k,v in value.items()}
     if hasattr(value, 'tolist'): value = value.tolist()
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+    missing = type(value).__name__ in ('NAType', 'NaTType') or isinstance(value, float) and value != value
+    return None if missing else value
 
 def _as_dict(row):
     "A row as a dict with named fields, and the name of a list that is the row itself; raises `RowFault`."
@@ -644,7 +658,8 @@ def _first_field(row, shape):
         asked = next((q for q in questions if q in row), questions[0])
         said = next((a for a in _PAIRS[asked] if a in row), _PAIRS[asked][0])
         return (asked, said), asked in row and said in row
-    own = dict(utterances=_LISTS[3:6] + _LISTS[2:3] + _LISTS[6:], text=_TEXTS, chatgpt=('mapping',)).get(shape, _LISTS)
+    utterances = MESSAGE_LISTS[3:6] + MESSAGE_LISTS[2:3] + MESSAGE_LISTS[6:]
+    own = dict(utterances=utterances, text=_TEXTS, chatgpt=('mapping',)).get(shape, MESSAGE_LISTS)
     field = next((f for f in own if f in row), own[0])
     return field, field in row
 
@@ -685,14 +700,31 @@ def _with_context(row, shape, turns):
 def _beside(row, shape, turns, options):
     "Turns with what stands beside them in the row, and notes."
     turns, notes = _with_context(row, shape, turns)
-    (system, turns), past = _first_system(row, turns), _history(row, options)
+    (system, turns), (past, more) = _first_system(row, turns), _history(row, options)
     own = [t.at for t in system if t.at in row.row]
-    notes += [f'{name} read as the system message' for name in own if _our_name(name) not in ('', 'system')]
+    notes += [f'{name} read as the system message' for name in own if plain_key(name) not in ('', 'system')]
     if past and shape != 'alpaca': notes.append(f"{row.spelt('history')} put before the messages")
-    return [*system, *past, *turns], notes
+    return [*system, *past, *turns], notes + more
+
+# %% ../nbs/31_formats.ipynb #6ddcc575
+_SHAPES_OF_LISTS = ('messages', 'sharegpt', 'exchanges')
+
+def _check_lists(row, field, turns, options):
+    "Raise `RowFault` if another list of the row holds other messages; one that holds the same ones counts as used."
+    for other in MESSAGE_LISTS:
+        if other not in row or row.names[other] in row.used or field in row.columns: continue
+        value = row.row[row.names[other]]
+        has_objects = isinstance(value, list) and any(isinstance(m, dict) for m in value)
+        kind = _kind_of_list(other, value, row.inner) if has_objects else None
+        if kind not in _SHAPES_OF_LISTS: continue
+        try: said = [t.message for t in _READERS[kind](row, other, options)[0]]
+        except RowFault: said = None
+        if said == [t.message for t in turns]: continue
+        problem = f'two lists of messages: {row.spelt(field)} and {row.spelt(other)} differ'
+        raise RowFault(row.spelt(other), problem, 'keep one, or choose it with columns={"messages": ...}')
 
 # %% ../nbs/31_formats.ipynb #69eeea5c
-_TRUTH = {'true': True, 'false': False, '1': True, '0': False} # as a CSV cell writes it
+_TRUTH = {'true': True, 'false': False, '1': True, '0': False, '1.0': True, '0.0': False} # as a CSV cell writes it
 
 def _truth(value):
     "True or false if a value says so, else `None`."
@@ -723,13 +755,18 @@ def _flag_each(row, k, values, turns):
     return [_masked(t, v) for t,v in zip(turns, said)]
 
 # %% ../nbs/31_formats.ipynb #dc10718b
+def _flag_value(row, k):
+    "The value of a flag of the row; a list may stand in a cell as JSON."
+    value = row.row[row.names[k]] if k in row else None
+    return strict_json(value) if isinstance(value, str) and value.lstrip().startswith('[') else value
+
 def _row_flags(row, turns):
     "Turns with the flags of the row applied, and a note if they leave nothing to teach."
     if row.names.keys().isdisjoint(TRAIN_FLAGS): return turns, []
     no = []
     for k in TRAIN_FLAGS[:-1]: # a `train_detail` belongs to a message
-        value = row.row[row.names[k]] if k in row else None
-        if isinstance(value, list): turns = _flag_each(row, k, row.take(k), turns)
+        value = _flag_value(row, k)
+        if isinstance(value, list): turns = _flag_each(row, k, value, turns); row.take(k)
         elif (said := _truth(value)) is not None:
             row.take(k)
             if k == 'train' and said: return turns, []
@@ -737,6 +774,13 @@ def _row_flags(row, turns):
     if no: turns = [_masked(t, False) for t in turns]
     taught = any(t.message.role == 'assistant' and t.message.taught is not False for t in turns)
     return turns, [f'row left out: {no[0]} says not to teach it'] if no and not taught else []
+
+def _text_flags(row, turns):
+    "The same for a text that is taught whole unless a flag of the row says no."
+    if not _is_lone_text(turns): return _row_flags(row, turns)
+    turns, out = _row_flags(row, [turns[0]._replace(message=replace(turns[0].message, train=None))])
+    if turns[0].message.taught is False: return turns, out or ['row left out: a flag says not to teach it']
+    return [turns[0]._replace(message=replace(turns[0].message, train=True))], out
 
 # %% ../nbs/31_formats.ipynb #2b5f0111
 def _why_none(num_rows, num_bad, notes):
@@ -768,13 +812,8 @@ def _own_train_on(row):
 
 def _unused(row):
     "Notes about fields that are not used and hold a text, a list, a truth value or a mask."
-    notes, masks = [], {*_LABELS, *TRAIN_FLAGS}
-    for k,v in row.row.items():
-        if v is None or k in row.used or k in row.quiet: continue
-        ours = _our_name(k)
-        if ours in masks or may_be_mask(ours) or carries_meaning(v) and not _IDS.fullmatch(ours):
-            notes.append(f'field {shorten(k, 30)!r} not used')
-    return notes
+    left = ((k, v) for k,v in row.row.items() if k not in row.used and k not in row.quiet)
+    return [note for k,v in left if (note := unused_note(k, v))]
 
 # %% ../nbs/31_formats.ipynb #96925c0f
 def check_columns(
@@ -818,7 +857,8 @@ def _convert(row, source, format, options):
     if (name := _rejected(fields, shape)): return None, shape, [f'row left out: {name}, a rejected answer']
     turns, notes = _READERS[shape](fields, field, options)
     if not turns: return None, shape, notes
-    turns, out = _row_flags(fields, turns)
+    if shape in _SHAPES_OF_LISTS: _check_lists(fields, field, turns, options)
+    turns, out = (_text_flags if shape == 'text' else _row_flags)(fields, turns)
     if out: return None, shape, out
     turns, more = _beside(fields, shape, turns, options)
     messages, last = _finish(turns, fields.spelt(field) if isinstance(field, str) else '')

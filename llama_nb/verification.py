@@ -296,6 +296,8 @@ def verify_masks(
     return MaskProof(total - len(failures), total, tuple(failures), notes)
 
 # %% ../nbs/27_verification.ipynb #cf42e1f6
+_UNIQUE = json.JSONDecoder(object_pairs_hook=unique_keys)
+
 class _Grammar(NamedTuple):
     "How a template writes a call."
     before:str # Up to the name
@@ -312,11 +314,11 @@ class _Grammar(NamedTuple):
             if not text.startswith(begin): raise ValueError(f'expected {begin!r}, found {shorten(repr(text), 40)}')
             name, middle, text = text[len(begin):].partition(self.between)
             if not middle: raise ValueError(f'expected {self.between!r} after the name')
-            arguments, end = json.JSONDecoder().raw_decode(text)
+            arguments, end = _UNIQUE.raw_decode(text)
             if not text.startswith(behind, end): raise ValueError(f'expected {behind!r} after the arguments')
             text = text[end + len(behind):]
             whole = start[:len(start) - len(text)]
-            if self.is_json: json.loads(whole[whole.index('{'):whole.rindex('}') + 1])
+            if self.is_json: _UNIQUE.decode(whole[whole.index('{'):whole.rindex('}') + 1])
             if not isinstance(arguments, dict): raise ValueError('the arguments are no JSON object')
             found.append((name, arguments))
             text = text.lstrip()
@@ -418,21 +420,37 @@ def _decoded_calls(enc:TemplateEncoder, written:WrittenConversation, example:Exa
     return text[max(text.find(opening), 0):]
 
 # %% ../nbs/27_verification.ipynb #4e293c20
-def _looks_like_call(content:str)->bool:
-    "Whether an answer is, or begins as, a call written as JSON text."
-    return bool(re.match(r'\s*\{\s*"name"\s*:', content)) and bool(re.search(r'"(parameters|arguments)"', content))
+_TAGGED = re.compile(r'<(tool_call|function_call|functioncall)>\s*(?=[{\[])(.*?)(?:</\1>|\Z)', re.S)
+_BARE = re.compile(r'\s*(?:<\|python_tag\|>)?\s*(?=(?:\[\s*)?\{\s*"(?:name|arguments|parameters)"\s*:)')
+
+def _json_of_calls(grammar:_Grammar, content:str, tools:bool)->list[str]:
+    "The JSON of calls that an answer holds as text: between tags, or the answer is, or begins as, a call."
+    tagged = [m for m in _TAGGED.finditer(content) if tools or f'<{m[1]}>' in grammar.before]
+    if tagged: return [m[2] for m in tagged]
+    start = _BARE.match(content) if tools else None
+    both = start and '"name"' in content and re.search(r'"(parameters|arguments)"', content)
+    return [content[start.end():]] if both else []
 
 # %% ../nbs/27_verification.ipynb #fa1e59c0
-def _text_calls(content:str)->list[tuple[str,dict]]:
-    "Calls that an answer holds as text, in either spelling. Raises `ValueError`."
-    found, text, decoder = [], content.strip(), json.JSONDecoder(object_pairs_hook=unique_keys)
-    while text:
-        call, end = decoder.raw_decode(text)
-        arguments = call.get('parameters', call.get('arguments'))
-        if isinstance(arguments, str): arguments = decoder.decode(arguments)
-        if not isinstance(arguments, dict): raise ValueError('the arguments are no JSON object')
-        found.append((str(call.get('name')), arguments))
-        text = text[end:].lstrip(' \n;,')
+def _call_of(value)->tuple[str,dict]:
+    "Name and arguments of one call in JSON. Raises `ValueError`."
+    call = value.get('function', value) if isinstance(value, dict) else None
+    if not isinstance(call, dict): raise ValueError('a call is no JSON object')
+    arguments = call.get('parameters', call.get('arguments'))
+    if isinstance(arguments, str): arguments = _UNIQUE.decode(arguments)
+    if not isinstance(arguments, dict): raise ValueError('the arguments are no JSON object')
+    return str(call.get('name')), arguments
+
+def _text_calls(grammar:_Grammar, content:str, tools:bool=True)->list[tuple[str,dict]]:
+    "Calls that an answer holds as text; empty if there are none. Raises `ValueError` for one that cannot be read."
+    try: return grammar.calls(content)
+    except (ValueError, RecursionError): found = []
+    for text in _json_of_calls(grammar, content, tools):
+        while text := text.lstrip(' \n;,'):
+            try: value, end = _UNIQUE.raw_decode(text)
+            except RecursionError: raise ValueError('nested too deeply') from None
+            found += [_call_of(v) for v in (value if isinstance(value, list) else [value])]
+            text = text[end:]
     return found
 
 # %% ../nbs/27_verification.ipynb #eefa0156
@@ -457,16 +475,16 @@ def _call_problems(enc:TemplateEncoder, grammar, conv:Conversation, example:Exam
                 problems.append((f'messages[{i}].tool_calls', f'does not parse: {shorten(e, 60)}; taught {shorten(repr(text), 40)}'))
                 continue
             if found != given: problems.append((f'messages[{i}].tool_calls', f'is taught as {shorten(found, 60)}'))
-        elif conv.tools and _looks_like_call(m.content):
-            try: found = _text_calls(m.content)
-            except (ValueError, AttributeError) as e:
+        elif 'answer' in parts[i]:
+            try: found = _text_calls(grammar or _LLAMA_GRAMMAR, m.content, bool(conv.tools))
+            except ValueError as e:
                 count += 1
                 problems.append((f'messages[{i}].content', f'a call as text that does not parse: {shorten(e, 60)}'))
                 continue
             count += len(found)
         else: continue
         for j,call in enumerate(found):
-            where = f'messages[{i}].tool_calls[{j}]' if m.tool_calls else f'messages[{i}].content'
+            where = f'messages[{i}].tool_calls[{j}]' if m.tool_calls else f'messages[{i}].content' + f', call {j}'*(j > 0)
             if why := _misfit(schemas, *call): problems.append((where, why))
     return count, problems
 

@@ -138,7 +138,7 @@ class Clock:
 
 
 def set_kernels_(model, on):
-    "One kernel each for RoPE and SwiGLU, or torch's operations."
+    "One kernel each for RoPE, SwiGLU, and norm with residual stream, or torch's operations."
     for module in model.modules():
         if isinstance(getattr(module, 'kernels', None), bool): module.kernels = on
 
@@ -450,6 +450,7 @@ def planner(size='7B', model=None):
     shape = shape_of(size)
     model, L, rows = model or adapted(shape, started=False), shape.num_hidden_layers, []
     trained = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().cpu().clone() for p in trained]  # not where memory is measured
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=True)
     layer_bytes = measured_layer_bytes(model)
     context = CUDA_CONTEXT_BYTES if Here.device == 'cuda' else 0  # 0 plans for a CPU; the allocator does not count it
@@ -475,6 +476,9 @@ def planner(size='7B', model=None):
         ratio = lambda p: round(p/measured, 3) if isinstance(measured, int) else None
         gib = lambda b: round(b/2**30, 2) if isinstance(b, int) else b
         rows.append(dict(rows=n, recomputed_layers=recomputed, planned_gib=gib(planned[0]), calibrated_gib=gib(planned[1]), measured_gib=gib(measured), planned_of_measured=ratio(planned[0]), calibrated_of_measured=ratio(planned[1])))
+    set_checkpointing_(model, False)  # left as it came
+    for p, before in zip(trained, start): p.data.copy_(before)
+    model.zero_grad()
     ratios = [r['calibrated_of_measured'] for r in rows if r['calibrated_of_measured']]
     return dict(settings=rows, furthest=round(max(abs(r - 1) for r in ratios), 3) if ratios else None)
 

@@ -302,7 +302,7 @@ class _Audit:
         self.grammar, self.book, self.train_on, self.faults, self.columns, self.own = g, book, train_on, [], {}, 0
         self.total = self.conversations = self.tokens = self.taught = self.unlabelled = self.skipped = 0
         self.several = self.only_last = self.open = self.closed = 0
-        self.context = [] # rows whose context differs
+        self.context, self.twice = [], [] # rows whose context differs, and with two turns of a user in a row
         self.worst = (0, None, None)
 
     def add(self, row:PreparedRow, columns:Mapping):
@@ -325,6 +325,7 @@ class _Audit:
     def check(self, row:PreparedRow, p:RowPart, turns:list[Turn], book:_Book|None)->list[tuple]:
         "The faults of one conversation, beside the one it was made from."
         self.count(p, turns)
+        if not book and any(a.role == b.role == 'user' for a,b in zip(turns, turns[1:])): self.twice.append(row.name)
         n = _find(book, p, turns) if book else None
         if n is not None and _is_exact(p, row.labels, book.made[n]): return []
         found = list(check_part(self.grammar, p, turns))
@@ -358,6 +359,9 @@ class _Audit:
         self.worst = (score, row.name, _example(row, p, turns, [f.kind for f in found]))
 
 # %% ../nbs/39_auditing.ipynb #444c08d7
+_UNKNOWN = ('not checked without the conversations: whether the texts are complete, and whether a whole turn (end token, '
+            'header and words) was typed inside a text')
+
 def _settled(a:_Audit, strict:bool)->tuple[list,list]:
     "The faults after what only the whole set can tell, and remarks."
     faults, notes = a.faults, []
@@ -372,6 +376,9 @@ def _settled(a:_Audit, strict:bool)->tuple[list,list]:
     if a.context:
         row, role = a.context[0]
         notes.append(f'{len({r for r,_ in a.context}):,} rows have another context than their conversation; first: row {row}, {role}')
+    if a.twice: notes.append(f'{len(a.twice):,} conversations have two turns of a user in a row, first: row {a.twice[0]}; '
+                             'these are two messages, or one in which a header was typed')
+    if not (a.book or a.own): notes.append(_UNKNOWN)
     if a.own: notes.append(f'{a.own:,} rows carry their messages, and were compared with them')
     unread = [str(c) for c in a.columns if c not in _READ and not (a.own and c in _TEXTS)]
     if unread: notes.append(f"columns that were not looked at: {', '.join(unread)}")

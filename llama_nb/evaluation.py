@@ -468,7 +468,7 @@ def evaluate_saved(
     config = config or own
     takes_own = data is None and name in (None, 'validation')
     if name is None and conversations is not None: name = 'conversations'
-    name = scores_name(own, config, name, data, checkpoint)
+    name = scores_name(own, config, name, conversations if data is None else data, checkpoint)
     if conversations is None:
         config, conversations, train = _to_measure(config, data, num_samples)
         if takes_own and len(conversations): _check_own(own, config, train, trained_rows(run, before=False))

@@ -10,6 +10,7 @@ __all__ = ['FEW_ROWS', 'packed_parts', 'unpack', 'lora_forward', 'lora_backward'
 # %% ../nbs/42_linears.ipynb #4dd8360f
 import functools
 import inspect
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -513,11 +514,19 @@ class AdapterCopies:
         for p in self.adapters: del p.rounded
 
 # %% ../nbs/42_linears.ipynb #635a5ba7
+_LIMIT = 64 # of compiled versions of one function
+_TAKES_LIMIT = 'recompile_limit' in inspect.signature(torch.compile).parameters
+
+def _raised_limit():
+    "Context manager: raise the limit where `torch.compile` has no argument for it."
+    return nullcontext() if _TAKES_LIMIT else torch._dynamo.config.patch(recompile_limit=_LIMIT)
+
 def _compile_training_only_(layer):
     "Call the compiled layer in training steps and the plain layer otherwise."
     compiled = layer._compiled_call_impl
     def call(*args, **kwargs):
-        return (compiled if layer.training and torch.is_grad_enabled() else layer._call_impl)(*args, **kwargs)
+        if not layer.training or not torch.is_grad_enabled(): return layer._call_impl(*args, **kwargs)
+        with _raised_limit(): return compiled(*args, **kwargs)
     layer._compiled_call_impl = call
 
 def compile_layers_(
@@ -528,7 +537,7 @@ def compile_layers_(
 
     That first step raises torch's own error if the graph breaks."""
     whole_last_(model)
-    limit = {'recompile_limit': 64} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
+    limit = {'recompile_limit': _LIMIT} if _TAKES_LIMIT else {}
     for layer in causal_lm(model).model.layers:
         layer.compile(fullgraph=True, dynamic=False, backend=backend, **limit)
         _compile_training_only_(layer)

@@ -126,7 +126,9 @@ class TurnGrammar(_Vocabulary):
             self.first.setdefault(ids[0], []).append((stem, len(ids) - len(stem), role))
         plain = probes[_PROBES[0]].input_ids
         turns = self.turns(plain, 0, len(plain))
-        self.closes = {t.role for t in turns if t.close >= 0} | {'system', 'tool'} # roles whose turns have an end token
+        every = [t for e in probes.values() for t in self.turns(e.input_ids, 0, len(e))]
+        self.closes = {t.role for t in every if t.close >= 0} | ({'system', 'tool'} - {t.role for t in every})
+        self.always_closes = {t.role for t in every} - {t.role for t in every if t.close < 0} # every turn has an end token
         self.ends = frozenset(plain[t.close] for t in turns if t.close >= 0) # the end tokens it writes itself
         self.starts_with_bos = self.bos is not None and plain.count(self.bos) == 1 # Llama 2 writes one per question
         for stem in [h[0] for found in self.first.values() for h in found]: # headers that follow a control token only
@@ -266,7 +268,12 @@ def _check_control(g:TurnGrammar, p:RowPart, t:Turn):
     after = [k for k in range(inside + 1, t.end) if ids[k] not in fine and not g.blank(ids[k])] if t.close >= 0 else []
     rest = tuple(ids[after[0]:t.end]) if after and t.end == p.end else ()
     if rest and any(h[:len(rest)] == rest for h in g.headers): after = [] # the row ends in a header
-    stray = t.close >= 0 and t.role not in g.closes and not all(i in fine or g.blank(i) for i in ids[t.close:t.end])
+    padded = t.end == p.end and all(i in fine or g.blank(i) for i in ids[t.close:t.end])
+    stray = t.close >= 0 and t.role not in g.closes and not padded
+    open_turn = t.close < 0 and t.end < p.end and t.role in g.always_closes - {'assistant'}
+    if open_turn and not wrong:
+        header = shown_text(g, ids[max(t.end-8, t.begin):t.end+12])
+        yield 'control token from content', f'{t.role}: a header follows no end token in {header}'
     if not (wrong or after or stray): return
     at = wrong[0] if wrong else t.close
     around = shown_text(g, ids[max(at-8, t.begin):at+12])

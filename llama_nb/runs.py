@@ -330,6 +330,8 @@ def save_trained_rows(
     write_text(run.folder/TRAINED_ROWS, ''.join(f'{line}\n' for line in lines))
 
 # %% ../nbs/51_runs.ipynb #f51d245a
+_OWN_SCORES = r'(validation|checkpoint-\d+)(-4bit|-16bit)?' # names that an evaluation without a name gets
+
 def scores_name(
     trained:RunConfig, # Settings of the run
     config:RunConfig, # Settings of the evaluation
@@ -339,12 +341,12 @@ def scores_name(
 )->str: # Folder below `eval/`
     "Where the scores of an evaluation are kept. Raises `ConfigError` for a name that is missing, taken or impossible."
     if name is None and data is not None: raise ConfigError('data needs a name for its scores, e.g. --name test')
-    if name is None:
-        suffix = '-4bit' if config.model.use_4bit else '-16bit'
-        own = 'validation' if checkpoint is None else checkpoint.name
-        return own + suffix*(config.model.use_4bit != trained.model.use_4bit)
+    suffix = '-4bit' if config.model.use_4bit else '-16bit'
+    own = 'validation' if checkpoint is None else checkpoint.name
+    own += suffix*(config.model.use_4bit != trained.model.use_4bit)
+    if name is None: return own
     problem = name_problem(name)
-    if name == 'validation' and (data is not None or checkpoint is not None):
+    if re.fullmatch(_OWN_SCORES, str(name), re.IGNORECASE) and (data is not None or name != own):
         problem = 'the run keeps the scores of its own held-out conversations there'
     if problem: raise ConfigError(f'name {shorten(repr(name))}: {problem}; choose another name, e.g. test')
     return name

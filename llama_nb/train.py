@@ -28,9 +28,9 @@ from .errors import (
     ConfigError, DataError, LlamaNbError, logger, one_line, redact, ResourceError, RunInterrupted, shorten)
 from .fastpath import apply_fast_path_, keep_freed_memory_
 from .guards import InterruptGuard, is_out_of_memory, out_of_memory, SaveGuard
-from llama_nb.inputs import (
-    adopt_model, as_splits, check_objects, data_or_settings, describe_model, lora_settings, read_adapter,
-    rows_before)
+from .inputs import (
+    adopt_model, agreed_settings, as_splits, check_all_saved, check_model, check_objects, data_or_settings,
+    lora_settings, read_adapter, rows_before)
 from .launch import launch_training, LaunchSpec, Machines, stop_launched
 from .layers import recompute_norms_
 from .linears import uncompile_layers_, unpack_copies_, unpack_scales_
@@ -60,6 +60,7 @@ from .training_data import encode_data, EncodedData, PackedData, rows_by_name, s
 from .views import live_text, stage, tell, write_json
 import shutil
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from peft import PeftModel
 
 # %% ../nbs/75_train.ipynb #5242414e
 def resolve(
@@ -132,13 +133,14 @@ def _object_settings(given, model_config, lora_config):
     if given.model is not None:
         was_asked = model_config is not None
         asked = model_config.max_length if model_config else ModelConfig().max_length
-        model_config = describe_model(given.model, asked)
+        model_config = agreed_settings(model_config, given.model)
+        check_model(given.model)
         positions = getattr(given.model.config, 'max_position_embeddings', None) or asked
         if not was_asked: model_config = replace(model_config, max_length=min(model_config.max_length, positions))
         elif model_config.max_length != asked:
             raise ConfigError(f'model.max_length: found {asked}, but the RoPE of the model is stretched for {model_config.max_length} '
                               f'tokens; set model.max_length={model_config.max_length}')
-        if hasattr(given.model, 'peft_config'):
+        if isinstance(given.model, PeftModel):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
     if own is not None and lora_config is not None and lora_config != own:
         named = [f'{k} {shorten(repr(getattr(own, k)), 40)}' for k in vars(own) if not k.startswith('_') and getattr(own, k) != getattr(lora_config, k)]
@@ -537,7 +539,7 @@ def _save_settings(trainer, run, facts):
     if (run.folder/'README.md').is_file(): write_card(run)
 
 # %% ../nbs/75_train.ipynb #4ebf1cf3
-def _goes_on(given): return given.adapter is not None or hasattr(given.model, 'peft_config')
+def _goes_on(given): return given.adapter is not None or isinstance(given.model, PeftModel)
 
 def _keep_start(trainer, run):
     "Keep the adapter that a new run goes on from, if there is one."
@@ -593,18 +595,27 @@ def _run_callbacks(trainer, run, samples, progress):
     if t.mirror: callbacks.append(Mirror(run, t.mirror, t.save_total_limit))
     return callbacks
 
-# %% ../nbs/75_train.ipynb #248eee29
-def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(None, None), into=None):
-    "Check everything that can be checked before the first step, and make or find the run."
+# %% ../nbs/75_train.ipynb #5e1a9c04
+def _check_all(trainer, resume, optimizers):
+    "Every check that needs no run folder."
     c, t = trainer.config, trainer.config.training
     check_supported(t, resume, trainer.device)
     check_trackers(t.report_to)
     if optimizers[0] is None: check_optimizer(t, trainer.device)
     check_scaled(c)
-    rows = trainer.rows().train
+    trainer.rows()
     check_validation(t, len(trainer.encoded.validation.examples), trainer.given.compute_metrics)
+    check_model(trainer.model)
+    check_all_saved(trainer.model)
     check_disk(t, trainer.model)
     _check_own_optimizer(trainer, *optimizers)
+
+# %% ../nbs/75_train.ipynb #248eee29
+def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(None, None), into=None):
+    "Check everything that can be checked before the first step, and make or find the run."
+    c, t = trainer.config, trainer.config.training
+    _check_all(trainer, resume, optimizers)
+    rows = trainer.rows().train
     last_run = trainer.run
     with ExitStack() as lock:
         run = _shared_run(trainer, resume, into)

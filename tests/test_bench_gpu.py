@@ -138,10 +138,31 @@ def test_an_item_without_time_or_with_a_fault_ends_nothing(tmp_path, monkeypatch
     Here.set('cpu', True)
     def slow(): time.sleep(20)
     def broken(): raise RuntimeError('a fault')
-    monkeypatch.setattr(session, 'ITEMS', dict(first={'broken': (broken, 1), 'slow': (slow, -2), 'fine': (lambda: dict(x=1), 1), 'long': (slow, 900)}))
+    monkeypatch.setattr(session, 'ITEMS', dict(first={'broken': (broken, 1), 'slow': (slow, 1), 'fine': (lambda: dict(x=1), 1), 'long': (slow, 900)}))
     monkeypatch.setattr(Here, 'tiny', False)
+    monkeypatch.setattr(session, 'longest', lambda part, name, left: 2 if name == 'slow' else left)
     rows = json.loads(session.run('first', 30, tmp_path).read_text())['rows']
     assert rows['broken']['not_run'] == 'RuntimeError: a fault' and 'no end within 2 s' in rows['slow']['not_run'] and rows['fine']['x'] == 1 and 'no time left' in rows['long']['not_run']
+
+
+def test_what_matters_fits_into_a_call():
+    "By their usual times, all items up to the last target fit, in the second call also both rows of TRL, and what is wrong comes first."
+    peers = ['TRL, packed, our attention, 7B', 'TRL as shipped, 7B']
+    for part, needed in dict(first=[], second=peers).items():
+        names, usual = list(session.ITEMS[part]), [seconds for _, seconds in session.ITEMS[part].values()]
+        needed = [*needed, *(t for t, *_ in session.WANTED if t in names)]
+        assert sum(usual[:max(map(names.index, needed)) + 1]) <= session.SECONDS[part], part
+        assert max(map(names.index, session.CORRECT)) < min(map(names.index, needed)), part
+    assert {t for t, *_ in session.WANTED} <= {n for part in session.ITEMS.values() for n in part}
+    second = list(session.ITEMS['second'])
+    assert second.index('7B') < second.index('other sizes') < second.index(peers[0]) and 'planner, 7B' in session.ITEMS['first']
+
+
+def test_a_slow_item_leaves_time_for_the_others(monkeypatch):
+    monkeypatch.setattr(Here, 'tiny', False)
+    monkeypatch.setattr(session, 'ITEMS', dict(first={'one': (None, 20), 'two': (None, 60), 'last': (None, 5)}))
+    assert [session.longest('first', 'one', left) for left in (300, 130, 100, 40)] == [90, 65, 50, 40]
+    assert [session.longest('first', 'last', left) for left in (300, 12)] == [30, 12]
 
 
 def test_the_plan_is_within_five_percent_of_the_allocator():

@@ -441,6 +441,63 @@ def test_rows_of_before_a_resume_on_other_data_stay_known(place, tmp_path):
         with pytest.raises(DataError, match='8 of 8 conversations were trained on'): scored(run, data, 'seen')
 
 
+REFUSED = {
+    'given twice': 'holds an adapter already', 'add_adapter': 'holds an adapter already', 'merged': 'merge', 'disabled': 'switched off|disabled',
+    'norms unfrozen': 'not be saved|does not save', 'two active': 'alone would be saved|does not save'}
+
+
+@pytest.mark.parametrize('kind', REFUSED)
+def test_a_model_whose_training_could_not_be_saved_is_refused(place, tmp_path, kind):
+    "In one line, and before the run has a folder."
+    base = AutoModelForCausalLM.from_pretrained(place/'tiny', dtype=torch.float32)
+    settings = LoraConfig(r=2, target_modules=['q_proj', 'o_proj'], task_type='CAUSAL_LM')
+    def begin(model): return LLAMATrainer(data=chats(), model=model, lora_config=LoRAConfig(r=2) if model is base else None,
+                                          training_config=TrainingConfig(str(tmp_path/'runs'), 'q', max_steps=1, compute='fp32'))
+    if kind == 'given twice': begin(base).model
+    elif kind == 'add_adapter': base.add_adapter(settings)
+    else:
+        mine = get_peft_model(base, settings)
+        if kind == 'merged': mine.merge_adapter()
+        if kind == 'disabled': mine.base_model.disable_adapter_layers()
+        if kind == 'norms unfrozen':
+            for name, p in mine.named_parameters(): p.requires_grad_('layernorm' in name or 'lora_' in name)
+        if kind == 'two active':
+            mine.add_adapter('second', settings)
+            mine.base_model.set_adapter(['default', 'second'])
+    with pytest.raises(ConfigError, match=REFUSED[kind]) as refused: begin(base if kind in ('given twice', 'add_adapter') else mine).train(progress=False)
+    assert len(str(refused.value)) <= 200 and not (tmp_path/'runs'/'q').exists()
+
+
+def test_weights_unfrozen_in_the_trainers_model_are_refused(place, tmp_path):
+    made = trainer(place, 'unfrozen')
+    made.model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match='not be saved|does not save'): made.train(progress=False)
+    assert not (place/'runs'/'unfrozen').exists()
+
+
+def test_settings_beside_a_model_must_agree_with_it(place, tmp_path):
+    "What nothing would read is refused; what says how text is read is kept, in config.yaml too."
+    base = AutoModelForCausalLM.from_pretrained(place/'tiny', dtype=torch.float32)
+    def begin(**settings):
+        return LLAMATrainer(ModelConfig(**settings), LoRAConfig(r=2), data=chats(), model=base, training_config=TrainingConfig(str(tmp_path), 'agreed', max_steps=1, compute='fp32'))
+    for wrong in (dict(model_name='other/thing'), dict(load_in_8bit=True), dict(attn_implementation='eager'), dict(bnb_4bit_compute_dtype='float16')):
+        with pytest.raises(ConfigError, match=f'model.{next(iter(wrong))}: found'): begin(**wrong)
+    run = begin(model_name=f'{place}/tiny/../tiny', max_length=64, attn_implementation='sdpa', special_tokens={'pad_token': 'z'}).train(progress=False)
+    kept = load_config(run.folder/'config.yaml').model
+    assert (kept.max_length, kept.attn_implementation, kept.special_tokens, kept.use_4bit) == (64, 'sdpa', {'pad_token': 'z'}, False)
+
+
+def test_an_evaluation_of_the_run_itself_knows_an_ancestors_rows(place, tmp_path):
+    "The rows that an adapter was trained on, held out by the next run."
+    old = chats(8, 'owl')
+    run = trainer(place, 'elder', data_config=DataConfig(str(as_file(tmp_path/'owl.jsonl', old)), val_size=0.), max_steps=1).train(progress=False)
+    from llama_nb.config import EvaluationConfig
+    made = LLAMATrainer(data=chats(8, 'rail'), validation=old[:5], adapter=run, device='cpu', training_config=TrainingConfig(str(tmp_path/'runs'), max_steps=1, compute='fp32'),
+                        eval_config=EvaluationConfig(metrics=('perplexity',), num_bootstrap=100))
+    made.train(progress=False)
+    assert '5 of 5 conversations were trained on' in repr(made.evaluate()) and '5 of its rows were trained on' in (made.run.folder/'README.md').read_text('utf-8')
+
+
 WRONG = {
     'compute_metrics': (dict(compute_metrics=5), 'compute_metrics: found int'), 'device': (dict(device='gpu'), "device: found 'gpu'"), 'adapter': (dict(adapter=[1]), 'adapter: found list'),
     'tokenizer': (dict(tokenizer='demo'), 'tokenizer: found str'), 'callbacks': (dict(callbacks=Watch()), 'callbacks: found Watch'),

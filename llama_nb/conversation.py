@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'TRAIN_ON', 'TRAIN_PARTS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS',
-           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'is_missing',
-           'detail_parts', 'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools',
-           'MessageFault', 'as_fault', 'plain_key', 'carries_meaning', 'may_be_mask', 'read_message', 'says_origin',
-           'unused_note', 'as_conversation', 'conversation_hash', 'Span', 'Example']
+           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'detail_parts',
+           'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools', 'MessageFault', 'as_fault',
+           'plain_key', 'carries_meaning', 'may_be_mask', 'read_message', 'says_origin', 'unused_note',
+           'as_conversation', 'conversation_hash', 'Span', 'Example']
 
 # %% ../nbs/20_conversation.ipynb #5e14a069
 import difflib
@@ -154,15 +154,6 @@ def _call(c, where:str, clean)->ToolCall:
     if not isinstance(found.get(key), str): value = clean(value)
     return ToolCall(name, _json_text(value, place), None if call_id is None else str(call_id))
 
-# %% ../nbs/20_conversation.ipynb #b5e8f36b
-def is_missing(
-    value, # The value of a field
-)->bool: # Whether it is `None`, NaN, or pandas' NA or NaT
-    "Whether a value says that nothing is there."
-    if value is None or isinstance(value, float): return value is None or value != value
-    kind = type(value).__name__
-    return kind in ('NAType', 'NaTType') or kind == 'Decimal' and value.is_nan()
-
 # %% ../nbs/20_conversation.ipynb #c34b3532
 TRAIN_FLAGS = ('train', 'weight', 'masked', 'loss', 'training', 'loss_weight', 'loss_mask', 'trainable',
                'train_detail') # a true `masked` says what is not taught; a true `loss` speaks of answers only
@@ -206,7 +197,7 @@ def train_flag(
     for flag in TRAIN_FLAGS:
         value = m.get(flag)
         if hasattr(value, 'item') and not isinstance(value, (list, dict)): value = value.item()
-        if is_missing(value): continue
+        if value is None: continue
         if flag == 'train_detail': value = _detail_flag(list(value), m.get('content') or m.get('value') or '')
         elif flag == 'train' and not isinstance(value, bool):
             raise DataError(f"train: expected true or false, got {shorten(repr(value), 40)}")
@@ -608,8 +599,6 @@ def _plain_message(m):
     return Message(role, text) if role and isinstance(text, str) else None
 
 # %% ../nbs/20_conversation.ipynb #6e220494
-_USUAL = (str, list, dict, bool, int, type(None)) # types that are seldom asked whether they are a null
-
 def read_message(
     m, # A dictionary: `role` and `content`, or `from` and `value`, and any of `MESSAGE_KEYS`
     roles:dict|None=None, # More roles: as written, in lower case -> one of `ROLES`
@@ -620,8 +609,6 @@ def read_message(
         found = 'null' if m is None else type(m).__name__
         raise MessageFault('', f'not an object: {found}', 'expected an object with role and content')
     if not (roles or keys) and (plain := _plain_message(m)): return plain, []
-    if any(type(v) not in _USUAL and is_missing(v) for v in m.values()):
-        m = {k: None if is_missing(v) else v for k,v in m.items()}
     names = _names(m, keys)
     role_key = _key_of(m, names, ROLE_KEYS, 'role')
     written, role = _role(m[role_key], role_key, roles)

@@ -425,6 +425,8 @@ def _loading(model_config): return f"loading {model_config.model_name}{' in 4 bi
 def _thresholds(fail_under=None, max_perplexity=None):
     "Options as metric → worst score allowed; raises `ConfigError` for a text that is not `METRIC=VALUE`."
     found = {} if max_perplexity is None else {'perplexity': max_perplexity}
+    if max_perplexity is not None and not 1 <= max_perplexity < math.inf:
+        raise ConfigError(f'--max-perplexity {max_perplexity:g}: give a number of at least 1, the perplexity of a perfect model')
     for text in fail_under or ():
         name, _, value = text.partition('=')
         try: found[name.strip()] = float(value)
@@ -607,7 +609,7 @@ _Sample = _option(bool, '--sample', help='Sample the reply instead of greedy dec
 _Temperature = _option(Optional[float], '--temperature', min=1e-3, help='Sampling temperature; samples. Default: 0.7.')
 _TopP = _option(Optional[float], '--top-p', min=1e-3, max=1.0,
                 help='Sample among the most likely tokens with this total probability; samples. Default: 0.9.')
-_ChatSeed = Annotated[int, typer.Option('--seed', min=0, max=2**32 - 1, help='Random seed of sampling.')]
+_ChatSeed = _option(Optional[int], '--seed', min=0, max=2**32 - 1, help='Random seed of sampling. Default: 42.')
 _In16bit = _option(bool, '--16bit', help='Hold the base in 16 bits, as model.use_4bit=false does.')
 
 # %% ../nbs/93_cli.ipynb #bace3e5a
@@ -615,9 +617,11 @@ _In16bit = _option(bool, '--16bit', help='Hold the base in 16 bits, as model.use
 @_command
 def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_System=None,
           max_new_tokens:_MaxNewTokens=256, sample:_Sample=False, temperature:_Temperature=None, top_p:_TopP=None,
-          seed:_ChatSeed=42, in_16bit:_In16bit=False, as_json:_Json=False):
+          seed:_ChatSeed=None, in_16bit:_In16bit=False, as_json:_Json=False):
     "Chat with a run, a checkpoint, an adapter or a base model."
     if prompt is None and as_json: raise ConfigError('--json gives one answer: add --prompt TEXT')
+    samples = sample or temperature is not None or top_p is not None
+    if seed is not None and not samples: raise ConfigError('--seed has no effect on greedy decoding: add --sample or --temperature, or leave it out')
     overrides = [*(overrides or []), *(['model.use_4bit=false'] if in_16bit else [])]
     folder = _adapter_of(model)
     cfg = _chat_config(model, folder, overrides)
@@ -626,7 +630,7 @@ def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_
     net, tokenizer = _load_chat(model, folder, cfg, overrides)
     from llama_nb.generate import ChatSession
     settings = dict(template=cfg.data.template, max_new_tokens=max_new_tokens)
-    settings |= dict(do_sample=sample or temperature is not None or top_p is not None, seed=seed)
+    settings |= dict(do_sample=samples, seed=42 if seed is None else seed)
     settings |= {k: v for k,v in dict(temperature=temperature, top_p=top_p).items() if v is not None}
     session = ChatSession(net, tokenizer, system=system or None, **settings)
     if prompt is None: return _talk(session)

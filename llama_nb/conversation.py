@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'TRAIN_ON', 'TRAIN_PARTS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS',
-           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'detail_parts',
-           'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools', 'MessageFault', 'as_fault',
-           'plain_key', 'carries_meaning', 'may_be_mask', 'read_message', 'says_origin', 'unused_note',
-           'as_conversation', 'conversation_hash', 'Span', 'Example']
+           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'is_missing',
+           'detail_parts', 'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools',
+           'MessageFault', 'as_fault', 'plain_key', 'carries_meaning', 'may_be_mask', 'read_message', 'says_origin',
+           'unused_note', 'as_conversation', 'conversation_hash', 'Span', 'Example']
 
 # %% ../nbs/20_conversation.ipynb #5e14a069
 import difflib
@@ -154,6 +154,15 @@ def _call(c, where:str, clean)->ToolCall:
     if not isinstance(found.get(key), str): value = clean(value)
     return ToolCall(name, _json_text(value, place), None if call_id is None else str(call_id))
 
+# %% ../nbs/20_conversation.ipynb #b5e8f36b
+def is_missing(
+    value, # The value of a field
+)->bool: # Whether it is `None`, NaN, or pandas' NA or NaT
+    "Whether a value says that nothing is there."
+    if value is None or isinstance(value, float): return value is None or value != value
+    kind = type(value).__name__
+    return kind in ('NAType', 'NaTType') or kind == 'Decimal' and value.is_nan()
+
 # %% ../nbs/20_conversation.ipynb #c34b3532
 TRAIN_FLAGS = ('train', 'weight', 'masked', 'loss', 'training', 'loss_weight', 'loss_mask', 'trainable',
                'train_detail') # a true `masked` says what is not taught; a true `loss` speaks of answers only
@@ -197,7 +206,7 @@ def train_flag(
     for flag in TRAIN_FLAGS:
         value = m.get(flag)
         if hasattr(value, 'item') and not isinstance(value, (list, dict)): value = value.item()
-        if value is None: continue
+        if is_missing(value): continue
         if flag == 'train_detail': value = _detail_flag(list(value), m.get('content') or m.get('value') or '')
         elif flag == 'train' and not isinstance(value, bool):
             raise DataError(f"train: expected true or false, got {shorten(repr(value), 40)}")
@@ -545,6 +554,13 @@ def _train_of(m, names, role, text, details=()):
     return dict(train=said, weight=weight, **own), [f'a part of a message is taught: {cause}']*bool(own)
 
 # %% ../nbs/20_conversation.ipynb #91f1cc05
+def _is_data(m, names)->bool:
+    "Whether the content of a message is an object, a list or a number, and no list of text parts."
+    value = next((m[names[k]] for k in _CONTENT_KEYS if k in names), '')
+    value = value.tolist() if hasattr(value, 'tolist') else value
+    parts = isinstance(value, (list, tuple)) and all(isinstance(p, Mapping) and 'type' in p for p in value)
+    return not isinstance(value, str) and not parts
+
 def _written_text(m, names, role, role_key):
     "The text of a message; a call needs none."
     first = 'value' if role_key == names.get('from') else 'content'
@@ -599,6 +615,8 @@ def _plain_message(m):
     return Message(role, text) if role and isinstance(text, str) else None
 
 # %% ../nbs/20_conversation.ipynb #6e220494
+_USUAL = (str, list, dict, bool, int, type(None)) # types that are seldom asked whether they are a null
+
 def read_message(
     m, # A dictionary: `role` and `content`, or `from` and `value`, and any of `MESSAGE_KEYS`
     roles:dict|None=None, # More roles: as written, in lower case -> one of `ROLES`
@@ -609,6 +627,8 @@ def read_message(
         found = 'null' if m is None else type(m).__name__
         raise MessageFault('', f'not an object: {found}', 'expected an object with role and content')
     if not (roles or keys) and (plain := _plain_message(m)): return plain, []
+    if any(type(v) not in _USUAL and is_missing(v) for v in m.values()):
+        m = {k: None if is_missing(v) else v for k,v in m.items()}
     names = _names(m, keys)
     role_key = _key_of(m, names, ROLE_KEYS, 'role')
     written, role = _role(m[role_key], role_key, roles)
@@ -623,6 +643,7 @@ def read_message(
     if 'label' in names and _is_class(m[names['label']]): odd = [*odd, f"message field {names['label']!r} not used"]
     if more and flags == dict(train=None, weight=None): flags['train'] = False
     other = {k: str(m[names[k]]) for k in ('name', 'tool_call_id') if k in names}
+    if role == 'tool' and _is_data(m, names): odd = [*odd, 'tool result that is no text written as its JSON text']
     thoughts = _thoughts(m, names, role)
     message = Message(role, text, reasoning_content=thoughts, tool_calls=calls or None, **flags, **other)
     return message, [*more, *said, *odd, *twins, *_unused(m, {*names.values()})]

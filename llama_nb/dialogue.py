@@ -136,6 +136,7 @@ def _encoded_parts(enc:TemplateEncoder, messages):
 def has_fixed_parts(enc:TemplateEncoder, conv:Conversation)->bool:
     "Whether the conversation consists of contents alone, and its template's parts depend on its roles alone."
     if not conv.is_plain or enc.shape(conv.roles) is None: return False
+    if any(word in m.content for word in enc.tokens.reaching for m in conv.messages): return False
     return not enc.asks_empty or all(m.content.strip() for m in conv.messages)
 
 # %% ../nbs/25_dialogue.ipynb #37f92922

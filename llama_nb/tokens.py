@@ -103,6 +103,11 @@ class TokenizerCopies:
         first = any(s.get('prepend_scheme') == 'first' for s in _steps(state['pre_tokenizer']))
         self.after = self.plain if first or bare == content else Tokenizer.from_str(json.dumps(content))
         self.words = {i: t for i,t in self.added.items() if i not in self.control} # one token each in content
+        own = [t for t in state['added_tokens'] if t['id'] in self.words]
+        self.lstrip = tuple(t['content'] for t in own if t['lstrip']) # words that take in the white space before them
+        self.normalized = tuple(t['content'] for t in own if t['normalized'] and self.after is not self.plain)
+        # words that change the ids of the text beside them: by taking in white space, or by a dummy space behind them
+        self.reaching = tuple(t['content'] for t in own if t['lstrip'] or t['rstrip'] or self.after is not self.plain)
         self.bar = [None] # ids of the bytes of U+2581, where it needs them
         if _writes_bar(state): self.bar = [self.full.token_to_id(f'<0x{b:02X}>') for b in '▁'.encode()]
         moved = [t for i,t in self.words.items() if self.plain.token_to_id(t) != i]

@@ -252,10 +252,15 @@ def _notes(enc:TemplateEncoder, conv:Conversation)->Counter:
     for leaf in left_out: notes[_LEFT_OUT[leaf.kind]] += 1
     if not has_fixed_parts(enc, conv): notes['messages whose calls are written as JSON text'] += len(written.as_text | written.behind)
     encoded, kept = _count_added(enc.tokens, (t for m in conv.messages for t in message_texts(m).values()))
+    answers = [m.content.lstrip() for m in conv.messages if m.role == 'assistant']
+    notes[_TAKES_IN] += sum(a.startswith(enc.tokens.lstrip) for a in answers)
+    notes[_NORMALIZED] += sum(any(word in a for word in enc.tokens.normalized) for a in answers)
     notes['added tokens in content'] += sum(encoded.values())
     notes['control tokens kept as text'] += sum(kept.values())
     return +notes
 
+_NORMALIZED = 'answers with an added token of normalized=True, which this tokenizer finds behind a space only'
+_TAKES_IN = 'answers that begin with a token of lstrip=True, which stays behind the white space of the prompt'
 _LEFT_OUT = {'answer': 'texts that the template leaves out, or a part of them', 'thought': 'thoughts left out by the '
              'template', 'call': 'calls left out by the template', 'tools': 'tools left out by the template'}
 

@@ -75,14 +75,16 @@ def _scores(folder, step):
 # %% ../nbs/52_card.ipynb #da71f4b9
 _PACKAGES = ('llama_nb', 'transformers', 'peft', 'bitsandbytes', 'torch')
 
-def _setting_facts(model, lora, training):
-    "The settings that a reader of the card looks for first."
+def _setting_facts(model, lora, training, own):
+    "The settings that a reader of the card looks for first; `own` is what the run keeps of objects that replaced some."
+    optimizer = [own[name].rpartition(' ')[0] for name in ('own optimizer', 'own scheduler') if name in own]
     quant = f"{model.get('bnb_4bit_quant_type')}, nested {model.get('use_nested_quant')}"
     adapter = f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}, on {lora.get('target_modules')}"
     rope = model.get('rope_scaling')
     return {'4-bit base': quant if model.get('use_4bit') else None, 'LoRA': adapter if lora else None,
             'RoPE': f'stretched: {rope}' if rope else None,
-            'learning rate': training.get('learning_rate'), 'seed': training.get('seed')}
+            'learning rate': None if optimizer else training.get('learning_rate'),
+            'optimizer': f"an object given in Python: {', '.join(optimizer)}" if optimizer else None, 'seed': training.get('seed')}
 
 # %% ../nbs/52_card.ipynb #91454d41
 def _published(run):
@@ -117,9 +119,10 @@ def card_facts(
     "Gather the facts for a model card from a run's own files."
     config, env = run.config, _load_json(run.folder/'environment.json')
     model, lora, training = (config.get(k) or {} for k in ('model', 'lora', 'training'))
+    own = _load_json(run.folder/'run.json').get('settings') or {}
     return {'base_model': model.get('model_name', 'unknown'), 'use_4bit': model.get('use_4bit'),
             'compute_dtype': env.get('compute_dtype', 'bfloat16'), 'config': config,
-            'data': _load_json(run.folder/'data.json') | _trained_before(run), 'settings': _setting_facts(model, lora, training),
+            'data': _load_json(run.folder/'data.json') | _trained_before(run), 'settings': _setting_facts(model, lora, training, own),
             'curves': _curve_facts(run), 'scores': _scores(run.folder, last_step(run)),
             'packages': {name: env.get('packages', {}).get(name) for name in _PACKAGES}}
 

@@ -14,17 +14,18 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, MISSING
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
-from .checkpoints import check_space
 from .config import IN_MEMORY, RunConfig, TrainingConfig
-from .errors import ConfigError, logger, one_line, ResourceError, shorten
+from .errors import ConfigError, logger, one_line, redact, ResourceError, shorten
 from .launch import Machines
-from .loop import optimizer_kind, schedule_kwargs, training_arguments, warm_from_start_
+from .loop import optimizer_kind, schedule_kwargs, warm_from_start_, warmup_steps
 from .lora import trainable_parameters
 from .mirror import check_address
 from .quantization import check_fp8
@@ -70,9 +71,11 @@ def check_scaled(
 # %% ../nbs/73_checks.ipynb #7ccd77a1
 def _toy_optimizer(config, device):
     "The optimizer of a run on one small matrix, after one update."
-    plain = replace(config, lr_scheduler_type='constant', lr_scheduler_kwargs=None, warmup_steps=None, warmup_ratio=0.0, early_stopping=None,
-                    early_stopping_delta=TrainingConfig.early_stopping_delta)
-    kind, kwargs = optimizer_kind(training_arguments(plain, '.', 1, 1, False, device.type == 'cpu'), plain)
+    args = object.__new__(TrainingArguments) # a whole one would reset the state of a training in another thread
+    for f in fields(TrainingArguments): setattr(args, f.name, None if f.default is MISSING else f.default)
+    for name in ('learning_rate', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay'): setattr(args, name, getattr(config, name))
+    args.optim = OptimizerNames(config.optim)
+    kind, kwargs = optimizer_kind(args, config)
     weight = nn.Parameter(torch.zeros(64, 128, device=device)) # smaller ones are not kept in 8 bits
     with warnings.catch_warnings(action='ignore'): # the run itself will show them
         made = kind([weight], **kwargs)
@@ -96,9 +99,8 @@ def check_optimizer(
 def _planned_rates(config, total_steps):
     "The rate of every step over the peak; of a long run, of 1,000 steps."
     from transformers import get_scheduler
-    args = training_arguments(config, '.', total_steps, 1, False, True)
-    optimizer, warmup = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate), args.get_warmup_steps(total_steps)
-    made = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    optimizer, warmup = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate), warmup_steps(config, total_steps)
+    made = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=schedule_kwargs(config, total_steps))
     schedule, = warm_from_start_(made, warmup).lr_lambdas
     return [schedule(step) for step in range(0, total_steps + 1, math.ceil(total_steps/1000))] # the last one is set after the last step
 
@@ -133,7 +135,10 @@ def check_disk(
     need = one*(training.save_total_limit + 2) # the best one, and one more while a save is under way
     asked = Path(training.output_dir).expanduser().absolute()
     folder = next(p for p in (asked, *asked.parents) if p.is_dir()) # it may be a link to another disk
-    check_space(folder, need, 'the checkpoints of this run')
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < need: # a file system that is none, such as /proc, reports 0
+        raise ResourceError(f'disk full: the checkpoints of this run needs {need/1e6:,.0f} MB in {redact(folder)}, '
+                            f'{disk.free/1e6:,.0f} MB are free; make room, or name another disk in training.output_dir')
 
 # %% ../nbs/73_checks.ipynb #c96ca6cf
 def check_validation(

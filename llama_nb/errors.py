@@ -201,6 +201,7 @@ def path_problem(
     if '\0' in text: return 'no path holds a NUL character'
     try: Path(text).expanduser()
     except RuntimeError: return f'~ names no user of this machine: {Path(text).parts[0]}'
+    if (size := len(os.fsencode(text))) > 4000: return f'no path has {size:,} bytes, about 4,000 are possible'
     longest = max(len(os.fsencode(part)) for part in re.split(r'[/\\]', text))
     return f'no path has a name of {longest:,} bytes, 255 are possible' if longest > 255 else ''
 

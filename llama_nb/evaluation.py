@@ -447,6 +447,18 @@ def _is_loose(run:Run)->bool:
     return (run.folder/MANIFEST).is_file() and not run.path.is_file()
 
 # %% ../nbs/65_evaluation.ipynb #a192a37c
+_READ = ('model_name', 'revision', 'use_4bit', 'load_in_8bit', 'max_length', 'bnb_4bit_compute_dtype') # of the model
+
+def _check_unread(own:RunConfig, config:RunConfig):
+    "Raises `ConfigError` for a changed setting of model or adapter that an evaluation does not read: it takes the run's."
+    for section in ('model', 'lora'):
+        before, now = getattr(own, section), getattr(config, section)
+        for f in fields(now):
+            value, name = getattr(now, f.name), f'{section}.{f.name}'
+            if f.name in _READ or value == getattr(before, f.name) or value == f.default: continue
+            raise ConfigError(f'{name}: found {shorten(repr(value), 60)}, but an evaluation takes that of the run '
+                              f'({shorten(repr(getattr(before, f.name)), 60)}); leave it out')
+
 def evaluate_saved(
     folder, # Folder of a finished run, a `Run`, or a checkpoint, whose scores go to `eval/checkpoint-N` of its run
     config:RunConfig|None=None, # Settings to use, e.g. with another base; `None`: those of the run
@@ -466,6 +478,7 @@ def evaluate_saved(
     measured = checkpoint or run.folder
     own, trained = load_config(measured/'config.yaml'), trained_rows(run)
     config = config or own
+    _check_unread(own, config)
     takes_own = data is None and name in (None, 'validation')
     if name is None and conversations is not None: name = 'conversations'
     name = scores_name(own, config, name, conversations if data is None else data, checkpoint)

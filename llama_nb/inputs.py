@@ -12,6 +12,8 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import DataConfig, IN_MEMORY, LoRAConfig, ModelConfig, ROPE_TYPES
@@ -85,7 +87,8 @@ def as_splits(
 # %% ../nbs/68_inputs.ipynb #3bc35563
 def _causal_lm(model):
     "The language model inside; raises `ConfigError` if there is none."
-    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    is_peft = isinstance(model, PeftModel)
+    inner = model.get_base_model() if is_peft else model
     if not isinstance(inner, nn.Module) or not hasattr(inner, 'get_output_embeddings') or inner.get_output_embeddings() is None:
         name = '; a model by name is ModelConfig(model_name=...)' if isinstance(model, (str, Path)) else ''
         raise ConfigError(f'model: found {type(model).__name__}; give a causal language model of transformers, or a PEFT model{name}')
@@ -205,10 +208,10 @@ def adopt_model(
     disable_cpu_4bit_trap_(inner)
     inner.get_input_embeddings().padding_idx = None
     inner.config.use_cache = False
-    if hasattr(model, 'peft_config') and not any(p.requires_grad for p in model.parameters()):
+    if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
         for name,p in model.named_parameters(): # loaded for inference
             if f'.{model.active_adapter}.' in f'{name}.' and p.is_floating_point(): p.requires_grad_(True)
-    return model if hasattr(model, 'peft_config') else add_lora(model, lora_config)
+    return model if isinstance(model, PeftModel) else add_lora(model, lora_config)
 
 # %% ../nbs/68_inputs.ipynb #a3c0c569
 _ADAPTED = ('model: it holds an adapter already, of an earlier trainer, add_adapter or load_adapter; give the PEFT model '
@@ -218,8 +221,6 @@ def check_model(
     model:nn.Module, # A loaded model, perhaps with an adapter
 ):
     "Raise `ConfigError` for a model whose adapters cannot be trained and saved as one."
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if not isinstance(model, PeftModel):
         if layers or getattr(model, 'peft_config', None): raise ConfigError(_ADAPTED)

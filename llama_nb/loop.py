@@ -518,8 +518,9 @@ def warmup_steps(
     config:TrainingConfig, # For `warmup_steps` or `warmup_ratio`
     total_steps:int, # Optimizer steps of the whole run
 )->int: # Steps of the warm-up
-    "Number of warm-up steps of a run."
-    return math.ceil(config.warmup_ratio*total_steps) if config.warmup_steps is None else config.warmup_steps
+    "Number of warm-up steps of a run, at most all of them."
+    asked = math.ceil(config.warmup_ratio*total_steps) if config.warmup_steps is None else config.warmup_steps
+    return min(asked, total_steps - (config.lr_scheduler_type == 'polynomial')) # which divides by the steps after the warm-up
 
 # %% ../nbs/71_loop.ipynb #52f49aac
 DECAY_SHARE = 0.1 # of all steps, in `warmup_stable_decay` unless `num_decay_steps` says otherwise
@@ -565,11 +566,10 @@ def training_arguments(
 )->TrainingArguments: # Settings of transformers
     "Translate a `TrainingConfig`."
     def every(setting, times): return math.ceil(total_steps/times) if setting == 'auto' else setting
-    longest = total_steps - (config.lr_scheduler_type == 'polynomial') # which divides by the steps after the warm-up
     made = TrainingArguments(
         str(folder), **{name: getattr(config, name) for name in _SAME_NAME},
         per_device_train_batch_size=batch_size,
-        warmup_steps=min(warmup_steps(config, total_steps), longest), lr_scheduler_kwargs=schedule_kwargs(config, total_steps),
+        warmup_steps=warmup_steps(config, total_steps), lr_scheduler_kwargs=schedule_kwargs(config, total_steps),
         save_steps=every(config.save_steps, 5),
         eval_strategy=config.eval_strategy if evaluates else 'no', eval_steps=every(config.eval_steps, 8) if evaluates else None,
         report_to='none', disable_tqdm=True, remove_unused_columns=False, logging_nan_inf_filter=False,

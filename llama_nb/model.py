@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_template', 'run_tokenizer', 'load_tokenizer', 'pick_device', 'disable_cpu_4bit_trap_', 'load_model',
-           'architecture', 'sampled_bytes', 'base_fingerprint', 'check_base', 'adapter_folder', 'tuned_config',
-           'load_tuned']
+           'architecture', 'sampled_bytes', 'settings_fingerprint', 'base_fingerprint', 'stored_fingerprint',
+           'check_base', 'adapter_folder', 'tuned_config', 'load_tuned']
 
 # %% ../nbs/14_model.ipynb #90005338
 import copy
@@ -487,6 +487,17 @@ def _held(name, p, version):
     return f"{part} in {'float16' if p.dtype == torch.float16 else 'bfloat16'}"
 
 # %% ../nbs/14_model.ipynb #e1e1bde7
+_ROPE_NUMBERS = ('rope_theta', 'factor', 'attention_factor', 'beta_fast', 'beta_slow', 'low_freq_factor', 'high_freq_factor')
+
+def settings_fingerprint(
+    config, # A transformers config
+)->str: # 16 hexadecimal digits
+    "Recognise the settings of a base that change what its weights compute: RoPE, norm and activation."
+    rope = getattr(config, 'rope_parameters', None) or {}
+    numbers = {k: float(rope[k]) for k in _ROPE_NUMBERS if rope.get(k) is not None}
+    facts = [rope.get('rope_type', 'default'), numbers, float(config.rms_norm_eps), str(config.hidden_act)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
 @torch.no_grad()
 def base_fingerprint(
     model:nn.Module, # A base model, or a PEFT model around it
@@ -498,9 +509,32 @@ def base_fingerprint(
         for part in ('base_model.model.', '.base_layer', '.original_module'): name = name.replace(part, '')
         rounded = p if getattr(p, 'quant_state', None) is not None or p.dtype in (torch.float16, torch.int8) else p.bfloat16()
         parts.setdefault(_held(name, p, version), []).append(name.encode() + sampled_bytes(rounded))
-    return {held: hashlib.sha256(b''.join(sorted(found))).hexdigest()[:16] for held,found in sorted(parts.items())}
+    found = {held: hashlib.sha256(b''.join(sorted(found))).hexdigest()[:16] for held,found in sorted(parts.items())}
+    return found | {'settings': settings_fingerprint(model.config)}
 
 # %% ../nbs/14_model.ipynb #63e2d03c
+def _few(part):
+    "The values of a stored matrix that `sampled_bytes` reads; `None` for weights that are stored in another form."
+    shape, samples = part.get_shape(), 64
+    if len(shape) != 2 or part.get_dtype() not in ('F32', 'F16', 'BF16'): return None
+    at = torch.linspace(0, shape[0]*shape[1] - 1, min(samples, shape[0]*shape[1]), dtype=torch.float64).long().tolist()
+    return torch.stack([part[i//shape[1]:i//shape[1] + 1][0, i % shape[1]] for i in at])
+
+def stored_fingerprint(
+    name:str, # What `ModelConfig.model_name` takes
+)->dict[str,str]: # As `base_fingerprint` of the linears in 16 bits; `{}` if it is no folder with safetensors
+    "Recognise a base by its files, in whichever form a model then holds it."
+    from safetensors import safe_open
+    try: folder, parts = Path(find_model(name)).expanduser(), {}
+    except (ConfigError, ResourceError): return {} # a model in memory
+    for file in sorted(folder.glob('*.safetensors')) if folder.is_dir() else ():
+        with safe_open(file, 'pt') as stored:
+            for key in (key for key in stored.keys() if key.endswith('_proj.weight')):
+                if (values := _few(stored.get_slice(key))) is None: return {}
+                for dtype in ('bfloat16', 'float16'):
+                    parts.setdefault(f'linears in {dtype}', []).append(key.encode() + sampled_bytes(values.to(getattr(torch, dtype))))
+    return {held: hashlib.sha256(b''.join(sorted(found))).hexdigest()[:16] for held,found in parts.items()}
+
 def check_base(
     model:nn.Module, # A base model, or a PEFT model around it
     folder:Path, # Folder of an adapter
@@ -511,9 +545,15 @@ def check_base(
     try: known = json.loads(files[0].read_text(encoding='utf-8')).get('base') or {} if files else {}
     except (OSError, ValueError, AttributeError): known = {} # `verify_checkpoint` names it
     found = base_fingerprint(model) if known else {}
-    if all(known[held] == digits for held,digits in found.items() if held in known): return
+    if known and not any(held in known for held in found if held in ('linears in bfloat16', 'linears in float16')):
+        found = stored_fingerprint(name) | found # the files say more than 4 bits do, and they have the form of training
+        if not any(held in known for held in found if held.startswith('linears')):
+            tell(f'{redact(folder)}: whether {shorten(redact(name))} is the base it was trained on is not known: it is held in another form')
+    differ = [held for held,digits in found.items() if known.get(held, digits) != digits]
+    if not differ: return
+    what = 'RoPE, norm or activation in its config.json' if differ == ['settings'] else 'its weights'
     raise CheckpointError(f'{redact(folder)}: the adapter was trained on another base than {shorten(redact(name))} '
-                          'is now: its weights differ; name the base it was trained on')
+                          f'is now: {what} differ; name the base it was trained on')
 
 # %% ../nbs/14_model.ipynb #c1aafa27
 def adapter_folder(

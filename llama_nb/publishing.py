@@ -42,7 +42,11 @@ def load_chosen(
     hf.state.best_global_step, hf.state.best_metric = best, losses[best]
     hf.state.best_model_checkpoint = saved[best].name
     run.log('chosen', step=hf.state.global_step, best=best, published=pick, eval_loss=losses[pick])
-    tell(f'publishing checkpoint-{pick}: validation loss {losses[pick]:.4f}; the lowest is {losses[best]:.4f} at step {best}')
+    lowest = min(losses, key=lambda step: (losses[step], step))
+    tell(f'publishing checkpoint-{pick}: validation loss {losses[pick]:.4f}; the lowest is {losses[lowest]:.4f} at step {lowest}')
+    if losses[lowest] < losses[best]:
+        logger.warning('%s: the checkpoint of step %d, whose validation loss is the lowest (%.4f), is gone or was never saved, '
+                       'because the setting was made later', run.name, lowest, losses[lowest])
 
 # %% ../nbs/74_publishing.ipynb #6e851910
 def was_stopped(

@@ -9,6 +9,7 @@ __all__ = ['PARTS', 'START', 'hash_parts', 'weights_fingerprint', 'data_fingerpr
            'check_settings']
 
 # %% ../nbs/70_resume.ipynb #e5d88a3a
+import functools
 import hashlib
 import json
 import os
@@ -16,9 +17,11 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+
 import torch
 from filelock import FileLock, Timeout
 from torch import nn, Tensor
+
 from .checkpoints import checkpoints, clean_leftovers, verify_checkpoint
 from .config import RunConfig, to_dict
 from .errors import CheckpointError, ConfigError, redact, shorten
@@ -28,7 +31,6 @@ from .mirror import fetch_run, is_address
 from .runs import create_run, environment, list_runs, Run, save_trained_rows
 from .safe_trainer import save_adapter
 from .views import plain_json
-import functools
 
 # %% ../nbs/70_resume.ipynb #c45e073f
 def hash_parts(
@@ -88,7 +90,8 @@ def run_facts(
             'versions': {k: packages[k] for k in _NUMERIC if k in packages}}
 
 # %% ../nbs/70_resume.ipynb #b5c957fa
-_OWNERS = {'data.rows': 'data.', 'data.conversations': 'data.', 'template': 'data.template', 'tokenizer': 'model.model_name',
+_LATER = ('base settings',) # older runs do not say them
+_OWNERS = {'base settings': 'model.model_name', 'data.rows': 'data.', 'data.conversations': 'data.', 'template': 'data.template', 'tokenizer': 'model.model_name',
            'base weights': 'model.model_name'} # hash: the settings that lead to it
 _SHAPES = ( # decide which weights there are, and their shapes
     'lora.r', 'lora.target_modules', 'lora.use_dora', 'lora.modules_to_save', 'lora.layers_to_transform', 'lora.exclude_modules',
@@ -131,7 +134,7 @@ _PROGRESS = ('last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_ste
 def _described(made, facts):
     "A class with its settings, shortened, and a hash of all of them."
     plain = ', '.join(f'{k}={v}' for k,v in facts.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
-    return f"{type(made).__name__}({shorten(plain, 24)}) {hash_parts(json.dumps(facts, sort_keys=True))[:6]}"
+    return f"{type(made).__name__}({shorten(plain, 20)}) {hash_parts(json.dumps(facts, sort_keys=True))[:6]}"
 
 def own_facts(
     optimizer=None, # An optimizer that you made; `None`: the one of the settings
@@ -161,7 +164,7 @@ def changed_settings(
     a, b = all_of(old), all_of(new)
     changed = []
     for k in sorted({*a, *b}):
-        if a.get(k) == b.get(k): continue
+        if a.get(k) == b.get(k) or (k in _LATER and k not in a): continue
         why = _why_never(k, a.get(k), b.get(k))
         if _is_allowed(k, allow) and not why: continue
         changed.append(f'{k}: {a.get(k)} → {b.get(k)}' + (f' (cannot be allowed: {why})' if why and k in allow else ''))
@@ -353,7 +356,7 @@ def _check_own(place, old, new):
         again = 'train(resume=..., optimizers=(optimizer, scheduler))'
         if b is None: raise ConfigError(f'{where}: its {what} was an object of your own, {a}; give it again in Python: {again}')
         if a is None: raise ConfigError(f'{where}: its {what} was that of its settings, not {b}; leave it out, or start a new run')
-        raise ConfigError(f'{where}: its {what} was {a}, not {b}; give the same one: {again}')
+        raise ConfigError(f'{where}: its {what} was {a}, not {b}; give it again: {again}')
 
 def check_settings(
     checkpoint:Path|None, # From `find_checkpoint`

@@ -329,6 +329,7 @@ def save_trained_rows(
     lines = [*own, *(f'{row} before' for row in sorted(set(before) - set(own)))]
     write_text(run.folder/TRAINED_ROWS, ''.join(f'{line}\n' for line in lines))
 
+
 # %% ../nbs/51_runs.ipynb #f51d245a
 _OWN_SCORES = r'(validation|checkpoint-\d+)(-4bit|-16bit)?' # names that an evaluation without a name gets
 

@@ -6,15 +6,21 @@
 __all__ = ['resolve', 'Given', 'LLAMATrainer', 'train_run', 'evaluate_run', 'chat_turn']
 
 # %% ../nbs/75_train.ipynb #e0d5edb3
+import inspect
 import math
+import shutil
 import threading
 from contextlib import contextmanager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
 import torch
+from peft import PeftModel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
+
 from .card import write_card
 from .checkpoints import disk_full, is_disk_full
 from .checks import (
@@ -41,7 +47,9 @@ from .lora import load_adapter
 from .memory import (
     choose_parallel, CUDA_CONTEXT_BYTES, cut_bytes, decide, measured_layer_bytes, parallel_plans, plan)
 from .mirror import Mirror
-from .model import adapter_folder, base_fingerprint, check_base, load_model, pick_device, run_tokenizer
+from .model import (
+    adapter_folder, base_fingerprint, check_base, load_model, pick_device, run_tokenizer,
+    settings_fingerprint, stored_fingerprint)
 from .publishing import load_chosen, load_published_, publish, upload_asked, was_stopped
 from .quantization import compute_dtype
 from .ranks import all_values, from_main, is_launched, is_main, meet, rank_device, start_ranks
@@ -58,9 +66,6 @@ from .stopping import StopGuard
 from .trackers import check_trackers, guards, LiveView
 from .training_data import encode_data, EncodedData, PackedData, rows_by_name, save_touched, settle_rope
 from .views import live_text, stage, tell, write_json
-import shutil
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from peft import PeftModel
 
 # %% ../nbs/75_train.ipynb #5242414e
 def resolve(
@@ -124,7 +129,7 @@ class Given(NamedTuple):
 # %% ../nbs/75_train.ipynb #bc2156db
 def _object_settings(given, model_config, lora_config):
     "Settings of model and adapter that describe the objects given."
-    if given.adapter is not None and given.model is not None and hasattr(given.model, 'peft_config'):
+    if given.adapter is not None and isinstance(given.model, PeftModel):
         raise ConfigError('adapter: the model has an adapter already; give one of the two')
     own = None
     if given.adapter is not None:
@@ -493,8 +498,13 @@ def _facts(trainer, batch_size, compiled, optimizers=(None, None)):
         'data.rows': data['fingerprint'], 'data.conversations': data['train']['conversations'],
         'template': data['template']['hash'][:16],
         'tokenizer': hash_parts(trainer.tokenizer.backend_tokenizer.to_str()),
-        'base weights': weights_fingerprint(trainer.model), 'device': trainer.device.type}) | {
-            'base': base_fingerprint(trainer.model)}
+        'base weights': weights_fingerprint(trainer.model), 'base settings': settings_fingerprint(trainer.model.config),
+        'device': trainer.device.type}) | {'base': _base_facts(trainer)}
+
+def _base_facts(trainer):
+    "What recognises the base in each form that it may be held in."
+    stored = stored_fingerprint(trainer.config.model.model_name) if trainer.given.model is None else {}
+    return stored | base_fingerprint(trainer.model)
 
 @torch.no_grad()
 def _reset_adapter_(trainer):
@@ -716,6 +726,10 @@ def _check_own_optimizer(trainer, optimizer, scheduler):
     "Check the optimizer and scheduler that you gave, and name the settings that they replace."
     check_objects(None, (), (optimizer, scheduler))
     if optimizer is None: return
+    closure = inspect.signature(type(optimizer).step).parameters.get('closure')
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(f'optimizers: {type(optimizer).__name__} asks for a closure at each step, which the loop of transformers does not '
+                          'give; use another optimizer')
     held = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not any(p.requires_grad and id(p) in held for p in trainer.model.parameters()):
         raise ConfigError('optimizers: the optimizer holds no trained parameter of this model; make it from '
@@ -938,6 +952,7 @@ def _rows_seen(trainer):
     "Hashes of all conversations that the adapter was trained on."
     own = {conversation_hash(x) for x in trainer.data.train}
     return own | trainer._before | (trained_rows(trainer.run) or set() if trainer.run is not None else set())
+
 
 # %% ../nbs/75_train.ipynb #5654d7c3
 def chat_turn(

@@ -118,6 +118,8 @@ def test_an_own_optimizer_is_asked_for_again(place, how):
         made.hf_trainer.optimizer, made.hf_trainer.lr_scheduler = own_sgd(made)
         whole = made.train(progress=False)
     before = (whole.folder/'adapter_model.safetensors').read_bytes()
+    card = (whole.folder/'README.md').read_text()
+    assert 'an object given in Python: SGD(lr=0.5' in card and 'learning rate |' not in card
     shutil.rmtree(whole.folder/'checkpoint-4')
     wrong = {'its optimizer was an object of your own, SGD': lambda made: (None, None), 'its optimizer was SGD': lambda made: own_sgd(made, lr=.25),
              'its scheduler was StepLR': lambda made: own_sgd(made, gamma=.9), 'its scheduler was an object of your own': lambda made: (own_sgd(made)[0], None)}
@@ -136,6 +138,7 @@ def test_a_run_by_its_settings_takes_no_other_optimizer(place):
     made = trainer(place, 'settings', max_steps=4, save_steps=2)
     with pytest.raises(ConfigError, match='its optimizer was that of its settings, not SGD'): made.train(resume=whole, progress=False, optimizers=own_sgd(made))
     other = own_sgd(made)
+    with pytest.raises(ConfigError, match='LBFGS asks for a closure'): made.train(progress=False, optimizers=(torch.optim.LBFGS([p for p in made.model.parameters() if p.requires_grad]), None))
     with pytest.raises(ConfigError, match='changes the rates of another optimizer'): made.train(progress=False, optimizers=(own_sgd(made)[0], other[1]))
     with pytest.raises(ConfigError, match='changes the rates of another optimizer'): made.train(progress=False, optimizers=(None, other[1]))
 
@@ -496,6 +499,26 @@ def test_an_evaluation_of_the_run_itself_knows_an_ancestors_rows(place, tmp_path
                         eval_config=EvaluationConfig(metrics=('perplexity',), num_bootstrap=100))
     made.train(progress=False)
     assert '5 of 5 conversations were trained on' in repr(made.evaluate()) and '5 of its rows were trained on' in (made.run.folder/'README.md').read_text('utf-8')
+
+
+@pytest.mark.parametrize('trained_in_4bit', [True, False])
+def test_another_base_is_refused_in_every_form(place, tmp_path, trained_in_4bit):
+    "Other linears, held in another form than in training; and other settings beside the same weights."
+    run = trainer(place, held=dict(use_4bit=trained_in_4bit), max_steps=1).train(progress=False)
+    base = AutoModelForCausalLM.from_pretrained(place/'tiny', dtype=torch.float32)
+    base.model.layers[0].self_attn.k_proj.weight.data *= 1.02
+    shutil.copytree(place/'tiny', tmp_path/'other')
+    base.save_pretrained(tmp_path/'other')
+    for use_4bit in (True, False):
+        load_tuned(run, device='cpu', use_4bit=use_4bit)
+        with pytest.raises(CheckpointError, match='its weights differ'): load_tuned(run, device='cpu', base=tmp_path/'other', use_4bit=use_4bit)
+    shutil.copytree(place/'tiny', tmp_path/'turned')
+    config = json.loads((tmp_path/'turned'/'config.json').read_text())
+    (tmp_path/'turned'/'config.json').write_text(json.dumps(config | {'rms_norm_eps': .25}))
+    with pytest.raises(CheckpointError, match='RoPE, norm or activation'): load_tuned(run, device='cpu', base=tmp_path/'turned')
+    made = LLAMATrainer(ModelConfig(str(tmp_path/'turned'), use_4bit=trained_in_4bit, max_length=128), LoRAConfig(r=4), DataConfig(str(place/'chats.jsonl'), val_size=.2),
+                        TrainingConfig(str(place/'runs'), learning_rate=1e-2, max_steps=2, compute='fp32', allow_changes=('training.max_steps',)), device='cpu')
+    with pytest.raises(ConfigError, match='base settings'): made.train(resume=run, progress=False)
 
 
 WRONG = {

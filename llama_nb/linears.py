@@ -519,7 +519,9 @@ _TAKES_LIMIT = 'recompile_limit' in inspect.signature(torch.compile).parameters
 
 def _raised_limit():
     "Context manager: raise the limit where `torch.compile` has no argument for it."
-    return nullcontext() if _TAKES_LIMIT else torch._dynamo.config.patch(recompile_limit=_LIMIT)
+    if _TAKES_LIMIT: return nullcontext()
+    from torch._dynamo import config
+    return config.patch(recompile_limit=_LIMIT)
 
 def _compile_training_only_(layer):
     "Call the compiled layer in training steps and the plain layer otherwise."

@@ -25,14 +25,13 @@ from functools import cached_property, partial
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-
 from .config import DataConfig, DATASETS, IN_MEMORY
-from .conversation import Conversation, Source
+from .conversation import Conversation, is_missing, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import ConfigError, DataError, did_you_mean, path_problem, redact, shorten
 from .files import (
-    BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into, MAX_ROW_BYTES,
-    part_of, read_beside, save_bad_rows, sheet_names, source_problem, source_rows)
+    BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into,
+    MAX_ROW_BYTES, part_of, read_beside, save_bad_rows, sheet_names, source_problem, source_rows)
 from .formats import check_columns, check_rows, Conversations, role_map
 from .network import offline_if_unreachable
 from .store import changed, joined, select
@@ -117,8 +116,8 @@ class DatasetLoader:
         max_samples:int|None=None, # Use at most this many conversations
         seed:int=42, # Seed of sample, split and mix
         split:str|None=None, # Which split to train on; `None`: the train part
-        subset:str|None=None, # Which configuration of a data set on the Hub
-        revision:str|None=None, # Hub branch, tag or commit
+        subset:str|None=None, # Which configuration of a data set on the Hub, or which folder in a folder
+        revision:str|None=None, # Branch, tag or commit of a data set on the Hub or in its cache
         columns:dict|None=None, # Our name of a field -> its name in the file
         roles:dict|None=None, # A role as the file writes it -> one of `ROLES`
     ):
@@ -149,11 +148,17 @@ class DatasetLoader:
         rows, speaker = self.rows(split), self.assistant_speaker
         return check_rows(rows, self.format, self.on_bad, None, speaker, self.source, **self.mapping)
 
+    def _train_split(self):
+        "The split to train on; raises `DataError` if the source has no such split."
+        if self.split in (None, 'train') or self.split in self.splits: return self.split or 'train'
+        found = shorten(', '.join(self.splits), 100)
+        raise DataError(f'{self.name}: no split {self.split!r} (found {found}{did_you_mean(self.split, self.splits)})')
+
     @cached_property
     def data(self)->DataSplits:
         "Both parts and the report."
         if self.val_size and 'validation' in self.splits: return self._own_validation()
-        every = self.read('train')
+        every = self.read(self._train_split())
         sample = _sample(every, self.max_samples, self.seed)
         try: train, held = split_conversations(sample, self.val_size, self.seed)
         except TooFewError as e: raise TooFewError(e.message, every.bad) from None # bad rows may be the reason
@@ -162,7 +167,7 @@ class DatasetLoader:
 
     def _own_validation(self):
         "Both parts of a source that brings its own validation part."
-        settings, every = self.settings, self.read('train')
+        settings, every = self.settings, self.read(self._train_split())
         own = self.read('validation')
         train, held = self._without_shared(every, own), own
         if self.max_samples is not None:
@@ -280,18 +285,18 @@ def _chain(sources):
 def _each(splits): return {split: partial(_chain, [rows]) for split,rows in splits.items()}
 
 # %% ../nbs/33_data.ipynb #9020d194
-def _check_place(loader, kind):
-    "Raises `DataError` if a part of a Hub data set is chosen, and the data come from elsewhere."
-    k = next((k for k in ('subset', 'revision') if loader.place.get(k)), None)
-    if k is None: return
-    raise DataError(f'{loader.name}: {k} {shorten(repr(loader.place[k]), 40)} chooses a part of a data set on the Hub, '
-                    f'and this is {kind} (leave {k} out)')
+_NO_REVISION = 'only a data set on the Hub has revisions, also in its cache; leave it out'
 
-def _whole(rows, split, name):
-    "Rows that are one split. Raises `DataError` if another one is chosen."
-    if split in (None, 'train') or str(getattr(rows, 'split', None)) == split: return rows
-    raise DataError(f'{name}: no split {shorten(repr(split), 40)} (these rows have no splits; give the dict of all '
-                    'splits, or leave split out)')
+def _snapshot(path, revision):
+    "The snapshot of a revision in the Hub's cache; `None` if it is not there."
+    ref, snapshots = path/'refs'/revision, path/'snapshots'
+    named = snapshots/(ref.read_text().strip() if ref.is_file() else revision)
+    return named if named.is_dir() and named.resolve().parent == snapshots.resolve() else None
+
+def _inner_folders(folder):
+    "The folders that may be subsets, by name: those in the folder, and in its folder `data`."
+    below = [p for place in (folder/'data', folder) if place.is_dir() for p in sorted(place.iterdir())]
+    return {p.name: p for p in below if p.is_dir() and not p.name.startswith(('.', '__'))}
 
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
@@ -304,20 +309,39 @@ class _PlaceLoader(DatasetLoader):
     def _places(self):
         "Split -> a function that yields its rows with their places."
         if self.data_path is None: return self._splits(_hub(self.hub_id, self.name, place=self.place))
-        _check_place(self, 'a file or a folder')
         if self.data_path == 'sample' and self.sample: path = sample_path(self.sample)
         else: path = Path(self.data_path).expanduser()
         if not path.exists():
             more = ", or use 'sample'" if self.sample else ''
             raise DataError(f'{self.name}: no such file or folder: {shorten(path)} (check data_path{more})')
-        return self._files(path)
+        return self._files(self._local(path))
+
+    def _train_split(self): return 'train' # the places are named so
+
+    def _refuse(self, **reasons):
+        "Raise `DataError` for a part of the place that was asked for, and that this source cannot have."
+        for k,why in reasons.items():
+            if k in self.place: raise DataError(f'{self.name}: no {k} {shorten(repr(self.place[k]), 40)} ({why})')
+
+    def _local(self, path):
+        "The file or folder that is read at a path: the snapshot of a revision, the folder of a subset."
+        revision, subset = self.place.get('revision'), self.place.get('subset')
+        if revision is not None:
+            path = _snapshot(path, revision)
+            if path is None: self._refuse(revision=_NO_REVISION)
+        if subset is None: return path
+        folders = _inner_folders(data_folder(path)) if path.is_dir() else {}
+        if subset in folders: return folders[subset]
+        found = f'found the folders {shorten(", ".join(folders), 80)}{did_you_mean(subset, folders)}'
+        self._refuse(subset=found if folders else 'a subset here is a folder; the data has none')
 
     def _splits(self, splits):
         "The places of a dict of splits, with the chosen one as train."
         names = [*splits]
         chosen = dict(zip(('train', 'validation'), _train_and_validation(names, self.split, self.name)))
         parts = {part: name for part,name in chosen.items() if name is not None}
-        parts |= {name: name for name in names if name not in parts.values()}
+        others = [name for name in names if name not in parts.values()]
+        parts |= {f'other {name}' if name in parts else name: name for name in others}
         self.files = {part: [str(name)] for part,name in parts.items()}
         return _each({part: splits[name] for part,name in parts.items()})
 
@@ -438,11 +462,13 @@ class DailyDialogDatasetLoader(_PlaceLoader):
     def settings(self): return {**super().settings, 'detokenize': self.detokenize}
 
     def _files(self, path):
-        if path.suffix == '.txt': return dict(train=partial(_release_rows, path, self.notes))
         found = _release(path) if path.is_dir() or path.suffix == '.zip' else {}
+        if path.suffix == '.txt': found = {part_of(path.name) or 'train': path}
         if not found and path.suffix == '.zip':
             raise DataError(f'{path.name}: no dialogues_train.txt in this archive (give the train.zip of the release)')
-        if len(found) == 1: found = dict(train=next(iter(found.values())))
+        if found and self.split not in (None, *found): self._refuse(split=f'found {", ".join(found)}')
+        chosen = self.split or (next(iter(found)) if len(found) == 1 else 'train')
+        found = {'train' if s == chosen else 'other' if s == 'train' else s: place for s,place in found.items()}
         return {s: partial(_release_rows, place, self.notes) for s,place in found.items()} or super()._files(path)
 
     def rows(self, split):
@@ -482,14 +508,20 @@ class ChatDatasetLoader(_PlaceLoader):
         self.format = format
         self.name = _source_name(data_path)
 
+    def _in_memory(self, source):
+        "The places of an object in memory."
+        self._refuse(subset='an object in memory has none; leave it out', revision=_NO_REVISION)
+        if isinstance(source, dict): return self._splits(source)
+        if self.split not in (None, 'train', str(getattr(source, 'split', ''))):
+            self._refuse(split='the rows in memory have no splits; choose the rows, or give a dict of splits')
+        return _each(dict(train=source))
+
     @cached_property
     def _places(self):
         source = self.data_path
-        path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
-        if path is None or path.exists(): _check_place(self, 'a file or a folder' if path else 'data in memory')
-        if isinstance(source, dict): return self._splits(source)
-        if path is None: return _each(dict(train=_whole(source, self.split, self.name)))
-        if path.exists(): return self._files(path)
+        if not isinstance(source, (str, os.PathLike)): return self._in_memory(source)
+        path = Path(source).expanduser()
+        if path.exists(): return self._files(self._local(path))
         if _is_hub_id(source, path): return self._splits(_hub(source, 'data', 'a file or folder', self.place))
         if source == IN_MEMORY:
             raise ConfigError('data.dataset_name: the data of this run was given in memory, so no file holds it; give it again in Python, '
@@ -534,6 +566,11 @@ class _Mix(DatasetLoader):
     def __init__(self, loaders:dict, weights:dict|None, train_on:dict|None, options:dict):
         super().__init__(None, **options)
         self.loaders, self.weights, self.train_on = loaders, weights, train_on or {}
+        for k,v in self.place.items():
+            if all(loader.place.get(k) == v for loader in loaders.values()): continue
+            raise ConfigError(f'{self.name}: found {k} {shorten(repr(v), 40)}; give it to each set of the mix')
+
+    def _train_split(self): return 'train' # each set chooses its own
 
     def interleaved(self, parts:dict, counts:dict[str, int]):
         "The conversations of all sets in mixed order, each with the name of its set."
@@ -701,6 +738,8 @@ def get_loader(
     **options, # As in `DatasetLoader`; they override the config's
 )->DatasetLoader: # The loader; it has not read anything yet
     "The loader for a source."
+    if isinstance(source, DatasetLoader) and options:
+        raise ConfigError(f'{source.name}: a loader has settings of its own; give it {", ".join(options)} when you make it')
     if isinstance(source, DatasetLoader): return source
     if not isinstance(source, (DataConfig, dict)) and (problem := source_problem(source)): raise DataError(problem)
     if isinstance(source, (str, os.PathLike)) and (problem := path_problem(source)):
@@ -710,14 +749,11 @@ def get_loader(
     if not isinstance(source, DataConfig): return ChatDatasetLoader(source, **options)
     fields = ('assistant_speaker', 'on_bad', 'val_size', 'max_samples', 'seed', 'columns', 'roles')
     options = {k: getattr(source, k) for k in fields} | options
-    place = {k: getattr(source, k) for k in ('split', 'subset', 'revision')}
-    chosen = next((k for k,v in place.items() if v), None)
-    if chosen and source.dataset_name == 'both':
-        raise ConfigError(f'data.{chosen}: cannot choose a part of two sets; name them in data.datasets, each with its {chosen}')
     if source.datasets is not None: return _mixed_loader(source, options)
-    if source.dataset_name != 'both': options = place | options
+    place = ('split', 'subset', 'revision')
+    options = {k: getattr(source, k) for k in place} | options
     if source.dataset_name == 'both':
-        shared = {k: options[k] for k in ('assistant_speaker', 'on_bad', 'seed', 'columns', 'roles')}
+        shared = {k: options[k] for k in ('assistant_speaker', 'on_bad', 'seed', 'columns', 'roles', *place)}
         loaders = {k: LOADERS[k](p, **shared) for k,p in _both_paths(source.data_path).items()}
         return CombinedDatasetLoader(loaders, source.mix_weights, **options)
     if source.dataset_name in LOADERS: return LOADERS[source.dataset_name](source.data_path, **options)
@@ -768,7 +804,7 @@ def _writable(value):
     if hasattr(value, 'tolist'): value = value.tolist() # of numpy
     if isinstance(value, dict): return {str(k): _writable(v) for k,v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)): return [_writable(v) for v in value]
-    return None if value is None else _scalar(value)
+    return None if is_missing(value) else _scalar(value)
 
 # %% ../nbs/33_data.ipynb #00205e75
 def _saved_line(conversation, number):

@@ -27,13 +27,13 @@ from .sources import check_llama, find_model, model_shape, scale_rope_
 from .store import joined
 
 # %% ../nbs/68_inputs.ipynb #b4cbb5d7
-_OPTIONS = ('assistant_speaker', 'on_bad', 'val_size', 'max_samples', 'seed', 'columns', 'roles')
+_PLACE = ('split', 'subset', 'revision')
+_OPTIONS = ('assistant_speaker', 'on_bad', 'val_size', 'max_samples', 'seed', 'columns', 'roles', *_PLACE)
 
 def _as_row(row):
-    "A `Conversation`, or a list of `Message`s, as a row of a file; any other row as it is."
-    if isinstance(row, (list, tuple)) and row and all(isinstance(m, Message) for m in row): row = Conversation(row)
-    if not isinstance(row, Conversation): return row
-    return {**row.meta, 'messages': row.to_dicts(), **({'tools': list(row.tools)} if row.tools else {})}
+    "A list of `Message`s as a `Conversation`; any other row as it is."
+    is_talk = isinstance(row, (list, tuple)) and row and all(isinstance(m, Message) for m in row)
+    return Conversation(row) if is_talk else row
 
 def _read(source, config, **options):
     "Any source of conversations as `DataSplits`."
@@ -76,7 +76,8 @@ def as_splits(
     config = config or DataConfig()
     found = _read(data, config, **({} if validation is None else {'val_size': 0.0}))
     if validation is None: return found, {}
-    sets = {name: _read(source, config, val_size=0.0, max_samples=None).train
+    own = dict.fromkeys(('max_samples', *_PLACE)) | {'val_size': 0.0} # where the training data is says nothing of these
+    sets = {name: _read(source, config, **own).train
             for name,source in _validation_sets(validation).items()}
     for name,read in sets.items():
         if not len(read): raise DataError(f'validation{f" {name}" if name else ""}: no conversation; leave it out or give some')

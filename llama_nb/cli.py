@@ -778,10 +778,11 @@ _Output = _option(Optional[Path], '--output', '-o', metavar='FOLDER',
 
 # %% ../nbs/93_cli.ipynb #48f15039
 def _source_and_overrides(source, overrides, config, preset):
-    "The two as typed; with a config that names the data, the first word may be an override."
+    "The two as typed; where something else names the data, the first word may be an override."
     words = [w for w in (source, *(overrides or [])) if w is not None]
     sections = '|'.join(f.name for f in dataclasses.fields(RunConfig))
-    if (config or preset) and words and re.match(rf'({sections})\.\w+=', words[0]): return None, words
+    names_data = config or preset or any(w.startswith(('data.dataset_name=', 'data.datasets=')) for w in words)
+    if names_data and words and re.match(rf'({sections})\.\w+=', words[0]): return None, words
     if not words and not (config or preset):
         raise ConfigError("SOURCE is missing: give a file, a folder or a Hub id, or --config FILE that names the data; "
                           "to look around, llama-nb data sample")

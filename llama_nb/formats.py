@@ -536,7 +536,7 @@ def _unknown_format(row):
     unknown = [k for k in row.row if k not in row.names.values() and k not in row.nulls.values()]
     hint = next(filter(None, (did_you_mean(k, [k2 for k2 in known if k2 not in row]) for k in unknown)), '')
     if missing: found = f'{missing} is missing: found {_keys(row.row)}'
-    fix = 'needs messages, conversations, instruction + output, prompt + completion, or dialog'
+    fix = 'needs messages, conversations, instruction + output, prompt + completion, or dialog; map other names: columns={...}'
     if missing: found, fix = f'{missing} is missing: found {_keys(row.row)}', 'or map your own names with columns={...}'
     return RowFault('', found, fix + hint)
 

@@ -83,6 +83,7 @@ def _starts(row:Mapping, size:int)->list[int]|None:
 def prepared_row(name:str, row:Mapping)->PreparedRow:
     "Read one row. Raises `DataError` if it is not a prepared one."
     try: return _prepared_row(name, row)
+    except DataError: raise # says what is wrong
     except (TypeError, ValueError, KeyError, IndexError) as e:
         raise DataError(f'row {name}: cannot be read ({type(e).__name__}: {shorten(e, 80)})') from None
 

@@ -50,7 +50,8 @@ class _Book:
         names = sorted((t for t in g.special.values() if t not in _WRITTEN), key=len, reverse=True)
         self.names, self.special = re.compile('|'.join(map(re.escape, names)) or '(?!)'), {t: i for i,t in g.special.items()}
         for c in conversations: self.add(c, train_on)
-        if self.bad and not self.made: raise DataError(f'conversations: none of {self.bad:,} can be encoded; the first: {self.why}')
+        if self.bad and not self.made:
+            raise DataError(f'conversations: none of {self.bad:,} can be encoded; the first: {self.why}')
 
     def add(self, conversation, train_on:str):
         "Encode one more conversation; one that cannot be encoded is counted."

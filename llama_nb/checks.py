@@ -73,7 +73,8 @@ def _toy_optimizer(config, device):
     "The optimizer of a run on one small matrix, after one update."
     args = object.__new__(TrainingArguments) # a whole one would reset the state of a training in another thread
     for f in fields(TrainingArguments): setattr(args, f.name, None if f.default is MISSING else f.default)
-    for name in ('learning_rate', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay'): setattr(args, name, getattr(config, name))
+    for name in ('learning_rate', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'weight_decay'):
+        setattr(args, name, getattr(config, name))
     args.optim = OptimizerNames(config.optim)
     kind, kwargs = optimizer_kind(args, config)
     weight = nn.Parameter(torch.zeros(64, 128, device=device)) # smaller ones are not kept in 8 bits
@@ -83,6 +84,7 @@ def _toy_optimizer(config, device):
         made.step()
     return made
 
+# %% ../nbs/73_checks.ipynb #262e3910
 def check_optimizer(
     config:TrainingConfig, # How the run is trained
     device:torch.device, # Where
@@ -102,8 +104,10 @@ def _planned_rates(config, total_steps):
     optimizer, warmup = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate), warmup_steps(config, total_steps)
     made = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=schedule_kwargs(config, total_steps))
     schedule, = warm_from_start_(made, warmup).lr_lambdas
-    return [schedule(step) for step in range(0, total_steps + 1, math.ceil(total_steps/1000))] # the last one is set after the last step
+    # the last one is set after the last step
+    return [schedule(step) for step in range(0, total_steps + 1, math.ceil(total_steps/1000))]
 
+# %% ../nbs/73_checks.ipynb #c194c525
 def check_schedule(
     config:TrainingConfig, # How the run is trained
     total_steps:int, # Optimizer steps of the whole run
@@ -112,10 +116,13 @@ def check_schedule(
     where = f'training.lr_scheduler_kwargs: {config.lr_scheduler_type}: found {shorten(repr(config.lr_scheduler_kwargs), 60)}'
     try: rates = _planned_rates(config, total_steps)
     except ConfigError: raise
-    except Exception as e: raise ConfigError(f'{where}, which does not work in a run of {total_steps} steps: {one_line(e, 80)}') from e
+    except Exception as e:
+        raise ConfigError(f'{where}, which does not work in a run of {total_steps} steps: {one_line(e, 80)}') from e
     bad = next((rate for rate in rates if isinstance(rate, complex) or not math.isfinite(rate) or rate < 0), None)
-    if bad is not None: raise ConfigError(f'{where}, which gives a learning rate of {bad} times the peak; a rate is a number >= 0')
-    if not any(rates[:total_steps]): raise ConfigError(f'{where}, which gives every step a learning rate of 0, so nothing would be learned')
+    if bad is not None:
+        raise ConfigError(f'{where}, which gives a learning rate of {bad} times the peak; a rate is a number >= 0')
+    if not any(rates[:total_steps]):
+        raise ConfigError(f'{where}, which gives every step a learning rate of 0, so nothing would be learned')
 
 # %% ../nbs/73_checks.ipynb #36ccea48
 def check_upload():

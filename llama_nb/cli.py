@@ -621,7 +621,8 @@ def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_
     "Chat with a run, a checkpoint, an adapter or a base model."
     if prompt is None and as_json: raise ConfigError('--json gives one answer: add --prompt TEXT')
     samples = sample or temperature is not None or top_p is not None
-    if seed is not None and not samples: raise ConfigError('--seed has no effect on greedy decoding: add --sample or --temperature, or leave it out')
+    if seed is not None and not samples:
+        raise ConfigError('--seed has no effect on greedy decoding: add --sample or --temperature, or leave it out')
     overrides = [*(overrides or []), *(['model.use_4bit=false'] if in_16bit else [])]
     folder = _adapter_of(model)
     cfg = _chat_config(model, folder, overrides)
@@ -818,6 +819,7 @@ def _with_notes(found, proof):
     if not proof or not proof.notes: return found
     return dataclasses.replace(found, report=dataclasses.replace(found.report, notes={**found.report.notes, **proof.notes}))
 
+# %% ../nbs/93_cli.ipynb #6c3ee16d
 @app.command('data', epilog=_examples("llama-nb data chats.jsonl --fix all -o clean"))
 @_command
 def _data(source:_Source=None, overrides:_Overrides=None, show:_Show=1, model:_DataModel=None, config:_ConfigFile=None,
@@ -839,7 +841,8 @@ def _data(source:_Source=None, overrides:_Overrides=None, show:_Show=1, model:_D
     written = _write(found, output, allowed) if output else []
     go_on = _next(source, overrides, cfg, found, error, allowed, wanted, output,
                   written if allowed else [], model, preset, config)
-    if inexact and go_on.startswith('llama-nb train'): go_on = 'correct or leave out what is not exact, then repeat this command'
+    if inexact and go_on.startswith('llama-nb train'):
+        go_on = 'correct or leave out what is not exact, then repeat this command'
     if inexact and not refused: refused = f"{proof.total - proof.exact} of {proof.total} masks are {inexact}"
     code = DataError.exit_code if refused else 0
     if code and not (_terminal.get() or sys.stdout).isatty(): # for the log of a script; a single fault is one line

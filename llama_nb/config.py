@@ -45,6 +45,7 @@ def _at_most(limit):
         return value
     return BeforeValidator(check)
 
+# %% ../nbs/01_config.ipynb #18df3951
 _Count = Annotated[StrictInt, _at_most(2**31 - 1)]
 _AtLeast0 = Annotated[_Count, Field(ge=0)]
 _AtLeast1 = Annotated[_Count, Field(ge=1)]
@@ -319,21 +320,27 @@ def _rope_faults(asked):
     "Yield what is wrong with a `rope_scaling`."
     kind, factor = asked.get('rope_type'), asked.get('factor')
     known = ('rope_type', 'factor', *(_YARN if kind == 'yarn' else ()))
-    if kind not in ROPE_TYPES: yield f"rope_type: found {kind!r}, allowed: {', '.join(map(repr, ROPE_TYPES))}{did_you_mean(kind, ROPE_TYPES)}"
+    if kind not in ROPE_TYPES:
+        yield f"rope_type: found {kind!r}, allowed: {', '.join(map(repr, ROPE_TYPES))}{did_you_mean(kind, ROPE_TYPES)}"
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor < float('inf'):
         yield f'factor: found {factor!r}, allowed: a number > 1'
     for key in asked:
-        if key not in known: yield f"{key!r} is unknown; " + ('its name here is rope_type' if key == 'type' else f"known: {', '.join(known)}")
+        if key not in known:
+            yield f"{key!r} is unknown; " + ('its name here is rope_type' if key == 'type' else f"known: {', '.join(known)}")
     for key in _YARN:
-        if key in known and not isinstance(asked.get(key, 1.0), (int, float)): yield f'{key}: found {asked[key]!r}, allowed: a number'
+        if key in known and not isinstance(asked.get(key, 1.0), (int, float)):
+            yield f'{key}: found {asked[key]!r}, allowed: a number'
 
+# %% ../nbs/01_config.ipynb #92269c29
 def _path_faults(section, *keys):
     "Yield the settings of a section that no file system takes as a path."
     for key in keys:
         value = getattr(section, key)
         for path in value.values() if isinstance(value, dict) else [value]:
-            if path is not None and (problem := path_problem(path)): yield key, f'found {shorten(repr(path), 60)}; {problem}'
+            if path is not None and (problem := path_problem(path)):
+                yield key, f'found {shorten(repr(path), 60)}; {problem}'
 
+# %% ../nbs/01_config.ipynb #cdad710e
 @_settings('model')
 class ModelConfig:
     "Which base model to load, and how to store its frozen weights."
@@ -364,7 +371,6 @@ class ModelConfig:
         if faults: yield 'rope_scaling', '; '.join(faults)
         if self.use_4bit and self.load_in_8bit:
             yield 'load_in_8bit', 'found true with use_4bit true; set one of them to false'
-
 
 # %% ../nbs/01_config.ipynb #1bdb59b0
 class InitMethod(NamedTuple):
@@ -545,10 +551,14 @@ _Scalar = StrictBool|StrictInt|StrictFloat|StrictStr|None
 
 def _fsdp_faults(t):
     "What does not work with a base that is in parts."
-    if t.num_processes == 1: yield 'parallel', "found 'fsdp' with num_processes 1, allowed: auto or ddp; one process shares with nobody"
-    if t.compile is True: yield 'parallel', "found 'fsdp' with compile true, allowed: auto or ddp; layers in parts are not compiled"
-    if t.compute == 'fp8': yield 'parallel', "found 'fsdp' with compute fp8, allowed: auto or ddp; fp8 needs whole weights"
+    if t.num_processes == 1:
+        yield 'parallel', "found 'fsdp' with num_processes 1, allowed: auto or ddp; one process shares with nobody"
+    if t.compile is True:
+        yield 'parallel', "found 'fsdp' with compile true, allowed: auto or ddp; layers in parts are not compiled"
+    if t.compute == 'fp8':
+        yield 'parallel', "found 'fsdp' with compute fp8, allowed: auto or ddp; fp8 needs whole weights"
 
+# %% ../nbs/01_config.ipynb #e9d12696
 def _schedule_faults(t):
     "What a schedule does not take."
     name, given = t.lr_scheduler_type, t.lr_scheduler_kwargs or {}
@@ -558,9 +568,11 @@ def _schedule_faults(t):
     for key,bound in least.items():
         if key not in given: continue
         value, kinds = given[key], int if bound else (int, float)
-        if isinstance(value, kinds) and not isinstance(value, bool) and (value >= bound if bound else value > 0): continue
+        if isinstance(value, kinds) and not isinstance(value, bool) and (value >= bound if bound else value > 0):
+            continue
         yield 'lr_scheduler_kwargs', f"{key}: found {_shown(value)}, allowed: {f'an integer >= {bound}' if bound else 'a number > 0'}"
 
+# %% ../nbs/01_config.ipynb #9d0266e7
 def _unread_faults(t):
     "Settings that nothing would read beside the others."
     def is_set(key): return getattr(t, key) != getattr(type(t), key)
@@ -578,6 +590,7 @@ def _unread_faults(t):
         when = 'after each epoch' if strategy == 'epoch' else 'never'
         yield f'{kind}_steps', f'found {steps}, but {kind}_strategy {strategy!r} {does} {when}; leave one of them out'
 
+# %% ../nbs/01_config.ipynb #19c98452
 def _training_faults(t):
     "Rules of `TrainingConfig` that involve several settings."
     if t.warmup_steps and t.lr_scheduler_type == 'constant':
@@ -587,7 +600,8 @@ def _training_faults(t):
     if t.optim not in _ADAM:
         for key in ('adam_beta1', 'adam_beta2', 'adam_epsilon'):
             unread = t.optim not in _HAS_BETAS or key == 'adam_epsilon'
-            if unread and getattr(t, key) != getattr(type(t), key): yield key, f'the optimizer {t.optim} does not read it'
+            if unread and getattr(t, key) != getattr(type(t), key):
+                yield key, f'the optimizer {t.optim} does not read it'
     if t.activation_offloading is True and t.gradient_checkpointing is False:
         yield 'activation_offloading', ("found true with gradient_checkpointing false, allowed: false or 'auto'; only inputs of "
                                         'recomputed layers are moved')
@@ -603,6 +617,7 @@ def _training_faults(t):
         yield 'early_stopping', ('warmup_stable_decay gains most in its decay at the end, which a stop would leave out; '
                                  'choose another schedule')
 
+# %% ../nbs/01_config.ipynb #68109236
 _ADAM = ('adamw_torch_fused', 'adamw_torch', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit')
 _HAS_BETAS = ('lion_32bit', 'lion_8bit')
 
@@ -657,7 +672,8 @@ class TrainingConfig:
     optim_args: Annotated[dict[_Text, _Scalar], BeforeValidator(_as_pairs)]|None = None
     loraplus_lr_ratio: _Scale|None = None # LoRA+: learning rate of `lora_B` over that of `lora_A`; `None`: one rate
     label_smoothing: _Fraction = 0.0 # Share of the target probability spread over the whole vocabulary, in training
-    neftune_noise_alpha: _Scale|None = None # NEFTune: scale of the uniform noise on embeddings in training; `None`: none
+    # NEFTune: scale of the uniform noise on embeddings in training; `None`: none
+    neftune_noise_alpha: _Scale|None = None
     max_grad_norm: _NotNegative = 1.0 # Clip the gradient norm to this value; 0 disables clipping
     logging_steps: _AtLeast1 = 1 # Log every this many steps
     # Save every this many steps; `"auto"`: at the end, and at most four times before, in at most 5 % of the time
@@ -673,7 +689,8 @@ class TrainingConfig:
     # `"proven"`: stop once no further gain above `early_stopping_delta` is plausible, and publish the earliest
     # checkpoint that is not measurably worse than the best; `None`: train to the end
     early_stopping: Literal['proven']|None = None
-    early_stopping_delta: _Positive = 0.01 # Smallest gain in validation loss that is worth more training [nats per token]
+    # Smallest gain in validation loss that is worth more training [nats per token]
+    early_stopping_delta: _Positive = 0.01
     dataloader_num_workers: _AtLeast0 = 0 # Processes that prepare batches; 0: the process that trains
     push_to_hub: StrictBool = False # Upload the finished adapter to `hub_model_id`
     hub_model_id: _Text|None = None # Repository on the Hub to upload to, e.g. `"name/model"`
@@ -821,6 +838,7 @@ class _Loader(yaml.SafeLoader):
         if len(node.value) < 100: return super().construct_yaml_int(node)
         raise yaml.constructor.ConstructorError(None, None, f'found a number of {len(node.value):,} digits', node.start_mark)
 
+# %% ../nbs/01_config.ipynb #c069b797
 class _Dumper(yaml.SafeDumper): "Puts texts in quotes that our loader would read as numbers."
 
 _EXPONENT = re.compile(r'[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$')
@@ -842,7 +860,8 @@ def _read_yaml(
 ): # Plain Python values
     "Values of a YAML text; raises `ConfigError` with line and column if it is not valid YAML."
     try: return yaml.load(text, _Loader)
-    except RecursionError: raise ConfigError(f'{where}: lists or sections within one another, too deep to be settings') from None
+    except RecursionError:
+        raise ConfigError(f'{where}: lists or sections within one another, too deep to be settings') from None
     except yaml.YAMLError as e:
         mark, problem = getattr(e, 'problem_mark', None), getattr(e, 'problem', None) or str(e)
         at = f':{mark.line + 1}:{mark.column + 1}' if mark else ''
@@ -1045,7 +1064,8 @@ def explain_setting(
         keys = {f.name: s for s,c in _SECTIONS.items() for f in dataclasses.fields(globals()[c])}
         near = did_you_mean(name, keys) or '; llama-nb config show lists all settings'
         if name not in keys: raise ConfigError(f'{shorten(name)}: no setting has this name{near}')
-    if name in _SECTIONS: raise ConfigError(f'{name}: is a section; name one of its settings: {", ".join(_keys_of(name))}')
+    if name in _SECTIONS:
+        raise ConfigError(f'{name}: is a section; name one of its settings: {", ".join(_keys_of(name))}')
     if problem := _unknown_setting(name): raise ConfigError(f'{shorten(name)}: {problem}')
     section, key = name.split('.', 1)
     cls = globals()[_SECTIONS[section]]

@@ -178,6 +178,7 @@ def _detail(p, i:int)->tuple[int,int,bool]:
                         'give begin_offset, end_offset (the last character) and train')
     return begin, end + 1, bool(p['train'])
 
+# %% ../nbs/20_conversation.ipynb #1ba09a1a
 def detail_parts(
     details:Iterable, # axolotl's `train_detail`: dictionaries of `begin_offset`, `end_offset` and `train`
     content:str, # The text they are about
@@ -198,6 +199,7 @@ def _detail_flag(parts, content:str)->bool|None:
     "Whether `train_detail` lets any character be taught; `None` if it is empty."
     return bool(detail_parts(parts, content)) if len(parts) else None
 
+# %% ../nbs/20_conversation.ipynb #4c315b09
 def train_flag(
     m:Mapping, # A message as a row gives it
 )->bool|None: # Teach it? `None`: nothing is said
@@ -295,7 +297,8 @@ class Conversation:
         "The conversation as a row of a data file; reading the row gives the conversation back."
         beside = {'tools': list(self.tools)} if self.tools else {}
         if self.train_on: beside['train_on'] = self.train_on if isinstance(self.train_on, str) else list(self.train_on)
-        aside = {f'unused_{k}' if _is_acted_on(k, v) else k: v for k,v in self.meta.items()} # as it was when it was read
+        # as it was when it was read
+        aside = {f'unused_{k}' if _is_acted_on(k, v) else k: v for k,v in self.meta.items()}
         return {**aside, **beside, 'messages': self.to_dicts()}
 
     def to_dicts(self)->list[dict]: # `[{"role", "content"}, ...]`, with the other fields where given
@@ -529,6 +532,7 @@ def _calls(m, names, written, text):
     try: return as_calls(text), '', []
     except DataError: return None, text, [f'{written} without a name and arguments kept as text, not taught']
 
+# %% ../nbs/20_conversation.ipynb #32799faa
 def _train_of(m, names, role, text, details=()):
     "The `train` and `weight` of a message and notes, after the flags of all tools."
     flags = {k: m[names[k]] for k in TRAIN_FLAGS if k in names}
@@ -582,6 +586,7 @@ def _same_calls(m, names, keys):
     except DataError as e: raise as_fault(e, names[keys[-1]]) from None
     return all(calls == found[0] for calls in found)
 
+# %% ../nbs/20_conversation.ipynb #29377927
 def _check_twins(m, names, role, role_key, roles):
     "Notes; raises `MessageFault` if two keys give one message two roles, two texts or other calls."
     others, notes = [k for k in ROLE_KEYS if k in names and names[k] != role_key], []
@@ -704,6 +709,7 @@ def _is_read(ours:str, v)->bool:
     if ours in ('system_prompt', 'system_message', 'masked'): return True
     return not (v == 1 and v is not True) # a flag of 1 says what is the case anyway
 
+# %% ../nbs/20_conversation.ipynb #57c84e6e
 def _check_beside(row:Mapping, field:str):
     "Raises `DataError` for a field beside the messages that only the reader of data files gives its meaning."
     for k,v in row.items():
@@ -722,6 +728,7 @@ def _row_parts(row:Mapping, field:str)->tuple:
         raise DataError(f"system: not a text: {type(row['system']).__name__}; write it as a string")
     return row[field], row.get('row'), rest, as_tools(row.get('tools'))
 
+# %% ../nbs/20_conversation.ipynb #5544653a
 def _no_list(x, field)->str:
     "Why something is no conversation."
     if field or not isinstance(x, Mapping):
@@ -736,6 +743,7 @@ def _with_system(messages:tuple, system:str|None)->tuple:
     if own not in (None, '', system.strip()): raise DataError('system: given beside a system message; give one of them')
     return (Message('system', system), *messages[own is not None:])
 
+# %% ../nbs/20_conversation.ipynb #8c90f653
 def as_conversation(
     x, # A `Conversation`, a list of `Message` or of `{"role", "content"}`, or a row with `messages` and `tools`
 )->Conversation: # Validated

@@ -298,6 +298,7 @@ def _inner_folders(folder):
     below = [p for place in (folder/'data', folder) if place.is_dir() for p in sorted(place.iterdir())]
     return {p.name: p for p in below if p.is_dir() and not p.name.startswith(('.', '__'))}
 
+# %% ../nbs/33_data.ipynb #ea494e7c
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
     hub_id = sample = None
@@ -836,6 +837,7 @@ def _digest(path)->str:
     "The SHA-256 of a file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/33_data.ipynb #47593cb6
 def save_accounts(
     data:DataSplits, # Result of `load_data` or `check_data`
     folder, # Folder of the data set; the files go below `accounts/`

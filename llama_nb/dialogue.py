@@ -133,6 +133,7 @@ def _encoded_parts(enc:TemplateEncoder, messages):
         if isinstance(part, FixedPart): yield _Part(part.ids, part.message, 'close' if part.end else 'open')
         else: yield _content_part(enc, part, messages)
 
+# %% ../nbs/25_dialogue.ipynb #77e6cba0
 def has_fixed_parts(enc:TemplateEncoder, conv:Conversation)->bool:
     "Whether the conversation consists of contents alone, and its template's parts depend on its roles alone."
     if not conv.is_plain or enc.shape(conv.roles) is None: return False

@@ -459,6 +459,7 @@ def _check_unread(own:RunConfig, config:RunConfig):
             raise ConfigError(f'{name}: found {shorten(repr(value), 60)}, but an evaluation takes that of the run '
                               f'({shorten(repr(getattr(before, f.name)), 60)}); leave it out')
 
+# %% ../nbs/65_evaluation.ipynb #2bcad48d
 def evaluate_saved(
     folder, # Folder of a finished run, a `Run`, or a checkpoint, whose scores go to `eval/checkpoint-N` of its run
     config:RunConfig|None=None, # Settings to use, e.g. with another base; `None`: those of the run
@@ -488,7 +489,8 @@ def evaluate_saved(
         moved = (config.data.dataset_name, config.data.data_path) != (own.data.dataset_name, own.data.data_path)
         if (data is not None or moved) and not allow_trained:
             if trained is None: tell(f'{redact(run.folder)} keeps no list of the rows it was trained on: not checked')
-            elif UNKNOWN_ROWS in trained: tell(f'{redact(run.folder)} went on from an adapter without a list of its rows: those are not checked')
+            elif UNKNOWN_ROWS in trained:
+                tell(f'{redact(run.folder)} went on from an adapter without a list of its rows: those are not checked')
             _refuse_trained(conversations, trained or set(), data or config.data.dataset_name)
     if not len(conversations):
         raise DataError(f'{redact(run.folder)}: no conversations were held out in training; measure others, '

@@ -509,6 +509,7 @@ def _first_text(lines, separators, count):
         if line.strip(f' "\r\n{separators}'): return line, count
     return '', count
 
+# %% ../nbs/30_files.ipynb #429b47d9
 def _header(lines, name):
     "Column names, separator and number of lines of a table's header; a quote that nothing closes is left out."
     separators = _SEPARATORS.get(Path(name.removesuffix('.gz')).suffix.lower(), ',;\t|')

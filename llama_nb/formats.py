@@ -71,7 +71,8 @@ class _Row:
 
     def _add(self, ours, key):
         value = self.row[key]
-        if value is None or isinstance(value, str) and not value and ours in MESSAGE_LISTS: self.nulls.setdefault(ours, key)
+        if value is None or isinstance(value, str) and not value and ours in MESSAGE_LISTS:
+            self.nulls.setdefault(ours, key)
         elif self.names.setdefault(ours, key) == key: self.nulls.pop(ours, None)
 
     def __contains__(self, ours): return ours in self.names
@@ -122,6 +123,7 @@ class _Options(NamedTuple):
     roles:dict={} # A role as the file writes it, in lower case -> one of `ROLES`
     keys:dict={} # Our name of a key inside a message -> its name in the file
 
+# %% ../nbs/31_formats.ipynb #1c3b691c
 class _Turn(NamedTuple):
     "A message and where it stands."
     message:Message # The message
@@ -140,6 +142,7 @@ class _Turn(NamedTuple):
         is_call = any(isinstance(s, str) and s.strip().lower() in CALL_ROLES for s in said)
         return is_call and not self.message.tool_calls
 
+# %% ../nbs/31_formats.ipynb #e8ca7413
 def _pair(question, answer):
     "A question and its answer, each a text with its place, as turns."
     both = zip(('user', 'assistant'), (question, answer))
@@ -178,11 +181,13 @@ def _pair_flag(inner):
 
 def _flagged_pair(inner, pair, at):
     "A question and its answer, with the thoughts and the flags that stand beside them."
-    try: said, taught = _with_thoughts(inner, _pair(*((inner.take(k), inner.spelt(k)) for k in pair))), _pair_flag(inner)
+    try:
+        said, taught = _with_thoughts(inner, _pair(*((inner.take(k), inner.spelt(k)) for k in pair))), _pair_flag(inner)
     except RowFault as e: raise RowFault(f'{at}.{e.field}', e.problem, e.fix) from None
     said = [_masked(t, taught) if t.message.role == 'assistant' or not taught else t for t in said]
     return [t._replace(at=f'{at}.{t.at}') for t in said]
 
+# %% ../nbs/31_formats.ipynb #12b4b74f
 def _exchanges(row, field='conversation', options=None):
     "A list of pairs, such as `human` and `assistant`."
     turns, notes, name = [], [], row.spelt(field)
@@ -212,6 +217,7 @@ def _system(row):
         raise RowFault(turns[1].at, 'two system messages', f'keep one of {turns[0].at} and {turns[1].at}')
     return turns[:1]
 
+# %% ../nbs/31_formats.ipynb #d8f3bc9a
 def _history(row, options=None):
     "The earlier exchanges of a row: pairs, messages, or texts in turn; and notes."
     past, name = row.take('history'), row.spelt('history')
@@ -288,6 +294,7 @@ def _each(row, k, count):
     if len(value) == count: return value
     raise RowFault(k, f'{k} has {len(value)} values for {count} utterances', 'give one value per utterance')
 
+# %% ../nbs/31_formats.ipynb #029afe0c
 def _speaker_roles(row, count, options):
     "The role of each utterance where a list of speakers says it; `None`: two speakers in turn."
     for k in row.row:
@@ -301,6 +308,7 @@ def _speaker_roles(row, count, options):
         return roles
     return None
 
+# %% ../nbs/31_formats.ipynb #c8be835f
 def _lists_inside(row, count):
     "Lists of thoughts, calls, details and labels, by the key that each has inside a message."
     found = {}
@@ -312,6 +320,7 @@ def _lists_inside(row, count):
         row.used.add(k)
     return found
 
+# %% ../nbs/31_formats.ipynb #b369e288
 def _cut_lists(row, name, count, kept):
     "Cut what has one value per utterance to those kept; a mask whose name we do not know is refused."
     for k in [k for k in row.row if k not in row.used and k != name]:
@@ -482,7 +491,8 @@ def _kind_of_list(field, value, inner_names=frozenset()):
     "The format of a list of messages; `None` if the field holds something else."
     default = 'messages' if field == 'messages' else 'sharegpt' if field.startswith('conversation') else None
     if isinstance(value, str) and field in _TEXTS and _spoken(value, field, _TEXT_STYLES): return 'text'
-    if not isinstance(value, list) or not value: return default or ('utterances' if field in MESSAGE_LISTS[3:6] else None)
+    if not isinstance(value, list) or not value:
+        return default or ('utterances' if field in MESSAGE_LISTS[3:6] else None)
     inner = next((m for m in value if isinstance(m, dict)), None)
     if inner is None:
         has_texts = any(isinstance(m, str) for m in value)
@@ -510,6 +520,7 @@ def _sniff(row, names):
     if 'text' in names and ('text' in row.columns or _is_text_row(row)): return 'text', 'text'
     return None, None
 
+# %% ../nbs/31_formats.ipynb #567cc202
 def _sniff_row(row):
     "`_sniff` by the fields you mapped, if they decide it, else by all fields."
     mapped = {k: v for k,v in row.names.items() if k in row.columns}
@@ -633,6 +644,7 @@ def _plain(value):
     missing = type(value).__name__ in ('NAType', 'NaTType') or isinstance(value, float) and value != value
     return None if missing else value
 
+# %% ../nbs/31_formats.ipynb #0c884db2
 def _as_dict(row):
     "A row as a dict with named fields, and the name of a list that is the row itself; raises `RowFault`."
     if hasattr(row, 'tolist'): row = row.tolist()
@@ -663,6 +675,7 @@ def _first_field(row, shape):
     field = next((f for f in own if f in row), own[0])
     return field, field in row
 
+# %% ../nbs/31_formats.ipynb #a02f2939
 def _format_and_field(row, format):
     "The format of a row and the field with its messages; raises `RowFault` if it is not the format asked for."
     found, field = _sniff_row(row)
@@ -697,6 +710,7 @@ def _with_context(row, shape, turns):
     turns = [*turns[:asked], first._replace(message=message), *turns[asked + 1:]]
     return turns, [f"{row.spelt('context')} put below the first question"]
 
+# %% ../nbs/31_formats.ipynb #72e47274
 def _beside(row, shape, turns, options):
     "Turns with what stands beside them in the row, and notes."
     turns, notes = _with_context(row, shape, turns)
@@ -745,6 +759,7 @@ def _masked(turn, taught):
     if taught is None or turn.message.taught is not None: return turn
     return turn._replace(message=replace(turn.message, train=taught))
 
+# %% ../nbs/31_formats.ipynb #6f14dc44
 def _flag_each(row, k, values, turns):
     "Turns with a list of flags applied, one value per message."
     name = row.spelt(k)
@@ -775,6 +790,7 @@ def _row_flags(row, turns):
     taught = any(t.message.role == 'assistant' and t.message.taught is not False for t in turns)
     return turns, [f'row left out: {no[0]} says not to teach it'] if no and not taught else []
 
+# %% ../nbs/31_formats.ipynb #f098d7c1
 def _text_flags(row, turns):
     "The same for a text that is taught whole unless a flag of the row says no."
     if not _is_lone_text(turns): return _row_flags(row, turns)
@@ -867,6 +883,7 @@ def _convert(row, source, format, options):
     meta = {k: v for k,v in fields.row.items() if k not in fields.used and v is not None}
     return Conversation(messages, source, meta, tools, train_on), shape, notes + more + last + _unused(fields)
 
+# %% ../nbs/31_formats.ipynb #f48ebe3f
 def row_to_conversation(
     row, # A dict in one of the `FORMATS`, a list of messages or of utterances, or a `Conversation`
     source:Source|None=None, # File and line of the row

@@ -46,6 +46,7 @@ def _read(source, config, **options):
     given = {k: getattr(config, k) for k in _OPTIONS} | options
     return get_loader(source, **({} if isinstance(source, (DatasetLoader, DataConfig)) else given)).data
 
+# %% ../nbs/68_inputs.ipynb #c7393a29
 def _validation_sets(validation):
     "Named sources; one that is not named has the name `''`."
     is_named = isinstance(validation, dict) and not set(validation) & {'messages', 'conversations'}
@@ -67,6 +68,7 @@ def data_or_settings(
     if data is None: return None, data_config
     raise ConfigError(f'data_config: found {type(data_config).__name__} beside data=...; give the conversations once')
 
+# %% ../nbs/68_inputs.ipynb #1befbd69
 def as_splits(
     data, # What `load_data` reads or returns, a generator, or a function that makes one
     validation=None, # The same, or a dictionary of several by name; `None`: a share of `data`
@@ -80,7 +82,8 @@ def as_splits(
     sets = {name: _read(source, config, **own).train
             for name,source in _validation_sets(validation).items()}
     for name,read in sets.items():
-        if not len(read): raise DataError(f'validation{f" {name}" if name else ""}: no conversation; leave it out or give some')
+        if not len(read):
+            raise DataError(f'validation{f" {name}" if name else ""}: no conversation; leave it out or give some')
     together = selected(next(iter(sets.values())), joined(*sets.values()))
     sizes = {name: len(read) for name,read in sets.items() if name}
     return replace(found, validation=together), sizes
@@ -96,6 +99,7 @@ def _causal_lm(model):
     check_llama(inner.config, type(inner).__name__)
     return inner
 
+# %% ../nbs/68_inputs.ipynb #f0c53d44
 def check_objects(
     tokenizer, # What was given as a tokenizer, or `None`
     callbacks, # What was given as callbacks
@@ -109,7 +113,8 @@ def check_objects(
     if not isinstance(callbacks, (list, tuple)):
         raise ConfigError(f'callbacks: found {type(callbacks).__name__}; give a list of TrainerCallbacks')
     for callback in callbacks:
-        if isinstance(callback, TrainerCallback) or (isinstance(callback, type) and issubclass(callback, TrainerCallback)): continue
+        if isinstance(callback, TrainerCallback) or (isinstance(callback, type) and issubclass(callback, TrainerCallback)):
+            continue
         raise ConfigError(f'callbacks: found {type(callback).__name__}; give TrainerCallbacks of transformers')
     if compute_metrics is not None and not callable(compute_metrics):
         raise ConfigError(f'compute_metrics: found {type(compute_metrics).__name__}; give a function of an EvalPrediction')
@@ -124,6 +129,7 @@ def check_objects(
         raise ConfigError(f'optimizers: the {type(scheduler).__name__} changes the rates of another optimizer than the one you gave; '
                           'make it from that, and give both')
 
+# %% ../nbs/68_inputs.ipynb #0abaed60
 def describe_model(
     model:nn.Module, # A loaded model, perhaps with an adapter
     max_length:int=ModelConfig.max_length, # Longest conversation, in tokens
@@ -180,6 +186,7 @@ def _is_same_model(asked, found):
     try: return Path(find_model(asked)).resolve() == Path(find_model(found)).resolve()
     except (ConfigError, ResourceError): return False
 
+# %% ../nbs/68_inputs.ipynb #471833a6
 def agreed_settings(
     asked:ModelConfig|None, # What was asked for beside the model
     model:nn.Module, # The loaded model

@@ -39,6 +39,7 @@ def _norm_backward(grad, more, x, weight, scale):
     g.mul_(scale).addcmul_(f, along)
     return (g if more is None else g.add_(more)).to(x.dtype)
 
+# %% ../nbs/41_layers.ipynb #9aa9e713
 class _Norm(torch.autograd.Function):
     "RMSNorm by the formulas above."
     @staticmethod
@@ -257,6 +258,7 @@ def _add_norm_kernel(x, delta, weight, total, out, scales, eps, D:tl.constexpr, 
     w = tl.load(weight + d, inside, 0.).to(tl.float32)
     tl.store(out + i, (f*scale*w).to(out.dtype.element_ty), inside)
 
+# %% ../nbs/41_layers.ipynb #519c1ad6
 @_jit
 def _norm_backward_kernel(grad, more, x, weight, scales, out, D:tl.constexpr, BLOCK:tl.constexpr, ADDS:tl.constexpr):
     "One token."
@@ -284,6 +286,7 @@ def _launch_add_norm(x, delta, weight, eps):
                                        ADDS=delta is not None, **_row_blocks(x.shape[-1]))
     return total, out, scale
 
+# %% ../nbs/41_layers.ipynb #1cd8929c
 def _launch_norm_backward(grad, more, x, weight, scale):
     "`_norm_backward` by one kernel."
     grad, more, dx = grad.contiguous(), more if more is None else more.contiguous(), torch.empty_like(x)
@@ -355,6 +358,7 @@ def _norm_errors(error, grad, x, delta, weight):
         given = [] if more == [None] else more
         error([name], of(_launch_norm_backward), of(_norm_backward), grad, x, weight, *given)
 
+# %% ../nbs/41_layers.ipynb #8c5b0e7a
 def kernel_errors(
     device, # Where to run the kernels
     dtype:torch.dtype=torch.bfloat16, # Of activations
@@ -431,6 +435,7 @@ class FusedNorm:
             out.normed = x.detach(), self.weight.detach(), self.variance_epsilon, one_pass
         return out
 
+# %% ../nbs/41_layers.ipynb #eb2385b2
 class FusedRotary:
     "Angles in float32, when gradients are needed."
     def forward(self,
@@ -514,6 +519,7 @@ def _added(norm, x, delta=None):
     total = x if delta is None else x + delta
     return total, norm(total)
 
+# %% ../nbs/41_layers.ipynb #0375d19b
 def _layer_result(layer, hidden_states, args, kwargs, wanted=None):
     "A decoder layer on all tokens, or after attention on some."
     hidden_states, normed = _added(layer.input_layernorm, hidden_states)
@@ -524,7 +530,6 @@ def _layer_result(layer, hidden_states, args, kwargs, wanted=None):
     return hidden_states + layer.mlp(normed)
 
 def _keeps_stock(): return not torch.is_grad_enabled() or torch.compiler.is_compiling()
-
 
 # %% ../nbs/41_layers.ipynb #5ba7d4be
 class FusedLayer:
@@ -605,6 +610,7 @@ def fuse_layers_(
     if last is not None and type(last) is _children()[stock]: last.__class__ = _child(FusedLast, stock)
     return changed
 
+# %% ../nbs/41_layers.ipynb #dc505f44
 def unfuse_layers_(
     model:nn.Module, # A model, changed in place
 )->int: # Number of modules restored

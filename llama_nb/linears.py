@@ -531,6 +531,7 @@ def _compile_training_only_(layer):
         with _raised_limit(): return compiled(*args, **kwargs)
     layer._compiled_call_impl = call
 
+# %% ../nbs/42_linears.ipynb #f688b2b4
 def compile_layers_(
     model:nn.Module, # A causal LM, or a PEFT model around one; changed in place
     backend:str='inductor', # Compiler backend of torch

@@ -520,7 +520,8 @@ def warmup_steps(
 )->int: # Steps of the warm-up
     "Number of warm-up steps of a run, at most all of them."
     asked = math.ceil(config.warmup_ratio*total_steps) if config.warmup_steps is None else config.warmup_steps
-    return min(asked, total_steps - (config.lr_scheduler_type == 'polynomial')) # which divides by the steps after the warm-up
+    # which divides by the steps after the warm-up
+    return min(asked, total_steps - (config.lr_scheduler_type == 'polynomial'))
 
 # %% ../nbs/71_loop.ipynb #52f49aac
 DECAY_SHARE = 0.1 # of all steps, in `warmup_stable_decay` unless `num_decay_steps` says otherwise
@@ -539,6 +540,7 @@ def _decay_steps(config, total_steps, asked):
                           'steps; warmup_stable_decay has none left to decay; lower it, or choose another schedule')
     return max(0, min(default, total_steps - warmup))
 
+# %% ../nbs/71_loop.ipynb #ed5fa453
 def schedule_kwargs(
     config:TrainingConfig, # For `lr_scheduler_type` and `lr_scheduler_kwargs`
     total_steps:int, # Optimizer steps of the whole run
@@ -551,8 +553,10 @@ def schedule_kwargs(
     known = [p for p in takes if p not in ours]
     for key,value in kwargs.items():
         _check_kind(f'lr_scheduler_kwargs: {config.lr_scheduler_type}', key, value, takes.get(key))
-        if key not in known: raise ConfigError(f"training.lr_scheduler_kwargs: {name} takes no {key}; it takes {', '.join(known)}")
-    if name == 'warmup_stable_decay': kwargs['num_decay_steps'] = _decay_steps(config, total_steps, kwargs.get('num_decay_steps'))
+        if key not in known:
+            raise ConfigError(f"training.lr_scheduler_kwargs: {name} takes no {key}; it takes {', '.join(known)}")
+    if name == 'warmup_stable_decay':
+        kwargs['num_decay_steps'] = _decay_steps(config, total_steps, kwargs.get('num_decay_steps'))
     return kwargs
 
 # %% ../nbs/71_loop.ipynb #2282470a
@@ -576,7 +580,8 @@ def training_arguments(
         ddp_backend='gloo' if use_cpu and num_ranks() > 1 else None,
         bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu,
         accelerator_config={'non_blocking': not use_cpu}) # batches are copied while the GPU computes
-    made._n_gpu = min(made.n_gpu, 1) # one process, one GPU: the stock trainer would add rows for each further GPU it sees
+    # one process, one GPU: the stock trainer would add rows for each further GPU it sees
+    made._n_gpu = min(made.n_gpu, 1)
     return made
 
 # %% ../nbs/71_loop.ipynb #0faf463f

@@ -499,6 +499,7 @@ def parallel_plans(
     return {kind: planned(model_config, training_config=dataclasses.replace(t, parallel=kind), lora_config=lora_config, **kwargs)
             for kind in kinds}
 
+# %% ../nbs/45_memory.ipynb #366b9452
 def choose_parallel(
     plans:dict[str,MemoryPlan], # From `parallel_plans`
     memory_bytes:int, # Memory of each process

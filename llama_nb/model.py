@@ -498,6 +498,7 @@ def settings_fingerprint(
     facts = [rope.get('rope_type', 'default'), numbers, float(config.rms_norm_eps), str(config.hidden_act)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
+# %% ../nbs/14_model.ipynb #0a60f23c
 @torch.no_grad()
 def base_fingerprint(
     model:nn.Module, # A base model, or a PEFT model around it
@@ -520,6 +521,7 @@ def _few(part):
     at = torch.linspace(0, shape[0]*shape[1] - 1, min(samples, shape[0]*shape[1]), dtype=torch.float64).long().tolist()
     return torch.stack([part[i//shape[1]:i//shape[1] + 1][0, i % shape[1]] for i in at])
 
+# %% ../nbs/14_model.ipynb #c8574d02
 def stored_fingerprint(
     name:str, # What `ModelConfig.model_name` takes
 )->dict[str,str]: # As `base_fingerprint` of the linears in 16 bits; `{}` if it is no folder with safetensors
@@ -535,6 +537,7 @@ def stored_fingerprint(
                     parts.setdefault(f'linears in {dtype}', []).append(key.encode() + sampled_bytes(values.to(getattr(torch, dtype))))
     return {held: hashlib.sha256(b''.join(sorted(found))).hexdigest()[:16] for held,found in parts.items()}
 
+# %% ../nbs/14_model.ipynb #1ed8f7d0
 def check_base(
     model:nn.Module, # A base model, or a PEFT model around it
     folder:Path, # Folder of an adapter

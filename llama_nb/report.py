@@ -365,7 +365,8 @@ def _trained(report):
     "How many of the conversations were trained on, in words."
     data = report.settings.get('data') or {}
     count, notes = data.get('trained'), []
-    if count: notes.append(f'{count} of {report.n} conversations were trained on: these scores show memory, not how well the model generalises')
+    if count:
+        notes.append(f'{count} of {report.n} conversations were trained on: these scores show memory, not how well the model generalises')
     if data.get('trained_before_unknown'):
         notes.append('the adapter was trained before on conversations that are not known: these may be among them')
     return '; '.join(notes)

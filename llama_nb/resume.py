@@ -121,7 +121,8 @@ def _as_facts(value, depth=4):
     def all_of(values): return [_as_facts(v, depth - 1) for v in values]
     if isinstance(value, (list, tuple)): return all_of(value)
     if isinstance(value, dict): return {str(k): _as_facts(v, depth - 1) for k,v in value.items()}
-    if isinstance(value, functools.partial): return [*all_of([value.func, value.args]), _as_facts(value.keywords, depth - 1)]
+    if isinstance(value, functools.partial):
+        return [*all_of([value.func, value.args]), _as_facts(value.keywords, depth - 1)]
     code = getattr(value, '__code__', None)
     if code is None: return [type(value).__name__, _as_facts(getattr(value, '__dict__', {}), depth - 1)]
     bound = [cell.cell_contents for cell in value.__closure__ or ()]
@@ -208,6 +209,7 @@ def open_run(
         raise ConfigError(f'{run.name} is being trained by another process; stop it first: llama-nb stop {redact(run.folder)}')
     return run
 
+# %% ../nbs/70_resume.ipynb #8968410c
 def _is_checkpoint(folder): return folder.name.startswith('checkpoint-') and (folder.parent/'events.jsonl').is_file()
 
 # %% ../nbs/70_resume.ipynb #8c96b2aa
@@ -250,6 +252,7 @@ def _read_json(path):
     then = 'The run has no checkpoint, so start a new one with train().' if is_run else without_checkpoint(path.parent)
     raise CheckpointError(f'{name} {why}. {then}')
 
+# %% ../nbs/70_resume.ipynb #e46ebb3b
 def find_checkpoint(
     run:Run, # The run to resume
     wanted=None, # The checkpoint that was asked for by path; `None`: the newest valid one
@@ -297,6 +300,7 @@ def keep_start(
             if (path := adapter_folder(adapter)/name).is_file(): shutil.copyfile(path, folder/name)
     save_trained_rows(run, (), trained_before)
 
+# %% ../nbs/70_resume.ipynb #6d81c843
 def load_start_(
     model:nn.Module, # A PEFT model of the run's settings, changed in place
     run:Run, # A run that `keep_start` has been called for
@@ -354,10 +358,13 @@ def _check_own(place, old, new):
         a, b, what = old.get(name), new.get(name), name.removeprefix('own ')
         if a == b: continue
         again = 'train(resume=..., optimizers=(optimizer, scheduler))'
-        if b is None: raise ConfigError(f'{where}: its {what} was an object of your own, {a}; give it again in Python: {again}')
-        if a is None: raise ConfigError(f'{where}: its {what} was that of its settings, not {b}; leave it out, or start a new run')
+        if b is None:
+            raise ConfigError(f'{where}: its {what} was an object of your own, {a}; give it again in Python: {again}')
+        if a is None:
+            raise ConfigError(f'{where}: its {what} was that of its settings, not {b}; leave it out, or start a new run')
         raise ConfigError(f'{where}: its {what} was {a}, not {b}; give it again: {again}')
 
+# %% ../nbs/70_resume.ipynb #b7489f23
 def check_settings(
     checkpoint:Path|None, # From `find_checkpoint`
     facts:dict, # `run_facts` now

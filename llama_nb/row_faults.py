@@ -128,7 +128,8 @@ class TurnGrammar(_Vocabulary):
         turns = self.turns(plain, 0, len(plain))
         every = [t for e in probes.values() for t in self.turns(e.input_ids, 0, len(e))]
         self.closes = {t.role for t in every if t.close >= 0} | ({'system', 'tool'} - {t.role for t in every})
-        self.always_closes = {t.role for t in every} - {t.role for t in every if t.close < 0} # every turn has an end token
+        # every turn has an end token
+        self.always_closes = {t.role for t in every} - {t.role for t in every if t.close < 0}
         self.ends = frozenset(plain[t.close] for t in turns if t.close >= 0) # the end tokens it writes itself
         self.starts_with_bos = self.bos is not None and plain.count(self.bos) == 1 # Llama 2 writes one per question
         for stem in [h[0] for found in self.first.values() for h in found]: # headers that follow a control token only
@@ -258,12 +259,14 @@ def _second_ends(g:TurnGrammar, p:RowPart, t:Turn)->list[int]:
     last = t.end == p.end
     return [k for k in range(t.close + 1, t.end) if p.ids[k] in g.ends and not (last and p.count(k, k + 1) == 0)][:1]
 
+# %% ../nbs/38_row_faults.ipynb #2fd1b434
 def _check_control(g:TurnGrammar, p:RowPart, t:Turn):
     "Yield a fault if content of a turn became control tokens."
     ids, inside = p.ids, t.close if t.close >= 0 else t.end
     fine = (g.bos, g.eos, g.pad, *g.stops)
     wrong = [k for k in range(t.begin, inside) if ids[k] in g.special and g.special[ids[k]] not in _WRITTEN_IN_ANSWERS]
-    if t.close < 0: wrong = [k for k in wrong if not all(i in fine or g.blank(i) for i in ids[k:t.end])] # a start token at the end
+    if t.close < 0:
+        wrong = [k for k in wrong if not all(i in fine or g.blank(i) for i in ids[k:t.end])] # a start token at the end
     wrong += _second_ends(g, p, t)
     after = [k for k in range(inside + 1, t.end) if ids[k] not in fine and not g.blank(ids[k])] if t.close >= 0 else []
     rest = tuple(ids[after[0]:t.end]) if after and t.end == p.end else ()

@@ -127,6 +127,7 @@ def _working_folder():
     try: return os.getcwd()
     except OSError: return None # it was removed
 
+# %% ../nbs/51_runs.ipynb #9d73ebd2
 _ENDS = {'finished': 'finished', 'interrupted': 'interrupted', 'failed': 'crashed'}
 
 class Run:
@@ -136,7 +137,8 @@ class Run:
     ):
         if folder is None: raise ConfigError('there is no run yet: train() makes one')
         path = Path(getattr(folder, 'folder', folder))
-        if problem := path_problem(path): raise ResourceError(f'{shorten(repr(str(path)), 60)}: {problem}; name the folder of a run')
+        if problem := path_problem(path):
+            raise ResourceError(f'{shorten(repr(str(path)), 60)}: {problem}; name the folder of a run')
         self.folder = path.expanduser()
         if not self.folder.is_dir():
             raise ResourceError(f'{redact(self.folder)} is not there; name the folder of a run, such as runs/run-1')

@@ -56,7 +56,8 @@ class Guard(TrainerCallback):
         return set()
     def try_out(self): "Called in the trial before the first step: do what this callback does at an evaluation."
     # one step late, so that training does not wait until the loss is copied from the device
-    def on_step_loss(self, step, loss, window): "Called with the loss of each step (nats per token) and its window, one step later; not for NaN or inf."
+    def on_step_loss(self, step, loss, window):
+        "Called with the loss of each step (nats per token) and its window, one step later; not for NaN or inf."
 
 # %% ../nbs/53_safe_trainer.ipynb #c35df8ab
 class _StepWindow:
@@ -283,7 +284,8 @@ class SafeTrainer(_StepWindow):
 
     def _save_if_stopping(self):
         "The last step of a run is saved, whatever ends the run."
-        if self.control.should_training_stop and self.saved_step != self.state.global_step: self.control.should_save = True
+        if self.control.should_training_stop and self.saved_step != self.state.global_step:
+            self.control.should_save = True
 
     def _save_after_failure(self, trial):
         "Save a checkpoint of this step if there is none, and if the loss is in its usual range."

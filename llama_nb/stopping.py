@@ -147,6 +147,7 @@ class StopGuard(Guard):
         chosen = chosen_steps(run, self.delta)
         return {step for step in read_losses(run) if step >= chosen[1]} if chosen else set()
 
+# %% ../nbs/67_stopping.ipynb #86506ca5
 def check_conversations(
     num:int, # Held-out conversations
 ):

@@ -83,7 +83,8 @@ def _description(tokenizer)->dict:
             'decoder': _rebuilt(state['decoder'], decoder)}
 
 # %% ../nbs/22_tokens.ipynb #0047d04d
-END_TOKENS = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>') # end a turn or a text
+# end a turn or a text
+END_TOKENS = ('</s>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>', '<|im_end|>', '<|endoftext|>')
 
 class TokenizerCopies:
     "Private copies of one tokenizer: `full` encodes template text, `plain` and `after` encode content."

@@ -284,15 +284,18 @@ class Tracker(Guard):
     def on_train_end(self, args, state, control, **kwargs): self.close()
 
 # %% ../nbs/55_trackers.ipynb #fab43c72
-_PACKAGES = {'azure_ml': 'azureml', 'flyte': 'flytekit', 'dagshub': 'dagshub mlflow'} # where it is not the tracker's name
+# where it is not the tracker's name
+_PACKAGES = {'azure_ml': 'azureml', 'flyte': 'flytekit', 'dagshub': 'dagshub mlflow'}
 _INSTALL = {'azureml': 'azureml-sdk', 'comet_ml': 'comet-ml'} # where it is not the package's name
 
 def _missing_package(name):
     "What a tracker lacks here; an empty text if it has its package."
-    if name == 'kubeflow': return '' if os.environ.get('KUBEFLOW_TRAINER_SERVER_URL') else 'not in a pod of Kubeflow Trainer'
+    if name == 'kubeflow':
+        return '' if os.environ.get('KUBEFLOW_TRAINER_SERVER_URL') else 'not in a pod of Kubeflow Trainer'
     lacking = [package for package in _PACKAGES.get(name, name).split() if importlib.util.find_spec(package) is None]
     return f'not installed; run pip install {" ".join(_INSTALL.get(p, p) for p in lacking)}' if lacking else ''
 
+# %% ../nbs/55_trackers.ipynb #dd496026
 def check_trackers(
     names, # From `TRACKERS`
 ):
@@ -301,8 +304,10 @@ def check_trackers(
     for name in names:
         try:
             if name in ('tensorboard', 'wandb'): import_extra(name, 'trackers')
-            elif name not in INTEGRATION_TO_CALLBACK: raise ImportError(f'{name} is not known to this version of transformers')
-            elif not INTEGRATION_TO_CALLBACK[name].__module__.startswith('transformers.'): continue # a replacement of yours
+            elif name not in INTEGRATION_TO_CALLBACK:
+                raise ImportError(f'{name} is not known to this version of transformers')
+            elif not INTEGRATION_TO_CALLBACK[name].__module__.startswith('transformers.'):
+                continue # a replacement of yours
             elif missing := _missing_package(name): raise ImportError(f'{name} is {missing}')
         except ImportError as e: raise ConfigError(f'training.report_to: {shorten(e, 160)}, or leave it out') from None
 

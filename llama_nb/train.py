@@ -180,6 +180,7 @@ def _precision(model_config):
     if model_config.load_in_8bit: return 'in 8 bits'
     return 'in 32 bits' if model_config.bnb_4bit_compute_dtype == 'float32' else 'in 16 bits'
 
+# %% ../nbs/75_train.ipynb #637c3622
 class LLAMATrainer:
     "Fine-tunes a Llama chat model on conversations, from five sections of settings."
     def __init__(self,
@@ -202,7 +203,8 @@ class LLAMATrainer:
         check_objects(tokenizer, callbacks, compute_metrics=compute_metrics)
         self.given = Given(data, validation, model, tokenizer, adapter, tuple(callbacks), compute_metrics)
         model_config, lora_config = _object_settings(self.given, model_config, lora_config)
-        if data is not None: data_config = replace(data_config or DataConfig(), dataset_name=IN_MEMORY, data_path=None, datasets=None)
+        if data is not None:
+            data_config = replace(data_config or DataConfig(), dataset_name=IN_MEMORY, data_path=None, datasets=None)
         elif validation is not None: data = data_config or DataConfig()
         sections = {'model': model_config, 'lora': lora_config, 'data': data_config, 'training': training_config,
                     'evaluation': eval_config}
@@ -215,7 +217,8 @@ class LLAMATrainer:
         self._prepared = None # a run made ready by asking for `hf_trainer`
         self.planned = None # its `MemoryPlan`
         self._model = self._data = self._encoded = None # loaded on first use
-        self._rows = None if model is None else model.get_input_embeddings().weight.shape[0] # `None`: as the config says
+        # `None`: as the config says
+        self._rows = None if model is None else model.get_input_embeddings().weight.shape[0]
         self._tokenizer = tokenizer if tokenizer is None else run_tokenizer(self.config, tokenizer, self._rows)
         self.validation_names = {} # name -> number of held-out conversations, if they have names
         if data is not None: self._data, self.validation_names = as_splits(data, validation, self.config.data)
@@ -738,6 +741,7 @@ def _check_own_optimizer(trainer, optimizer, scheduler):
     unread = [name for name in replaced if getattr(t, name) != getattr(type(t), name)]
     if unread: tell(f"no effect beside an optimizer of your own: training.{', training.'.join(unread)}")
 
+# %% ../nbs/75_train.ipynb #e1dacc52
 def _check_yours(hf):
     "Give transformers' own `EarlyStoppingCallback` and `ReduceLROnPlateau` the metric they ask for."
     asks = ['callbacks: EarlyStoppingCallback']*any(isinstance(c, EarlyStoppingCallback) for c in hf.callback_handler.callbacks)
@@ -745,7 +749,8 @@ def _check_yours(hf):
     if not asks: return
     if hf.args.eval_strategy == 'no':
         raise ConfigError(f'{asks[0]} needs a validation loss; raise data.val_size or set training.eval_strategy')
-    if hf.args.metric_for_best_model is None: hf.args.metric_for_best_model, hf.args.greater_is_better = 'eval_loss', False
+    if hf.args.metric_for_best_model is None:
+        hf.args.metric_for_best_model, hf.args.greater_is_better = 'eval_loss', False
 
 # %% ../nbs/75_train.ipynb #cbe5340b
 def _train_loop(trainer, p):
@@ -866,6 +871,7 @@ def _discard_prepared(trainer, prepared):
     trainer._prepared = trainer._hf_trainer = None
     trainer.run = prepared.last_run
 
+# %% ../nbs/75_train.ipynb #add0175c
 def _take_over(trainer, prepared, resume, optimizers, samples, progress):
     "Check what `train` was asked for beside a run that `hf_trainer` has prepared, and keep what was set there."
     given = {'resume': resume, 'optimizers': any(o is not None for o in optimizers), 'samples': samples}
@@ -886,6 +892,7 @@ def _take_over(trainer, prepared, resume, optimizers, samples, progress):
     save_config(absolute_paths(config), prepared.run.folder/'config.yaml') # what the run is trained with
     write_json(prepared.run.folder/'run.json', hf.run_facts)
 
+# %% ../nbs/75_train.ipynb #b7eb902e
 def train_run(
     trainer:LLAMATrainer, # What to train
     resume=False, # `True`, a `Run`, a run folder, a checkpoint, or the address of a mirror such as `s3://bucket/runs`
@@ -925,6 +932,7 @@ def train_run(
             for view in views: view.finish()
     return _in_background(trainer, work, prepared.run) if background else work()
 
+# %% ../nbs/75_train.ipynb #05d0efbd
 def _in_background(trainer, work, run):
     "Do `work` in a thread."
     def keep_error():

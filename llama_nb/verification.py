@@ -250,7 +250,8 @@ def _notes(enc:TemplateEncoder, conv:Conversation)->Counter:
     "What the template leaves out of a conversation, and the added tokens in its texts."
     notes, left_out = Counter(), () if has_fixed_parts(enc, conv) else (written := written_by_template(enc, conv)).left_out
     for leaf in left_out: notes[_LEFT_OUT[leaf.kind]] += 1
-    if not has_fixed_parts(enc, conv): notes['messages whose calls are written as JSON text'] += len(written.as_text | written.behind)
+    if not has_fixed_parts(enc, conv):
+        notes['messages whose calls are written as JSON text'] += len(written.as_text | written.behind)
     encoded, kept = _count_added(enc.tokens, (t for m in conv.messages for t in message_texts(m).values()))
     answers = [m.content.lstrip() for m in conv.messages if m.role == 'assistant']
     notes[_TAKES_IN] += sum(a.startswith(enc.tokens.lstrip) for a in answers)
@@ -259,6 +260,7 @@ def _notes(enc:TemplateEncoder, conv:Conversation)->Counter:
     notes['control tokens kept as text'] += sum(kept.values())
     return +notes
 
+# %% ../nbs/27_verification.ipynb #3732ac25
 _NORMALIZED = 'answers with an added token of normalized=True, which this tokenizer finds behind a space only'
 _TAKES_IN = 'answers that begin with a token of lstrip=True, which stays behind the white space of the prompt'
 _LEFT_OUT = {'answer': 'texts that the template leaves out, or a part of them', 'thought': 'thoughts left out by the '
@@ -274,6 +276,7 @@ def written_notes(
     conv, enc = prepared_conversation(conversation, tokenizer, template, None, tools_in_user_message)
     return _notes(enc, conv)
 
+# %% ../nbs/27_verification.ipynb #56e0085e
 def verify_masks(
     conversations, # An iterable of conversations; it is read once, and no conversation is kept
     tokenizer, # A Hugging Face tokenizer with a fast backend

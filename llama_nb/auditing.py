@@ -48,7 +48,8 @@ class _Book:
         self.grammar, self.made, self.by_ids, self.by_text, self.by_question, self.used = g, [], {}, {}, {}, set()
         self.control, self.bad, self.why = {}, 0, ''
         names = sorted((t for t in g.special.values() if t not in _WRITTEN), key=len, reverse=True)
-        self.names, self.special = re.compile('|'.join(map(re.escape, names)) or '(?!)'), {t: i for i,t in g.special.items()}
+        self.names = re.compile('|'.join(map(re.escape, names)) or '(?!)')
+        self.special = {t: i for i,t in g.special.items()}
         for c in conversations: self.add(c, train_on)
         if self.bad and not self.made:
             raise DataError(f'conversations: none of {self.bad:,} can be encoded; the first: {self.why}')

@@ -84,7 +84,8 @@ def _setting_facts(model, lora, training, own):
     return {'4-bit base': quant if model.get('use_4bit') else None, 'LoRA': adapter if lora else None,
             'RoPE': f'stretched: {rope}' if rope else None,
             'learning rate': None if optimizer else training.get('learning_rate'),
-            'optimizer': f"an object given in Python: {', '.join(optimizer)}" if optimizer else None, 'seed': training.get('seed')}
+            'optimizer': f"an object given in Python: {', '.join(optimizer)}" if optimizer else None,
+            'seed': training.get('seed')}
 
 # %% ../nbs/52_card.ipynb #91454d41
 def _published(run):
@@ -122,7 +123,8 @@ def card_facts(
     own = _load_json(run.folder/'run.json').get('settings') or {}
     return {'base_model': model.get('model_name', 'unknown'), 'use_4bit': model.get('use_4bit'),
             'compute_dtype': env.get('compute_dtype', 'bfloat16'), 'config': config,
-            'data': _load_json(run.folder/'data.json') | _trained_before(run), 'settings': _setting_facts(model, lora, training, own),
+            'data': _load_json(run.folder/'data.json') | _trained_before(run),
+            'settings': _setting_facts(model, lora, training, own),
             'curves': _curve_facts(run), 'scores': _scores(run.folder, last_step(run)),
             'packages': {name: env.get('packages', {}).get(name) for name in _PACKAGES}}
 

@@ -102,7 +102,8 @@ def _planned_rates(config, total_steps):
     "The rate of every step over the peak; of a long run, of 1,000 steps."
     from transformers import get_scheduler
     optimizer, warmup = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate), warmup_steps(config, total_steps)
-    made = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=schedule_kwargs(config, total_steps))
+    made = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps,
+                         scheduler_specific_kwargs=schedule_kwargs(config, total_steps))
     schedule, = warm_from_start_(made, warmup).lr_lambdas
     # the last one is set after the last step
     return [schedule(step) for step in range(0, total_steps + 1, math.ceil(total_steps/1000))]
@@ -156,9 +157,11 @@ def check_validation(
     "Raise `ConfigError` if a setting needs held-out conversations and there are none, or too few; name one that has no effect."
     if compute_metrics is not None and (not num or training.eval_strategy == 'no'):
         raise ConfigError('compute_metrics: nothing would call it, because nothing is validated; raise data.val_size or set training.eval_strategy')
-    asked = [key for key in ('eval_strategy', 'eval_steps', 'per_device_eval_batch_size') if getattr(training, key) != getattr(TrainingConfig, key)]
+    asked = [key for key in ('eval_strategy', 'eval_steps', 'per_device_eval_batch_size')
+             if getattr(training, key) != getattr(TrainingConfig, key)]
     if not num and asked and training.eval_strategy != 'no':
-        logger.warning('training.%s has no effect: no conversation is held out to validate on; raise data.val_size', asked[0])
+        logger.warning('training.%s has no effect: no conversation is held out to validate on; raise data.val_size',
+                       asked[0])
     for key in ('load_best_model_at_end', 'early_stopping'):
         if getattr(training, key) and not num:
             raise ConfigError(f'training.{key} needs held-out conversations; raise data.val_size')

@@ -600,7 +600,8 @@ def _talk(session):
     return _Answer({}, '')
 
 # %% ../nbs/93_cli.ipynb #b750c990
-_Model = Annotated[str, typer.Argument(metavar='RUN', help='Folder of a run, checkpoint or adapter, or name of a base model.')]
+_Model = Annotated[str, typer.Argument(metavar='RUN',
+                                       help='Folder of a run, checkpoint or adapter, or name of a base model.')]
 _Prompt = _option(Optional[str], '--prompt', help='Answer this prompt, then exit.')
 _System = _option(Optional[str], '--system',
                   help="System message; '' for none. Default for a run: that of its training data.")
@@ -613,7 +614,8 @@ _ChatSeed = _option(Optional[int], '--seed', min=0, max=2**32 - 1, help='Random 
 _In16bit = _option(bool, '--16bit', help='Hold the base in 16 bits, as model.use_4bit=false does.')
 
 # %% ../nbs/93_cli.ipynb #bace3e5a
-@app.command('chat', epilog=_examples("llama-nb chat runs/run-1", "llama-nb chat runs/run-1 --prompt 'How was your day?' --json"))
+@app.command('chat', epilog=_examples("llama-nb chat runs/run-1",
+                                      "llama-nb chat runs/run-1 --prompt 'How was your day?' --json"))
 @_command
 def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_System=None,
           max_new_tokens:_MaxNewTokens=256, sample:_Sample=False, temperature:_Temperature=None, top_p:_TopP=None,
@@ -817,7 +819,8 @@ def _refusal(bad):
 def _with_notes(found, proof):
     "The data set with the notes of the proof in its report."
     if not proof or not proof.notes: return found
-    return dataclasses.replace(found, report=dataclasses.replace(found.report, notes={**found.report.notes, **proof.notes}))
+    return dataclasses.replace(found, report=dataclasses.replace(found.report,
+                                                                 notes={**found.report.notes, **proof.notes}))
 
 # %% ../nbs/93_cli.ipynb #6c3ee16d
 @app.command('data', epilog=_examples("llama-nb data chats.jsonl --fix all -o clean"))
@@ -894,7 +897,8 @@ def _ways_table(plans, kind):
     "One row for each way to share the base among processes; the way that will be taken has a mark."
     from llama_nb.memory import GiB
     def cards(p): return ', '.join(card for card,v in p.verdicts.items() if v['fits']) or 'none'
-    return table([{'training.parallel': f'{name} *' if name == kind else name, 'GiB on each process': f'{p.total/GiB:.1f}',
+    return table([{'training.parallel': f'{name} *' if name == kind else name,
+                   'GiB on each process': f'{p.total/GiB:.1f}',
                    'cards': cards(p)} for name,p in plans.items()]).text
 
 def _on_card(planned, card, way):

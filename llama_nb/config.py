@@ -62,7 +62,8 @@ _TrainOn = Annotated[_TRAIN_WORDS|_Parts, BeforeValidator(_as_parts)]
 _Scale = Annotated[StrictInt|StrictFloat, Field(gt=0, allow_inf_nan=False), _at_most(2**31 - 1)]
 _LayerNumbers = Annotated[tuple[_AtLeast0, ...], BeforeValidator(lambda v: (v,) if type(v) is int else _as_tuple(v))]
 _Strategy = Annotated[Literal['steps', 'epoch', 'no'], BeforeValidator(lambda v: 'no' if v is False else v)] # YAML's no
-_Trackers = Annotated[tuple[_Text, ...], BeforeValidator(lambda v: () if v in ('none', ['none'], None) else _as_tuple(v))]
+_Trackers = Annotated[tuple[_Text, ...], BeforeValidator(lambda v: () if v in ('none', ['none'], None)
+                                                         else _as_tuple(v))]
 
 # %% ../nbs/01_config.ipynb #9a508d05
 _KINDS = {int: 'an integer', float: 'a number', bool: 'true or false', str: 'a text', type(None): 'null',
@@ -191,24 +192,30 @@ OTHER_NAMES |= {name: ours for ours,names in {
     'training.eval_steps': 'eval_every eval_freq eval_interval val_interval val_check_interval',
     'training.logging_steps': 'log_every log_interval log_steps log_every_n_steps',
     'training.output_dir': 'checkpoint_dir ckpt_dir save_path save_folder results_dir',
-    'training.run_name': 'experiment_name wandb_run_name wandb_name', 'training.report_to': 'project wandb_entity logger loggers',
-    'training.loraplus_lr_ratio': 'loraplus loraplus_ratio lora_plus', 'training.neftune_noise_alpha': 'neftune neftune_alpha',
+    'training.run_name': 'experiment_name wandb_run_name wandb_name',
+    'training.report_to': 'project wandb_entity logger loggers',
+    'training.loraplus_lr_ratio': 'loraplus loraplus_ratio lora_plus',
+    'training.neftune_noise_alpha': 'neftune neftune_alpha',
     'training.compute': 'dtype half_precision_backend amp', 'training.packing': 'pack packing_strategy',
     'training.weight_decay': 'weight_decay_rate', 'training.adam_epsilon': 'epsilon eps',
-    'training.save_total_limit': 'max_checkpoints keep_checkpoints', 'train(resume=...)': 'resume_from auto_resume restart_from',
+    'training.save_total_limit': 'max_checkpoints keep_checkpoints',
+    'train(resume=...)': 'resume_from auto_resume restart_from',
     'training.kernels': 'use_liger use_liger_kernel liger liger_kernel', 'training.deterministic': 'full_determinism',
     'model.attn_implementation': 'attn attn_impl flash_attn use_flash_attn flash_attention_2 sdp_attention xformers_attention',
     'model.max_length': 'seq_len max_len context_size n_ctx max_position_embeddings',
     'model.rope_scaling': 'rope_factor rope_scaling_factor rope_type rope_theta',
     'model.special_tokens': 'pad_token eos_token bos_token', 'model.use_4bit': 'load_4bit quantize quantization_bit',
     'model.load_in_8bit': 'load_8bit', 'lora.init_lora_weights': 'init_lora lora_init loftq_config use_loftq',
-    'lora.r': 'use_lora use_peft peft lora_dim', 'data.template': 'prompt_template conversation_template chat_format prompt_format',
+    'lora.r': 'use_lora use_peft peft lora_dim',
+    'data.template': 'prompt_template conversation_template chat_format prompt_format',
     'data.dataset_name': 'data_files data_dir train_path train_dataset dataset_id',
     'data.train_on': 'mask_prompt mask_inputs train_on_prompt train_on_input response_template train_on_responses_only',
-    'data.on_overflow': 'truncation truncation_mode overlength_handling', 'data.max_samples': 'num_samples_train max_examples',
+    'data.on_overflow': 'truncation truncation_mode overlength_handling',
+    'data.max_samples': 'num_samples_train max_examples',
     'evaluation.max_new_tokens': 'max_gen_len generation_max_length', 'LLAMATrainer(device=...)': 'device cuda',
     'LLAMATrainer(tokenizer=...)': 'tokenizer_name tokenizer_path', 'LLAMATrainer(callbacks=...)': 'callbacks',
-    'LLAMATrainer(compute_metrics=...)': 'compute_metrics', 'LLAMATrainer(adapter=...)': 'adapter_name_or_path lora_path peft_path',
+    'LLAMATrainer(compute_metrics=...)': 'compute_metrics',
+    'LLAMATrainer(adapter=...)': 'adapter_name_or_path lora_path peft_path',
     }.items() for name in names.split()}
 
 # %% ../nbs/01_config.ipynb #adbadb9c
@@ -326,7 +333,8 @@ def _rope_faults(asked):
         yield f'factor: found {factor!r}, allowed: a number > 1'
     for key in asked:
         if key not in known:
-            yield f"{key!r} is unknown; " + ('its name here is rope_type' if key == 'type' else f"known: {', '.join(known)}")
+            yield f"{key!r} is unknown; " + ('its name here is rope_type' if key == 'type'
+                                             else f"known: {', '.join(known)}")
     for key in _YARN:
         if key in known and not isinstance(asked.get(key, 1.0), (int, float)):
             yield f'{key}: found {asked[key]!r}, allowed: a number'
@@ -409,7 +417,8 @@ class LoRAConfig:
     def _rules(self):
         if self.target_modules == ():
             yield 'target_modules', 'found an empty list; name at least one layer or use "all-linear"'
-        for key in ('layers_to_transform', 'exclude_modules', 'trainable_token_indices', 'rank_pattern', 'alpha_pattern'):
+        for key in ('layers_to_transform', 'exclude_modules', 'trainable_token_indices', 'rank_pattern',
+                    'alpha_pattern'):
             if getattr(self, key) in ((), {}): yield key, 'found an empty list; name at least one, or leave it out'
         if self.trainable_token_indices and 'embed_tokens' in (self.modules_to_save or ()):
             yield 'trainable_token_indices', 'embed_tokens is in modules_to_save, which trains all rows; drop one of them'
@@ -832,11 +841,13 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_float(self, node):
         value = super().construct_yaml_float(node)
         if abs(value) < float('inf'): return value
-        raise yaml.constructor.ConstructorError(None, None, f'{node.value} is not a number a setting can have', node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, f'{node.value} is not a number a setting can have',
+                                                node.start_mark)
 
     def construct_yaml_int(self, node):
         if len(node.value) < 100: return super().construct_yaml_int(node)
-        raise yaml.constructor.ConstructorError(None, None, f'found a number of {len(node.value):,} digits', node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, f'found a number of {len(node.value):,} digits',
+                                                node.start_mark)
 
 # %% ../nbs/01_config.ipynb #c069b797
 class _Dumper(yaml.SafeDumper): "Puts texts in quotes that our loader would read as numbers."
@@ -993,7 +1004,8 @@ def _without_place(below, values):
 def _drop_steps_(sections, layers):
     "Remove a preset's steps of saving and validating where a layer sets another strategy than steps."
     for kind in ('save', 'eval'):
-        found = [layer['training'].get(f'{kind}_strategy', 'steps') for layer in layers if isinstance(layer.get('training'), dict)]
+        found = [layer['training'].get(f'{kind}_strategy', 'steps') for layer in layers
+                 if isinstance(layer.get('training'), dict)]
         if any(strategy != 'steps' for strategy in found): sections.get('training', {}).pop(f'{kind}_steps', None)
 
 def _apply_layer(

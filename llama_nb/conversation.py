@@ -551,7 +551,8 @@ def _train_of(m, names, role, text, details=()):
     if flags.keys() == {'weight'}: return dict(train=None, weight=int(flags['weight'])), []
     parts = detail_parts(detail, text) if said and len(detail) else ()
     if said and len(detail) and not parts:
-        raise MessageFault('content' if details else names['train_detail'], 'no part is taught, but the message is', 'change one of these flags')
+        raise MessageFault('content' if details else names['train_detail'], 'no part is taught, but the message is',
+                           'change one of these flags')
     own = {} if parts in ((), ((0, len(text)),)) else dict(train_parts=parts)
     weight = int(flags['weight']) if 'weight' in flags and said == flags['weight'] else None
     cause = 'parts of the content' if details else 'train_detail'

@@ -124,7 +124,8 @@ def _slot_ids(enc:TemplateEncoder, slot:ContentSlot, messages)->list[int]:
 def _content_part(enc:TemplateEncoder, slot:ContentSlot, messages)->_Part:
     "The tokens of one message's content, and which of them its `train_parts` teach."
     m, ids = messages[slot.message], _slot_ids(enc, slot, messages)
-    taught = None if m.train_parts is None else taught_tokens(enc, m, slot.message, slot._replace(glue='').text(m.content), ids)
+    taught = None if m.train_parts is None else taught_tokens(enc, m, slot.message,
+                                                              slot._replace(glue='').text(m.content), ids)
     return _Part(ids, slot.message, 'content', taught)
 
 def _encoded_parts(enc:TemplateEncoder, messages):

@@ -501,7 +501,8 @@ def evaluate_saved(
         tell(f'{redact(run.folder)} is a checkpoint outside of its run, so these scores are not saved')
         run = None
     step = checkpoint and int(checkpoint.name.split('-')[1])
-    return evaluate_held_out(model, tokenizer, config, conversations, run, name, by, data_text, trained=trained, step=step)
+    return evaluate_held_out(model, tokenizer, config, conversations, run, name, by, data_text, trained=trained,
+                             step=step)
 
 # %% ../nbs/65_evaluation.ipynb #48484fdb
 def _numbers(metrics):

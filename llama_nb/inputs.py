@@ -113,7 +113,8 @@ def check_objects(
     if not isinstance(callbacks, (list, tuple)):
         raise ConfigError(f'callbacks: found {type(callbacks).__name__}; give a list of TrainerCallbacks')
     for callback in callbacks:
-        if isinstance(callback, TrainerCallback) or (isinstance(callback, type) and issubclass(callback, TrainerCallback)):
+        if isinstance(callback, TrainerCallback) or (isinstance(callback, type)
+                                                     and issubclass(callback, TrainerCallback)):
             continue
         raise ConfigError(f'callbacks: found {type(callback).__name__}; give TrainerCallbacks of transformers')
     if compute_metrics is not None and not callable(compute_metrics):

@@ -141,7 +141,8 @@ def noisy_embeddings(
 # %% ../nbs/71_loop.ipynb #cbf927cd
 def _check_kind(where, name, value, parameter):
     "Raise `ConfigError` for a value of another kind than the default of an argument: any text counts as true."
-    default, is_number = getattr(parameter, 'default', None), isinstance(value, (int, float)) and not isinstance(value, bool)
+    default = getattr(parameter, 'default', None)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool) and not isinstance(value, bool): kind = 'true or false'
     elif isinstance(default, (int, float)) and not isinstance(default, bool) and not is_number: kind = 'a number'
     else: return
@@ -153,7 +154,8 @@ def optimizer_kind(
 )->tuple: # Its class and arguments
     "The optimizer of a run. Raises `ConfigError` for an argument that it does not take, or that has its own setting."
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    own = {'lr': 'learning_rate', 'betas': 'adam_beta1 and adam_beta2', 'eps': 'adam_epsilon', 'weight_decay': 'weight_decay'}
+    own = {'lr': 'learning_rate', 'betas': 'adam_beta1 and adam_beta2', 'eps': 'adam_epsilon',
+           'weight_decay': 'weight_decay'}
     known = [name for name in inspect.signature(kind).parameters if name not in ('self', 'params', *own)]
     for name,value in (config.optim_args or {}).items():
         _check_kind(f'optim_args: {config.optim}', name, value, inspect.signature(kind).parameters.get(name))
@@ -511,8 +513,10 @@ def auto_compile(
 
 # %% ../nbs/71_loop.ipynb #6547b239
 _SAME_NAME = ('learning_rate', 'num_train_epochs', 'max_steps', 'gradient_accumulation_steps', 'optim', 'weight_decay',
-              'lr_scheduler_type', 'max_grad_norm', 'logging_steps', 'save_total_limit', 'seed', 'adam_beta1', 'adam_beta2',
-              'adam_epsilon', 'save_strategy', 'save_only_model', 'per_device_eval_batch_size', 'dataloader_num_workers')
+              'lr_scheduler_type', 'max_grad_norm', 'logging_steps', 'save_total_limit', 'seed', 'adam_beta1',
+              'adam_beta2',
+              'adam_epsilon', 'save_strategy', 'save_only_model', 'per_device_eval_batch_size',
+              'dataloader_num_workers')
 
 def warmup_steps(
     config:TrainingConfig, # For `warmup_steps` or `warmup_ratio`
@@ -529,7 +533,8 @@ DECAY_STEPS = 5 # at least, if that is not more than half of the run
 
 def _decay_steps(config, total_steps, asked):
     "Steps of the decay. Raises `ConfigError` if the run has no room for them."
-    warmup, default = warmup_steps(config, total_steps), max(math.ceil(DECAY_SHARE*total_steps), min(DECAY_STEPS, math.ceil(total_steps/2)))
+    warmup = warmup_steps(config, total_steps)
+    default = max(math.ceil(DECAY_SHARE*total_steps), min(DECAY_STEPS, math.ceil(total_steps/2)))
     if asked is not None and warmup + asked > total_steps:
         raise ConfigError(f'training.lr_scheduler_kwargs: num_decay_steps: found {asked}, but the run has {total_steps} steps, '
                           f'{min(warmup, total_steps)} of them for the warm-up; make it {max(total_steps - warmup, 0)} or less')
@@ -575,7 +580,8 @@ def training_arguments(
         per_device_train_batch_size=batch_size,
         warmup_steps=warmup_steps(config, total_steps), lr_scheduler_kwargs=schedule_kwargs(config, total_steps),
         save_steps=every(config.save_steps, 5),
-        eval_strategy=config.eval_strategy if evaluates else 'no', eval_steps=every(config.eval_steps, 8) if evaluates else None,
+        eval_strategy=config.eval_strategy if evaluates else 'no',
+        eval_steps=every(config.eval_steps, 8) if evaluates else None,
         report_to='none', disable_tqdm=True, remove_unused_columns=False, logging_nan_inf_filter=False,
         ddp_backend='gloo' if use_cpu and num_ranks() > 1 else None,
         bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu,

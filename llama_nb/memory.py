@@ -496,7 +496,8 @@ def parallel_plans(
     can_cut = t.num_processes > 1 and t.compile is not True and t.compute != 'fp8' and not in_8bit
     kinds = [t.parallel] if t.parallel != 'auto' else ['ddp', 'fsdp'] if can_cut else ['ddp']
     planned = plan if memory_bytes is None else functools.partial(decide, memory_bytes=memory_bytes)
-    return {kind: planned(model_config, training_config=dataclasses.replace(t, parallel=kind), lora_config=lora_config, **kwargs)
+    return {kind: planned(model_config, training_config=dataclasses.replace(t, parallel=kind), lora_config=lora_config,
+                          **kwargs)
             for kind in kinds}
 
 # %% ../nbs/45_memory.ipynb #366b9452

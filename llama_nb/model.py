@@ -487,7 +487,8 @@ def _held(name, p, version):
     return f"{part} in {'float16' if p.dtype == torch.float16 else 'bfloat16'}"
 
 # %% ../nbs/14_model.ipynb #e1e1bde7
-_ROPE_NUMBERS = ('rope_theta', 'factor', 'attention_factor', 'beta_fast', 'beta_slow', 'low_freq_factor', 'high_freq_factor')
+_ROPE_NUMBERS = ('rope_theta', 'factor', 'attention_factor', 'beta_fast', 'beta_slow', 'low_freq_factor',
+                 'high_freq_factor')
 
 def settings_fingerprint(
     config, # A transformers config

@@ -91,10 +91,12 @@ def run_facts(
 
 # %% ../nbs/70_resume.ipynb #b5c957fa
 _LATER = ('base settings',) # older runs do not say them
-_OWNERS = {'base settings': 'model.model_name', 'data.rows': 'data.', 'data.conversations': 'data.', 'template': 'data.template', 'tokenizer': 'model.model_name',
+_OWNERS = {'base settings': 'model.model_name', 'data.rows': 'data.', 'data.conversations': 'data.',
+           'template': 'data.template', 'tokenizer': 'model.model_name',
            'base weights': 'model.model_name'} # hash: the settings that lead to it
 _SHAPES = ( # decide which weights there are, and their shapes
-    'lora.r', 'lora.target_modules', 'lora.use_dora', 'lora.modules_to_save', 'lora.layers_to_transform', 'lora.exclude_modules',
+    'lora.r', 'lora.target_modules', 'lora.use_dora', 'lora.modules_to_save', 'lora.layers_to_transform',
+    'lora.exclude_modules',
     'lora.rank_pattern', 'lora.bias', 'lora.trainable_token_indices')
 _KEPT_STATE = ('training.optim', 'training.optim_args', 'training.adam_beta1', 'training.adam_beta2',
                'training.adam_epsilon', 'training.loraplus_lr_ratio') # the state of the optimizer contains them
@@ -126,10 +128,12 @@ def _as_facts(value, depth=4):
     code = getattr(value, '__code__', None)
     if code is None: return [type(value).__name__, _as_facts(getattr(value, '__dict__', {}), depth - 1)]
     bound = [cell.cell_contents for cell in value.__closure__ or ()]
-    return [value.__qualname__, *all_of([c for c in code.co_consts if isinstance(c, (int, float, str))]), *all_of(bound)]
+    return [value.__qualname__, *all_of([c for c in code.co_consts if isinstance(c, (int, float, str))]),
+            *all_of(bound)]
 
 # %% ../nbs/70_resume.ipynb #eb503f04
-_PROGRESS = ('last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', '_is_initial', 'best', 'num_bad_epochs',
+_PROGRESS = ('last_epoch', '_step_count', '_last_lr', '_get_lr_called_within_step', '_is_initial', 'best',
+             'num_bad_epochs',
              'cooldown_counter', 'optimizer', 'base_lrs', 'verbose', '_initial_step', 'mode_worse')
 
 def _described(made, facts):
@@ -145,7 +149,8 @@ def own_facts(
     found = {}
     if optimizer is not None:
         groups = [{k: _as_facts(v) for k,v in g.items() if k not in ('params', 'lr', 'initial_lr')} |
-                  {'lr': float(g.get('initial_lr', g['lr'])), 'number': len(g['params'])} for g in optimizer.param_groups]
+                  {'lr': float(g.get('initial_lr', g['lr'])), 'number': len(g['params'])}
+                  for g in optimizer.param_groups]
         first = {k: v for k,v in groups[0].items() if k != 'number'}
         found['own optimizer'] = _described(optimizer, {'lr': first.pop('lr'), **first, 'groups': groups})
     if scheduler is not None:
@@ -318,7 +323,8 @@ def start_fingerprint(
     parts = []
     for name in sorted(values):
         kept = values[name].detach().cpu().contiguous()
-        parts += [name.replace(f'.{adapter_name}', ''), tuple(kept.shape), kept.dtype, kept.view(torch.uint8).numpy().tobytes()]
+        parts += [name.replace(f'.{adapter_name}', ''), tuple(kept.shape), kept.dtype,
+                  kept.view(torch.uint8).numpy().tobytes()]
     return hash_parts(*parts)
 
 def known_start(
@@ -338,7 +344,8 @@ def forget_adapter(
     try: old = _read_json(run.folder/'run.json') if first_facts(run) else facts
     except CheckpointError: old = {} # damaged: nothing says that the adapter is of these settings
     if old.get('settings') == json.loads(json.dumps(facts['settings'])): return False
-    found = [path for name in ('adapter_model.safetensors', 'adapter_config.json') if (path := run.folder/name).is_file()]
+    found = [path for name in ('adapter_model.safetensors', 'adapter_config.json')
+             if (path := run.folder/name).is_file()]
     for path in found: path.unlink()
     return bool(found)
 

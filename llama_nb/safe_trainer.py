@@ -40,7 +40,8 @@ KEEP_LOGS = 2000 # Longest `trainer.state.log_history`; older lines are removed
 
 def new_window(batches=(), rows=(), num_items=None)->dict:
     "Data of one optimizer step: its micro-batches, their source rows, the number of taught tokens (`num_items`), the losses so far, their sum over all ranks (`None` in one process) and the gradient norm."
-    return {'batches': list(batches), 'rows': list(rows), 'num_items': num_items, 'losses': [], 'step_loss': None, 'grad_norm': None}
+    return {'batches': list(batches), 'rows': list(rows), 'num_items': num_items, 'losses': [], 'step_loss': None,
+            'grad_norm': None}
 
 class EndedBeforeStep(Exception):
     "Raised before a step: the evaluation that a resumed run had to do first has ended it."

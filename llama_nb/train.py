@@ -148,7 +148,8 @@ def _object_settings(given, model_config, lora_config):
         if isinstance(given.model, PeftModel):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
     if own is not None and lora_config is not None and lora_config != own:
-        named = [f'{k} {shorten(repr(getattr(own, k)), 40)}' for k in vars(own) if not k.startswith('_') and getattr(own, k) != getattr(lora_config, k)]
+        named = [f'{k} {shorten(repr(getattr(own, k)), 40)}' for k in vars(own) if not k.startswith('_')
+                 and getattr(own, k) != getattr(lora_config, k)]
         raise ConfigError(f"lora: the adapter has {', '.join(named)}; leave lora_config out, or make it the same")
     return model_config, own if own is not None else lora_config
 
@@ -645,7 +646,8 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         _reset_adapter_(trainer)
         in_step = size*t.gradient_accumulation_steps*t.num_processes
         if len(rows) <= in_step:
-            logger.warning('an epoch is a single step: there are %d training rows, and a step takes %d', len(rows), in_step)
+            logger.warning('an epoch is a single step: there are %d training rows, and a step takes %d', len(rows),
+                           in_step)
         callbacks = _run_callbacks(trainer, run, samples, progress)
         everyone = [*callbacks, *trainer.given.callbacks, *more_callbacks]
         hf = _make_trainer(trainer, run, facts, everyone, size, steps, compiled, optimizers)
@@ -722,7 +724,8 @@ def _log_memory(trainer, run, before):
             planned_growth_bytes=planned.total - loaded, resident_growth_bytes=None if peak is None else peak - before)
 
 # %% ../nbs/75_train.ipynb #e8a307e7
-_OWN_HAS = ('learning_rate', 'weight_decay', 'optim', 'optim_args', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'loraplus_lr_ratio')
+_OWN_HAS = ('learning_rate', 'weight_decay', 'optim', 'optim_args', 'adam_beta1', 'adam_beta2', 'adam_epsilon',
+            'loraplus_lr_ratio')
 _OWN_DECIDES = ('lr_scheduler_type', 'lr_scheduler_kwargs', 'warmup_steps', 'warmup_ratio')
 
 def _check_own_optimizer(trainer, optimizer, scheduler):
@@ -744,7 +747,8 @@ def _check_own_optimizer(trainer, optimizer, scheduler):
 # %% ../nbs/75_train.ipynb #e1dacc52
 def _check_yours(hf):
     "Give transformers' own `EarlyStoppingCallback` and `ReduceLROnPlateau` the metric they ask for."
-    asks = ['callbacks: EarlyStoppingCallback']*any(isinstance(c, EarlyStoppingCallback) for c in hf.callback_handler.callbacks)
+    asks = ['callbacks: EarlyStoppingCallback']*any(isinstance(c, EarlyStoppingCallback)
+                                                    for c in hf.callback_handler.callbacks)
     if isinstance(hf.lr_scheduler, ReduceLROnPlateau): asks.append('optimizers: ReduceLROnPlateau')
     if not asks: return
     if hf.args.eval_strategy == 'no':
@@ -857,8 +861,10 @@ def _check_idle(trainer):
                           'call trainer.stop() or trainer.wait() first')
 
 # %% ../nbs/75_train.ipynb #48213259
-_READ_LATE = ('learning_rate', 'weight_decay', 'max_grad_norm', 'max_steps', 'gradient_accumulation_steps', 'optim', 'lr_scheduler_type',
-              'warmup_steps', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'logging_steps', 'save_steps', 'eval_steps', 'seed')
+_READ_LATE = ('learning_rate', 'weight_decay', 'max_grad_norm', 'max_steps', 'gradient_accumulation_steps', 'optim',
+              'lr_scheduler_type',
+              'warmup_steps', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'logging_steps', 'save_steps', 'eval_steps',
+              'seed')
 
 def _named_arguments(args):
     "`TrainingArguments` that have a setting of the same name, and that the loop reads when it starts."
@@ -886,7 +892,8 @@ def _take_over(trainer, prepared, resume, optimizers, samples, progress):
     if progress is False:
         for guard in [guard for guard in hf.guards if guard.shows_progress]: hf.remove_callback(guard)
     changed = {k: v for k,v in _named_arguments(hf.args).items() if v != prepared.arguments[k]}
-    hf.run_facts['settings'] |= own_facts(hf.optimizer, hf.lr_scheduler) | {f'training.{k}': v for k,v in changed.items()}
+    facts = {f'training.{k}': v for k,v in changed.items()}
+    hf.run_facts['settings'] |= own_facts(hf.optimizer, hf.lr_scheduler) | facts
     if not is_main(): return
     config = replace(trainer.config, training=replace(trainer.config.training, **changed))
     save_config(absolute_paths(config), prepared.run.folder/'config.yaml') # what the run is trained with

@@ -480,7 +480,8 @@ def _call_problems(enc:TemplateEncoder, grammar, conv:Conversation, example:Exam
             text = _decoded_calls(enc, written, example, i, parts[i])
             try: found = (grammar or _LLAMA_GRAMMAR).calls(text)
             except ValueError as e:
-                problems.append((f'messages[{i}].tool_calls', f'does not parse: {shorten(e, 60)}; taught {shorten(repr(text), 40)}'))
+                problems.append((f'messages[{i}].tool_calls',
+                                 f'does not parse: {shorten(e, 60)}; taught {shorten(repr(text), 40)}'))
                 continue
             if found != given: problems.append((f'messages[{i}].tool_calls', f'is taught as {shorten(found, 60)}'))
         elif 'answer' in parts[i]:

@@ -662,7 +662,7 @@ class MixedDatasetLoader(_Mix):
         read = [Conversations((), d.report.source, d.report.format, d.report.bad, d.report.num_rows, d.report.notes)
                 for d in data.values()]
         self.files = self._named_files(data)
-        self._count(counts, sizes)
+        self._count(data, counts, sizes)
         report = data_report(*both, read, self.settings, self.notes, self.files)
         whole = Conversations((), report.source, report.format, report.bad, report.num_rows, report.notes)
         return DataSplits(*(selected(whole, part) for part in both), report)
@@ -681,8 +681,11 @@ class MixedDatasetLoader(_Mix):
                 files.setdefault(part, []).extend(f'{k}: {name}' for name in names)
         return files
 
-    def _count(self, counts, sizes):
-        "Note what the mix leaves out or repeats."
+    def _count(self, data, counts, sizes):
+        "Note what the mix and the `max_samples` of its sets leave out, and what it repeats."
+        for k,d in data.items():
+            if (self.loaders[k].max_samples or math.inf) >= d.report.num_rows: continue
+            self.notes[f'{k}: taken of {d.report.num_rows:,} rows by max_samples'] = len(d.train) + len(d.validation)
         for k,n in counts.items():
             if n < sizes[k]: self.notes[f'{k}: conversations left out by the mix'] = sizes[k] - n
             if n > sizes[k]: self.notes[f'{k}: repetitions'] = n - sizes[k]

@@ -158,7 +158,7 @@ def test_training_on_the_messy_file_names_its_faults_too(walk):
 
 
 def test_hundreds_of_bad_rows_are_listed_up_to_fifty(tmp_path):
-    (tmp_path/'many.jsonl').write_text('\n'.join(['{"messages": 1}']*300 + [json.dumps(chat(i)) for i in range(20)]))
+    (tmp_path/'many.jsonl').write_text('\n'.join([json.dumps({'messages': [{'role': f'wizard {i}', 'content': 'x'}]}) for i in range(300)] + [json.dumps(chat(i)) for i in range(20)]))
     done = shell('llama-nb data many.jsonl --no-check --show 0', tmp_path)
     assert done.returncode == 4 and len(re.findall(r'^  many\.jsonl:\d+', done.stdout, re.M)) == 50
     assert '250 more' in done.stdout and '--json' in done.stdout and '300 of 320 rows' in done.stdout
@@ -169,7 +169,7 @@ def test_only_bad_rows_are_listed_as_well(tmp_path):
     (tmp_path/'mute.jsonl').write_text('\n'.join(json.dumps({'messages': chat(i)['messages'][:2]}) for i in range(3)))
     for extra in ('', ' data.on_bad=skip'):
         done = shell(f'llama-nb data mute.jsonl{extra}', tmp_path)
-        assert done.returncode == 4 and [f'mute.jsonl:{n}' in done.stdout for n in (1, 2, 3)] == [True]*3 and proposal(done).startswith('correct the rows')
+        assert done.returncode == 4 and 'mute.jsonl:1 ' in done.stdout and '(and 2 more rows: 2-3)' in done.stdout and proposal(done).startswith('correct the rows')
 
 
 def test_a_single_good_row_is_reported_and_cannot_be_split(tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
 from .errors import DataError, import_extra, logger, one_line, redact, shorten
-from .conversation import Source
+from .conversation import is_missing, Source
 from .views import progress
 
 # %% ../nbs/30_files.ipynb #9af35ca9
@@ -849,8 +849,7 @@ def _plain_cell(value):
     if isinstance(value, dict): return {k: _plain_cell(v) for k,v in value.items()}
     if hasattr(value, 'tolist'): value = value.tolist()
     if isinstance(value, (list, tuple)): return [_plain_cell(v) for v in value]
-    missing = type(value).__name__ in ('NAType', 'NaTType') or value != value
-    return None if missing else value
+    return None if is_missing(value) else value
 
 def _frame_rows(frame):
     "Rows of a `DataFrame` as dicts, one at a time."

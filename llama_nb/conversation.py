@@ -185,9 +185,9 @@ def detail_parts(
 )->tuple: # Pairs of first character and one past the last; empty if no character is taught
     """The taught stretches of a text.
 
-    What no entry names is not taught, as in axolotl. Raises `DataError` if two entries disagree."""
+    What no entry names is not taught, unless all entries say `false`. Raises `DataError` if two entries disagree."""
     said = [_detail(p, i) for i,p in enumerate(details)]
-    taught = [False]*len(content)
+    taught = [not any(t for *_,t in said)]*len(content)
     for begin,end,teach in said: taught[begin:end] = [teach]*(min(end, len(content)) - min(begin, len(content)))
     for i,(begin,end,teach) in enumerate(said):
         if any(t != teach for t in taught[begin:end]):
@@ -550,9 +550,8 @@ def _train_of(m, names, role, text, details=()):
         raise as_fault(e, names.get(field, 'label')) from None
     if flags.keys() == {'weight'}: return dict(train=None, weight=int(flags['weight'])), []
     parts = detail_parts(detail, text) if said and len(detail) else ()
-    if said and len(detail) and not parts:
-        raise MessageFault('content' if details else names['train_detail'], 'no part is taught, but the message is',
-                           'change one of these flags')
+    if details and said and not parts:
+        raise MessageFault('content', 'no part is taught, but the message is', 'change one of these flags')
     own = {} if parts in ((), ((0, len(text)),)) else dict(train_parts=parts)
     weight = int(flags['weight']) if 'weight' in flags and said == flags['weight'] else None
     cause = 'parts of the content' if details else 'train_detail'

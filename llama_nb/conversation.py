@@ -50,6 +50,7 @@ class Message:
     tool_call_id:str|None=None # Of the call whose result a tool message holds
     # Taught stretches of a taught content: pairs of the first character and one past the last; `None`: all of it
     train_parts:tuple|None=field(default=None, repr=False)
+    is_json:bool|None=None # The content is JSON that a tool returned, and a template gets its value; `None`: a text
 
     def __post_init__(self):
         if self.role not in ROLES:
@@ -64,12 +65,18 @@ class Message:
         if None not in (self.train, self.weight) and self.train != bool(self.weight):
             raise DataError(f"train: {self.train} contradicts weight {self.weight}; give one of them")
         if self.reasoning_content or self.tool_calls or self.name or self.tool_call_id: _check_extras(self)
+        if self.is_json is not None: _check_json(self)
         if self.train_parts is not None: _check_parts(self)
 
     @property
     def taught(self)->bool|None: # `None`: `train_on` decides
         "Whether this message's own `train` or `weight` asks to teach it."
         return self.train if self.train is not None else None if self.weight is None else bool(self.weight)
+
+    @property
+    def value(self): # The text; the object, list or number of a content with `is_json`
+        "The content as a template gets it."
+        return json.loads(self.content) if self.is_json else self.content
 
 # %% ../nbs/20_conversation.ipynb #c89246a0
 def _check_extras(m:Message):
@@ -82,6 +89,15 @@ def _check_extras(m:Message):
         if getattr(m, field) and m.role != 'assistant':
             raise DataError(f'{field}: only an assistant message can have it, this is a {m.role} message')
     if m.tool_calls: object.__setattr__(m, 'tool_calls', as_calls(m.tool_calls))
+
+def _check_json(m:Message):
+    "Raises `DataError` if the content is not the JSON of a tool's result. It is written as a template would write it."
+    if m.is_json is not True: raise DataError(f'is_json: expected true or nothing, got {shorten(repr(m.is_json), 40)}')
+    if m.role != 'tool': raise DataError(f'is_json: only a tool returns data, this is a {m.role} message')
+    try: value = json.loads(m.content)
+    except ValueError as e: raise DataError(f'content: not valid JSON ({shorten(e, 60)}), but is_json is set') from None
+    if isinstance(value, str) or value is None: raise DataError('is_json: the content is a text; give it as it is')
+    object.__setattr__(m, 'content', json.dumps(value, ensure_ascii=False))
 
 def _check_parts(m:Message):
     "Raises `DataError` if the taught stretches of a message are not in order, or the message is not taught."
@@ -291,7 +307,7 @@ class Conversation:
     def is_plain(self)->bool: # No tools, calls or thoughts
         "Whether the conversation consists of roles and contents alone."
         return not self.tools and not any(
-            m.tool_calls or m.reasoning_content or m.name or m.tool_call_id for m in self.messages)
+            m.tool_calls or m.reasoning_content or m.name or m.tool_call_id or m.is_json for m in self.messages)
 
     def to_row(self)->dict: # `messages`, `tools` if there are any, and the fields of `meta`
         "The conversation as a row of a data file; reading the row gives the conversation back."
@@ -302,10 +318,11 @@ class Conversation:
         return {**aside, **beside, 'messages': self.to_dicts()}
 
     def to_dicts(self)->list[dict]: # `[{"role", "content"}, ...]`, with the other fields where given
-        "The messages as plain dictionaries; the arguments of a call are JSON text."
+        "The messages as plain dictionaries; the arguments of a call are JSON text, a tool's data is data."
         def as_dict(m): return {k: v for k in Message.__dataclass_fields__ if (v := getattr(m, k)) is not None}
         dicts = [as_dict(m) for m in self.messages]
         for m in dicts:
+            if m.pop('is_json', False): m['content'] = json.loads(m['content'])
             if 'tool_calls' in m: m['tool_calls'] = [c.to_dict() for c in m['tool_calls']]
             if 'train_parts' in m:
                 m['train_detail'] = [dict(begin_offset=a, end_offset=b - 1, train=True) for a,b in m.pop('train_parts')]
@@ -401,7 +418,10 @@ def _text_of(value, key, role):
     items = value if isinstance(value, (list, tuple)) else ()
     parts = bool(items) and all(isinstance(p, (str, Mapping)) for p in items)
     if role == 'tool' and not (parts and all(isinstance(p, Mapping) and 'type' in p for p in items)):
-        if value is not None: return json.dumps(value, ensure_ascii=False)
+        try: text = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise MessageFault(key, f'no JSON: {shorten(e, 60)}', 'give plain data or a text') from None
+        if value is not None: return text
     elif parts: return _text_of_parts(items, key)
     if value is None: raise MessageFault(key, f'{key} is null', 'give a text, or remove the message')
     raise MessageFault(key, f'{key} is not a text: {type(value).__name__}', 'write it as a string')
@@ -562,7 +582,7 @@ def _is_data(m, names)->bool:
     "Whether the content of a message is an object, a list or a number, and no list of text parts."
     value = next((m[names[k]] for k in _CONTENT_KEYS if k in names), '')
     value = value.tolist() if hasattr(value, 'tolist') else value
-    parts = isinstance(value, (list, tuple)) and all(isinstance(p, Mapping) and 'type' in p for p in value)
+    parts = isinstance(value, (list, tuple)) and value and all(isinstance(p, Mapping) and 'type' in p for p in value)
     return not isinstance(value, str) and not parts
 
 def _written_text(m, names, role, role_key):
@@ -648,7 +668,7 @@ def read_message(
     if 'label' in names and _is_class(m[names['label']]): odd = [*odd, f"message field {names['label']!r} not used"]
     if more and flags == dict(train=None, weight=None): flags['train'] = False
     other = {k: str(m[names[k]]) for k in ('name', 'tool_call_id') if k in names}
-    if role == 'tool' and _is_data(m, names): odd = [*odd, 'tool result that is no text written as its JSON text']
+    if role == 'tool' and _is_data(m, names): other['is_json'] = True
     thoughts = _thoughts(m, names, role)
     message = Message(role, text, reasoning_content=thoughts, tool_calls=calls or None, **flags, **other)
     return message, [*more, *said, *odd, *twins, *_unused(m, {*names.values()})]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_or_settings', 'as_splits', 'check_objects', 'describe_model', 'agreed_settings', 'adopt_model', 'check_model',
-           'check_all_saved', 'lora_settings', 'read_adapter', 'rows_before']
+           'check_all_saved', 'lora_settings', 'read_adapter', 'is_same_lora', 'rows_before']
 
 # %% ../nbs/68_inputs.ipynb #2455bfdd
 import json
@@ -20,7 +20,7 @@ from .config import DataConfig, IN_MEMORY, LoRAConfig, ModelConfig, ROPE_TYPES
 from .conversation import Conversation, Message
 from .data import DatasetLoader, DataSplits, get_loader, selected
 from .errors import CheckpointError, ConfigError, DataError, redact, ResourceError, shorten
-from .lora import adapted_linears, adapter_tensors, add_lora
+from .lora import adapted_linears, adapter_tensors, add_lora, LINEARS
 from .model import adapter_folder, disable_cpu_4bit_trap_, tuned_config
 from .runs import run_of, trained_rows, UNKNOWN_ROWS
 from .sources import check_llama, find_model, model_shape, scale_rope_
@@ -297,6 +297,18 @@ def _base_of(folder):
     base = tuned_config(folder)
     if any((place/'config.yaml').is_file() for place in (folder, folder.parent)): return base
     return replace(base, max_length=min(base.max_length, model_shape(base).max_position_embeddings))
+
+# %% ../nbs/68_inputs.ipynb #f8a79728
+def is_same_lora(
+    asked:LoRAConfig, # Settings that somebody gives
+    own:LoRAConfig, # Those of an adapter, from `lora_settings`
+)->bool: # Whether they describe one adapter: names in any order, and the seven linears of a layer as `all-linear`
+    "Compare the settings of two adapters."
+    def sorted_names(c):
+        found = {f.name: getattr(c, f.name) for f in fields(c)}
+        if found['target_modules'] == 'all-linear': found['target_modules'] = LINEARS
+        return {k: sorted(v) if isinstance(v, (tuple, list)) else v for k,v in found.items()}
+    return sorted_names(asked) == sorted_names(own)
 
 # %% ../nbs/68_inputs.ipynb #df598872
 def rows_before(

@@ -25,7 +25,7 @@ import psutil
 
 from . import errors
 from .config import RunConfig
-from .conversation import Conversation, Message, Source
+from .conversation import as_conversation, Conversation, Source
 from .data import DataSplits
 from .data_report import DataReport
 from .errors import (
@@ -67,7 +67,7 @@ def write_exactly(
 
 def _line(c):
     "One conversation as plain data."
-    return {'messages': c.to_dicts(), 'tools': list(c.tools), 'meta': c.meta, 'row': c.row}
+    return {'messages': c.to_dicts(), 'tools': list(c.tools), 'meta': c.meta, 'row': c.row, 'train_on': c.train_on}
 
 def save_splits(
     splits:DataSplits, # Conversations and their report
@@ -85,7 +85,8 @@ def _conversation(line):
     "One conversation from its line."
     found = json.loads(line)
     row = Source(*found['row']) if isinstance(found['row'], list) else found['row']
-    return Conversation(tuple(Message(**m) for m in found["messages"]), row, found['meta'], tuple(found['tools']))
+    messages = as_conversation(found['messages']).messages
+    return Conversation(messages, row, found['meta'], tuple(found['tools']), found['train_on'])
 
 def read_splits(
     folder, # Of `save_splits`
@@ -96,8 +97,8 @@ def read_splits(
     report = DataReport(**{k: () if k in ('findings', 'lengths', 'words') else v for k,v in report.items()}, bad=bad)
     parts = {}
     for part in ('train', 'validation'):
-        with open(Path(folder)/f'{part}.jsonl', encoding='utf-8') as f: found = [_conversation(line) for line in f]
-        parts[part] = Conversations(found, report.source, report.format, bad, report.num_rows, report.notes)
+        with open(Path(folder)/f'{part}.jsonl', encoding='utf-8') as f:
+            parts[part] = Conversations(map(_conversation, f), report.source, report.format, bad, report.num_rows, report.notes)
     return DataSplits(parts['train'], parts['validation'], report)
 
 # %% ../nbs/57_launch.ipynb #7d4b85de

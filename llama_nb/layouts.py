@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHITE_SPACE', 'placeholders', 'spaced', 'TextReader', 'quoted', 'refuse_template', 'clean_texts', 'plain_messages',
            'TemplateWriter', 'LayoutText', 'LayoutValue', 'call_opening', 'official_text', 'WrittenConversation',
-           'calls_as_text', 'written_by_template', 'written_ids']
+           'calls_as_text', 'data_as_text', 'written_by_template', 'written_ids']
 
 # %% ../nbs/23_layouts.ipynb #63a4391c
 import json
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from .conversation import Conversation, Message, ToolCall
 from .errors import ConfigError, DataError, LlamaNbError, shorten
 from .template import (
-    ChatTemplate, compile_template, is_known_template, open_values, try_template, WatchedDict, WatchedText)
+    ChatTemplate, compile_template, is_known_template, open_values, try_template, WatchedDict, WatchedList, WatchedText)
 from .tokens import content_tokens, TokenizerCopies
 
 # %% ../nbs/23_layouts.ipynb #ca85acc6
@@ -116,6 +116,7 @@ class TemplateWriter:
         self.tokens, self.template, self.thought = tokens, template, _thought_field(template.text)
         self.lock, self.layouts, self.call_opening = threading.RLock(), OrderedDict(), None
         self.end_ids = {} # control ids that end an answer, in the order in which they were met
+        self.not_json = set() # forms whose data the template does not write as JSON
         self.longest = float('inf') # messages in a conversation that may be rendered without another trial
         if not is_known_template(template.text): self.trial(*_TRIED)
         try: self.program = compile_template(template.text, template.date)
@@ -162,11 +163,20 @@ class _Leaf(NamedTuple):
     key:tuple # Which value of the message
 
 # %% ../nbs/23_layouts.ipynb #6dfc5f2b
+def _has_place(m:Message)->bool:
+    "Whether a placeholder can stand for the content: not for a number or an empty object, which belong to the form."
+    return bool(m.content) if not m.is_json else isinstance(m.value, (dict, list)) and len(m.value) > 0
+
+def _content_form(m:Message):
+    "What the layout depends on of a content."
+    if not m.is_json: return bool(m.content)
+    return type(m.value).__name__ if _has_place(m) else m.content
+
 def _form(conv:Conversation)->tuple:
     "What the layout of a conversation depends on: its roles, and which values there are."
     def calls(m): return tuple((bool(c.id), c.arguments != '{}') for c in m.tool_calls or ())
     return (tuple('function' in t for t in conv.tools),
-            *((m.role, bool(m.content), bool(m.reasoning_content), calls(m), bool(m.name), bool(m.tool_call_id))
+            *((m.role, _content_form(m), bool(m.reasoning_content), calls(m), bool(m.name), bool(m.tool_call_id))
               for m in conv.messages))
 
 # %% ../nbs/23_layouts.ipynb #08aedf22
@@ -183,7 +193,8 @@ def _template_input(conv:Conversation, thought:str, put=lambda leaf, value: valu
     "Messages and tools as a template gets them; `put` may replace each value."
     messages = []
     for i,m in enumerate(conv.messages):
-        row = {'role': m.role, 'content': put(_Leaf(i, 'answer', ('content',)), m.content) if m.content else ''}
+        leaf = _Leaf(i, 'answer', ('value' if m.is_json else 'content',))
+        row = {'role': m.role, 'content': put(leaf, m.value) if _has_place(m) else m.value}
         if m.reasoning_content and thought:
             row[thought] = put(_Leaf(i, 'thought', ('reasoning_content',)), m.reasoning_content)
         if m.tool_calls: row['tool_calls'] = [_call_input(i, j, c, put) for j,c in enumerate(m.tool_calls)]
@@ -211,6 +222,7 @@ class _Probe:
         elif leaf.kind == 'tools':
             made = WatchedDict({'name': mark, 'parameters': {'type': mark}}, self.seen)
             if 'function' in value: made = WatchedDict({'type': 'function', 'function': made}, self.seen)
+        elif isinstance(value, list): made = WatchedList([mark], self.seen)
         else: made = WatchedDict({mark: mark}, self.seen)
         self.leaves.append((leaf, mark, made))
         return made
@@ -218,7 +230,7 @@ class _Probe:
     def forms(self, mark:str, made)->list[tuple]:
         "Each form in which the value may stand in the text: its text there, how it is written as JSON, and its path."
         if isinstance(made, str): return [(quoted(mark), dict(ensure_ascii=False), ()), (mark, None, ())]
-        inner = dict.get(made, 'function')
+        inner = dict.get(made, 'function') if isinstance(made, dict) else None
         objects = [(made, ()), *([(inner, ('function',))] if isinstance(inner, WatchedDict) else [])]
         ways = [(x, path, how) for x,path in objects for how in list(x.written)]
         return [(json.dumps(open_values(x, how), **how), how, path) for x,path,how in ways]
@@ -289,7 +301,7 @@ def _values(enc:TemplateWriter, probe:_Probe, spaced:_Probe)->tuple[list[str],li
         pieces.append(probe.text[pos:start])
         second.expect(pieces[-1])
         text, pos = probe.text[start:end], end
-        if isinstance(leaf.key[-1], int) or leaf.key[-1] == 'arguments': left = right = second.optional(text)
+        if isinstance(leaf.key[-1], int) or leaf.key[-1] in ('arguments', 'value'): left = right = second.optional(text)
         elif how is not None: left = right = second.optional(quoted(WHITE_SPACE + mark + WHITE_SPACE))
         else: left, _, right = second.optional(WHITE_SPACE), second.expect(text), second.optional(WHITE_SPACE)
         second.ok = second.ok and (how is None or left)
@@ -423,6 +435,11 @@ def official_text(
         raise DataError(f"template '{enc.template.name}' refuses this conversation: {shorten(e, 90)}") from None
 
 # %% ../nbs/23_layouts.ipynb #47ac0f83
+def _clean_content(m:Message, word:str)->str:
+    "A content of the same form."
+    if not _has_place(m) or not m.is_json: return word if _has_place(m) else m.content
+    return json.dumps([word] if isinstance(m.value, list) else {word: word})
+
 def _clean_words(conv:Conversation)->Conversation:
     "A conversation of the same form, with clean words instead of its values."
     word, = clean_texts(1)
@@ -430,8 +447,8 @@ def _clean_words(conv:Conversation)->Conversation:
     def tool(t): return {'function': tool({})} if 'function' in t else {'name': 'get', 'parameters': {'type': 'object'}}
     def message(m):
         calls = m.tool_calls and tuple(map(call, m.tool_calls))
-        return Message(m.role, word if m.content else '', reasoning_content=word if m.reasoning_content else None,
-                       tool_calls=calls, name=m.name and 'get', tool_call_id=m.tool_call_id and 'c1')
+        return Message(m.role, _clean_content(m, word), reasoning_content=word if m.reasoning_content else None,
+                       tool_calls=calls, name=m.name and 'get', tool_call_id=m.tool_call_id and 'c1', is_json=m.is_json)
     return Conversation(tuple(map(message, conv.messages)), tools=tuple(map(tool, conv.tools)))
 
 # %% ../nbs/23_layouts.ipynb #51c22935
@@ -510,12 +527,31 @@ def _thoughts_apart(conv:Conversation)->Conversation:
         return replace(m, reasoning_content=thought.rpartition('<think>')[2], content=content)
     return replace(conv, messages=tuple(map(apart, conv.messages)))
 
+# %% ../nbs/23_layouts.ipynb #3045823f
+def data_as_text(
+    conv:Conversation, # A conversation in which a tool may have returned data
+)->Conversation: # The same, with texts only
+    "What tools returned as JSON text, for a template that does not write JSON."
+    return replace(conv, messages=tuple(replace(m, is_json=None) for m in conv.messages))
+
+def _for_template(enc:TemplateWriter, conv:Conversation)->Conversation:
+    "The conversation with data as data if the template writes it as JSON, else as text."
+    if not any(m.is_json for m in conv.messages): return conv
+    if (form := _form(conv)) in enc.not_json: return data_as_text(conv)
+    try: enc.layout(conv)
+    except LlamaNbError:
+        enc.layout(data_as_text(conv)) # which may be refused too
+        enc.not_json.add(form)
+        return data_as_text(conv)
+    return conv
+
 # %% ../nbs/23_layouts.ipynb #2a681d2e
 def written_by_template(
     enc:TemplateWriter, # The template on its tokenizer
     conv:Conversation, # A conversation with tools, calls or thoughts, or any other
 )->WrittenConversation:
     "A conversation as its template writes it. Raises `DataError` if that cannot be followed."
+    conv = _for_template(enc, conv)
     layout, said = enc.layout(conv), (frozenset(), frozenset())
     if any(leaf.kind == 'call' for leaf in layout.left_out):
         calls = [(i, m) for i,m in enumerate(conv.messages) if m.tool_calls]

@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from .config import INIT_METHODS, InitMethod, load_config, LoRAConfig, ModelConfig, RunConfig
 from .errors import CheckpointError, ConfigError, did_you_mean, path_problem, redact, ResourceError, shorten
-from .lora import add_lora, check_adapter, load_adapter
+from .lora import add_lora, check_adapter, LINEARS, load_adapter
 from .quantization import bnb_config, compute_dtype, import_bitsandbytes
+from .shapes import matrix_shapes
 from .sources import (
     check_llama, chosen_rope, drop_rowless_pad_, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
 from .views import PALETTE, picture, table, tell, View
@@ -310,21 +311,13 @@ def load_model(
 # %% ../nbs/14_model.ipynb #7ef7dbe6
 _BLUE, _GREEN, _ORANGE, _GREY = (PALETTE[name] for name in ('blue', 'green', 'orange', 'grey'))
 
-def _linears(shape):
-    "Name -> (out, in) of one layer's linears."
-    d, f, width = shape.hidden_size, shape.intermediate_size, shape.head_dim
-    q, kv = shape.num_attention_heads*width, shape.num_key_value_heads*width
-    return {'q_proj': (q, d), 'k_proj': (kv, d), 'v_proj': (kv, d), 'o_proj': (d, q),
-            'gate_proj': (f, d), 'up_proj': (f, d), 'down_proj': (d, f)}
-
 # %% ../nbs/14_model.ipynb #6caaf614
 def _adapted(lora_config):
     "Names of the adapted linears of a layer."
     if lora_config is None: return ()
-    names = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
-    if lora_config.target_modules == 'all-linear': return names
+    if lora_config.target_modules == 'all-linear': return LINEARS
     targets = {t.rpartition('.')[2] for t in lora_config.target_modules}
-    return tuple(name for name in names if name in targets)
+    return tuple(name for name in LINEARS if name in targets)
 
 # %% ../nbs/14_model.ipynb #797903ea
 def _rect(at, w, h, color, alpha=0.3):
@@ -366,7 +359,7 @@ class _ModelCanvas(_Canvas):
     "The parts of one Llama on a canvas."
     def __init__(self, shape, use_4bit, lora_config):
         super().__init__(117, 38)
-        self.shape, self.sizes = shape, _linears(shape)
+        self.shape, self.sizes = shape, matrix_shapes(shape)
         self.adapted, self.r = _adapted(lora_config), lora_config.r if lora_config else 0
         self.color = _BLUE if use_4bit else _GREEN
 
@@ -444,7 +437,7 @@ def _architecture_rows(shape, use_4bit, lora_config):
     "The table's rows: one for each kind of matrix."
     vocabulary, adapted = (shape.vocab_size, shape.hidden_size), _adapted(lora_config)
     rows = []
-    for name, (out, into) in {'embed_tokens': vocabulary, **_linears(shape), 'lm_head': vocabulary}.items():
+    for name, (out, into) in {'embed_tokens': vocabulary, **matrix_shapes(shape), 'lm_head': vocabulary}.items():
         outside = name in ('embed_tokens', 'lm_head')
         rows.append({'part': name, 'times': 1 if outside else shape.num_hidden_layers, 'shape': f'{out:,} × {into:,}',
                      'bits': 4 if use_4bit and not outside else 16,

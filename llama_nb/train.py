@@ -36,7 +36,7 @@ from .fastpath import apply_fast_path_, keep_freed_memory_
 from .guards import InterruptGuard, is_out_of_memory, out_of_memory, SaveGuard
 from .inputs import (
     adopt_model, agreed_settings, as_splits, check_all_saved, check_model, check_objects, data_or_settings,
-    lora_settings, read_adapter, rows_before)
+    is_same_lora, lora_settings, read_adapter, rows_before)
 from .launch import launch_training, LaunchSpec, Machines, stop_launched
 from .layers import recompute_norms_
 from .linears import uncompile_layers_, unpack_copies_, unpack_scales_
@@ -147,7 +147,7 @@ def _object_settings(given, model_config, lora_config):
                               f'tokens; set model.max_length={model_config.max_length}')
         if isinstance(given.model, PeftModel):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
-    if own is not None and lora_config is not None and lora_config != own:
+    if own is not None and lora_config is not None and not is_same_lora(lora_config, own):
         named = [f'{k} {shorten(repr(getattr(own, k)), 40)}' for k in vars(own) if not k.startswith('_')
                  and getattr(own, k) != getattr(lora_config, k)]
         raise ConfigError(f"lora: the adapter has {', '.join(named)}; leave lora_config out, or make it the same")

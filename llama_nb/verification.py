@@ -22,7 +22,7 @@ from .dialogue import (
     label_runs, prepared_conversation)
 from .errors import ConfigError, DataError, did_you_mean, one_line, shorten
 from .layouts import (
-    call_opening, calls_as_text, LayoutText, LayoutValue, official_text, written_by_template, WrittenConversation)
+    call_opening, calls_as_text, data_as_text, LayoutText, LayoutValue, official_text, written_by_template, WrittenConversation)
 from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder
 from .template import ChatTemplate
 from .tokens import TokenizerCopies
@@ -159,7 +159,8 @@ def _check_written(enc:TemplateEncoder, conv:Conversation, example:Example, trai
     "What is wrong with an encoded conversation with tools, calls or thoughts; empty if it is right."
     written, tokens = written_by_template(enc, conv), enc.tokens
     whole, ids, labels = ''.join(written.texts), example.input_ids, example.labels
-    if whole != official_text(enc, calls_as_text(conv) if written.as_text or written.behind else conv):
+    given = conv if any(m.is_json for m in written.conv.messages) else data_as_text(conv)
+    if whole != official_text(enc, calls_as_text(given) if written.as_text or written.behind else given):
         return 'the text is not what the template writes'
     if not _same_text(tokens, tokens.decode(ids), whole): return 'the ids do not decode to the text'
     fixed = [atom for item in written.items if isinstance(item, LayoutText) for atom in item.atoms]
@@ -252,6 +253,8 @@ def _notes(enc:TemplateEncoder, conv:Conversation)->Counter:
     for leaf in left_out: notes[_LEFT_OUT[leaf.kind]] += 1
     if not has_fixed_parts(enc, conv):
         notes['messages whose calls are written as JSON text'] += len(written.as_text | written.behind)
+        data, kept = (sum(bool(m.is_json) for m in c.messages) for c in (conv, written.conv))
+        notes['tool results that are data, written as JSON text'] += data - kept
     encoded, kept = _count_added(enc.tokens, (t for m in conv.messages for t in message_texts(m).values()))
     answers = [m.content.lstrip() for m in conv.messages if m.role == 'assistant']
     notes[_TAKES_IN] += sum(a.startswith(enc.tokens.lstrip) for a in answers)

@@ -31,20 +31,23 @@ def events(folder, kind): return sum(e['kind'] == kind for e in Run(folder).even
 
 def workers(folder):
     "Processes of a launch: agent and ranks name its folder."
-    found = []
-    for p in psutil.process_iter(['cmdline', 'status']):
-        line = p.info['cmdline'] or []
-        if 'llama_nb.worker' in line and any(str(folder) in part for part in line) and p.info['status'] != psutil.STATUS_ZOMBIE: found.append(p)
-    return found
+    def is_of_it(line): return 'llama_nb.worker' in line and any(str(folder) in part for part in line)
+    return [p for p in psutil.process_iter(['cmdline']) if is_of_it(p.info['cmdline'] or []) and is_there(p)]
 
 
-def all_gone(folder, within_s):
-    "Seconds until no process of the launch is left."
+def is_there(process):
+    "Until it is gone or a zombie: a process that is ending has no command line any more, but it is still there."
+    try: return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return False
+
+
+def all_gone(folder, within_s, seen=()):
+    "Seconds until no process of the launch is left, those `seen` before included."
     since = time.monotonic()
     while time.monotonic() - since < within_s:
-        if not workers(folder): return time.monotonic() - since
+        if not workers(folder) and not any(map(is_there, seen)): return time.monotonic() - since
         time.sleep(0.1)
-    raise AssertionError(f'after {within_s} s there are still {[p.cmdline() for p in workers(folder)]}')
+    raise AssertionError(f'after {within_s} s there are still {workers(folder)} {[p for p in seen if is_there(p)]}')
 
 
 IN_MEMORY = '''
@@ -93,10 +96,10 @@ def test_kill_9_of_the_launcher_leaves_nobody(place):
     folder = place/'runs'/'orphans'
     process = start('train', '--config', config(place, 'orphans', max_steps=400))
     assert wait_for(process, lambda: events(folder, 'checkpoint') >= 2, timeout=420), process.communicate()[0]
-    assert len(workers(folder)) == 3
+    assert len(seen := workers(folder)) == 3
     process.kill()
     process.wait()
-    took = all_gone(folder, 10)
+    took = all_gone(folder, 10, seen)
     run = Run(folder)
     assert run.status == 'crashed' and verify_checkpoint(run.latest_valid(), run.id) == []
     record('kill -9 of the launcher', seconds_until_nobody_is_left=round(took, 1))
@@ -127,11 +130,11 @@ def test_a_killed_rank_and_a_killed_agent(place):
         folder = place/'runs'/f'lost-{victim}'
         process = start('train', '--config', config(place, f'lost-{victim}', max_steps=400))
         assert wait_for(process, lambda: events(folder, 'checkpoint') >= 1, timeout=420), process.communicate()[0]
-        found = next(p for p in workers(folder) if victim in p.cmdline())
+        found = next(p for p in (seen := workers(folder)) if victim in p.cmdline())
         found.kill()
         out, _ = process.communicate(timeout=30)
         assert process.returncode == 1 and 'was killed by SIGKILL' in out and 'Traceback' not in out, out
-        all_gone(folder, 10)
+        all_gone(folder, 10, seen)
         assert Run(folder).latest_valid() is not None
 
 

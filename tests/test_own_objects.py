@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -335,6 +336,19 @@ def test_an_adapter_of_ours_is_continued_and_resumed(place):
     assert (go_on(resume=True).folder/'adapter_model.safetensors').read_bytes() == before
 
 
+def test_the_settings_of_the_run_an_adapter_comes_from_fit_it(place, tmp_path):
+    "`all-linear` in them means the layers that its adapter names one by one; a rank it does not have is refused."
+    first = trainer(place, max_steps=1).train(progress=False)
+    settings = load_config(first.folder/'config.yaml')
+    assert settings.lora.target_modules == 'all-linear'
+    def go_on(**lora):
+        training = replace(settings.training, output_dir=str(tmp_path/'runs'), run_name='second')
+        again = replace(settings, training=training, lora=replace(settings.lora, **lora))
+        return LLAMATrainer.from_config(again, adapter=first, data=chats(), device='cpu')
+    assert go_on().train(progress=False).status == 'finished'
+    with pytest.raises(ConfigError, match='the adapter has r 4'): go_on(r=8)
+
+
 class Killed(BaseException): pass
 
 
@@ -552,6 +566,7 @@ def test_wandb_keeps_one_run_over_a_resume(place, caplog):
 LOCALE = '''
 import os, sys
 sys.path.insert(0, 'tests')
+from dataclasses import replace
 from pathlib import Path
 from test_own_objects import *
 place = Path(sys.argv[1])

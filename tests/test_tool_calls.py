@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from llama_nb.conversation import IGNORE_INDEX, as_conversation
+from llama_nb.data import load_data, save_data
 from llama_nb.dialogue import encode, encode_prompt
+from llama_nb.launch import read_splits, save_splits
 from llama_nb.verification import added_tokens, verify_masks, verify_tools
 from llama_nb.tokens import tokenizer_copies
 from llama_nb.template import PINNED_DATE, TEMPLATES, ChatTemplate, toy_tokenizer
@@ -256,6 +258,36 @@ def test_argument_texts_objects_and_nulls_of_a_table_are_the_same():
         assert encode(texts, tok).input_ids == encode(nulls, tok).input_ids == ids
         again = as_conversation(texts)
         assert encode(dict(messages=again.to_dicts(), tools=again.tools), tok).input_ids == ids
+
+
+RESULTS = [{'wind': 3}, {'where': {'caf\u00e9': [1, None]}, 'function': 'x'}, {'': ''}, {}, [1, {'a': 'b'}], ['a', 'b'], [[]], [], 5, 2.25, 1e300, 0, True, False]
+
+
+@pytest.mark.parametrize('name', ['toy', 'llama3'])
+def test_a_result_that_is_data_stays_data(name, tmp_path):
+    "An object, a list or a number has the template's ids, and so it has after the table, a saved file, a launch and a text beside it."
+    tok, rows = tokenizer(name), []
+    for k, result in enumerate(RESULTS):
+        call = dict(role='assistant', content='', tool_calls=[dict(type='function', function=dict(name='tide', arguments=dict(hour=k)))])
+        row = dict(messages=[dict(role='user', content='Is it high?'), call, dict(role='tool', content=result), dict(role='assistant', content=f'At {k}.')])
+        if k % 2: row['tools'] = [dict(name='tide', parameters=dict(type='object', properties=dict(hour=SCHEMAS['whole'])))]
+        e = encode(row, tok)
+        assert e.input_ids == official(tok, row) != encode(json_texts(row), tok).input_ids, result
+        assert verify_masks([row], tok, train_on='last').exact == 1 and encode(row, tok, train_on='all').input_ids == e.input_ids
+        rows.append(row)
+    read = load_data(rows, val_size=0)
+    save_data(read, tmp_path/'saved')
+    (tmp_path/'launched').mkdir()
+    save_splits(read, tmp_path/'launched')
+    for found in (read.train, load_data(tmp_path/'saved', val_size=0).train, read_splits(tmp_path/'launched').train):
+        assert [encode(c, tok).input_ids for c in found] == [official(tok, r) for r in rows]
+    notes = verify_masks(rows, tokenizer('toy'), 'chatml').notes
+    assert notes['tool results that are data, written as JSON text'] == len(RESULTS)  # it adds texts, and refuses anything else
+
+
+def json_texts(row):
+    "The same results as texts, which the official templates write between quotes."
+    return {**row, 'messages': [{**m, 'content': json.dumps(m['content'], ensure_ascii=False)} if m['role'] == 'tool' else m for m in row['messages']]}
 
 
 THOUGHTS = """{%- set ns = namespace(last=-1) %}

@@ -20,7 +20,7 @@ from .config import DataConfig, IN_MEMORY, LoRAConfig, ModelConfig, ROPE_TYPES
 from .conversation import Conversation, Message
 from .data import DatasetLoader, DataSplits, get_loader, selected
 from .errors import CheckpointError, ConfigError, DataError, redact, ResourceError, shorten
-from .lora import adapted_linears, adapter_tensors, add_lora, LINEARS
+from .lora import adapted_linears, adapter_tensors, add_lora, LINEAR_PATHS, LINEARS
 from .model import adapter_folder, disable_cpu_4bit_trap_, tuned_config
 from .runs import run_of, trained_rows, UNKNOWN_ROWS
 from .sources import check_llama, find_model, model_shape, scale_rope_
@@ -299,16 +299,23 @@ def _base_of(folder):
     return replace(base, max_length=min(base.max_length, model_shape(base).max_position_embeddings))
 
 # %% ../nbs/68_inputs.ipynb #f8a79728
+def _has_all_linears(names, num_layers:int)->bool:
+    "Whether names, or paths such as `model.layers.0.mlp.up_proj`, are the seven linears of every layer."
+    paths = {f'.layers.{i}.{part}' for i in range(num_layers) for part in LINEAR_PATHS}
+    return sorted(names) == sorted(LINEARS) or {name[name.find('.layers.'):] for name in names} == paths
+
 def is_same_lora(
     asked:LoRAConfig, # Settings that somebody gives
     own:LoRAConfig, # Those of an adapter, from `lora_settings`
-)->bool: # Whether they describe one adapter: names in any order, and the seven linears of a layer as `all-linear`
+    num_layers:int, # Of its base
+)->bool: # Whether they describe one adapter: names in any order, and the linears of all layers as `all-linear`
     "Compare the settings of two adapters."
-    def sorted_names(c):
+    def in_order(c):
         found = {f.name: getattr(c, f.name) for f in fields(c)}
-        if found['target_modules'] == 'all-linear': found['target_modules'] = LINEARS
+        if found['target_modules'] != 'all-linear' and _has_all_linears(found['target_modules'], num_layers):
+            found['target_modules'] = 'all-linear'
         return {k: sorted(v) if isinstance(v, (tuple, list)) else v for k,v in found.items()}
-    return sorted_names(asked) == sorted_names(own)
+    return in_order(asked) == in_order(own)
 
 # %% ../nbs/68_inputs.ipynb #df598872
 def rows_before(

@@ -127,6 +127,9 @@ class Given(NamedTuple):
     compute_metrics:object = None # For evaluations
 
 # %% ../nbs/75_train.ipynb #bc2156db
+def _num_layers(given, model_config):
+    return (model_shape(model_config) if given.model is None else given.model.config).num_hidden_layers
+
 def _object_settings(given, model_config, lora_config):
     "Settings of model and adapter that describe the objects given."
     if given.adapter is not None and isinstance(given.model, PeftModel):
@@ -147,7 +150,7 @@ def _object_settings(given, model_config, lora_config):
                               f'tokens; set model.max_length={model_config.max_length}')
         if isinstance(given.model, PeftModel):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
-    if own is not None and lora_config is not None and not is_same_lora(lora_config, own):
+    if own is not None and lora_config is not None and not is_same_lora(lora_config, own, _num_layers(given, model_config)):
         named = [f'{k} {shorten(repr(getattr(own, k)), 40)}' for k in vars(own) if not k.startswith('_')
                  and getattr(own, k) != getattr(lora_config, k)]
         raise ConfigError(f"lora: the adapter has {', '.join(named)}; leave lora_config out, or make it the same")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from .conversation import Conversation, Message, ToolCall
 from .errors import ConfigError, DataError, LlamaNbError, shorten
 from .template import (
-    ChatTemplate, compile_template, is_known_template, open_values, try_template, WatchedDict, WatchedList, WatchedText)
+    ChatTemplate, compile_template, hidden_by, is_known_template, open_values, try_template, WatchedDict, WatchedList, WatchedText)
 from .tokens import content_tokens, TokenizerCopies
 
 # %% ../nbs/23_layouts.ipynb #ca85acc6
@@ -119,7 +119,7 @@ class TemplateWriter:
         self.not_json = set() # forms whose data the template does not write as JSON
         self.longest = float('inf') # messages in a conversation that may be rendered without another trial
         if not is_known_template(template.text): self.trial(*_TRIED)
-        try: self.program = compile_template(template.text, template.date)
+        try: self.program, self.hidden = compile_template(template.text, template.date), hidden_by(template.text)
         except LlamaNbError: raise
         except Exception as e: refuse_template(template.name, f'is not valid Jinja ({shorten(e, 90)})')
 
@@ -269,7 +269,7 @@ class _Layout(NamedTuple):
     "How a template writes the conversations of one form."
     items:list # `LayoutText`s and `LayoutValue`s in order
     left_out:tuple # `_Leaf`s that the template does not write
-    looks:str # What it looks into, so that every conversation is compared with the template's own rendering
+    looks:str # What it looks into, or may look into unseen, so that every conversation is compared with the template's own rendering
 
 # %% ../nbs/23_layouts.ipynb #b6f3db26
 def _places(enc:TemplateWriter, probe:_Probe)->tuple[list,tuple]:
@@ -368,6 +368,15 @@ def _after(value:LayoutValue)->str:
     return 'answer' if value.kind in ('tools', 'other') else value.kind
 
 # %% ../nbs/23_layouts.ipynb #da81a487
+def _refuse_opening(name:str, header:str, text:str, message:int):
+    "Raise `DataError` for an answer that does not begin as the template asks for it."
+    there = next((header[:k] for k in range(len(header), 0, -1) if header[:k] in text), '')
+    if 'assistant' in there:
+        raise DataError(f"template '{name}' asks for an answer with {shorten(repr(header[len(there):]), 40)}, and does not "
+                        f'write that before messages[{message}]; choose another one')
+    raise DataError(f"template '{name}' writes messages[{message}] of the assistant as another role's; "
+                    'change the order of the messages')
+
 class _LayoutMaker:
     "Collects the items of a layout."
     def __init__(self, enc:TemplateWriter, roles:tuple): self.enc, self.roles, self.items = enc, roles, []
@@ -380,9 +389,7 @@ class _LayoutMaker:
         "The text before a message's first value: the end of the prompt, then what an answer begins with."
         header = self.enc.header
         if self.roles[message] != 'assistant' or kind == 'tools': return self.add(text, message, 'open')
-        if header and header not in text:
-            raise DataError(f"template '{self.enc.template.name}' writes messages[{message}] of the assistant as "
-                            "another role's; change the order of the messages")
+        if header not in text: _refuse_opening(self.enc.template.name, header, text, message)
         cut = text.rindex(header) + len(header) if header else len(text)
         self.add(text[:cut], message, 'open', edge=True)
         self.inner(text[cut:], message, kind)
@@ -472,9 +479,9 @@ def _made_layout(enc:TemplateWriter, conv:Conversation)->_Layout:
         made.items.append(last)
     rest = pieces[-1] if last is None else made.close(pieces[-1], last.message, _after(last))
     made.add(rest, len(conv) - 1, 'open')
-    layout = _Layout(made.items, missing, ', '.join(sorted(probe.seen - {'empty?'})))
-    clean = _clean_words(conv)
-    if not layout.looks and ''.join(_filled(clean, layout.items)) != official_text(enc, clean):
+    seen, clean = probe.seen - {'empty?'}, _clean_words(conv)
+    layout = _Layout(made.items, missing, ', '.join(sorted(seen | enc.hidden)))
+    if not seen and ''.join(_filled(clean, layout.items)) != official_text(enc, clean):
         refuse_template(enc.template.name, 'changes or leaves out the text of a message, a tool or a call')
     return layout
 

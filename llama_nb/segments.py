@@ -114,7 +114,7 @@ def _watched(enc:TemplateWriter, roles:tuple, contents:list[str])->tuple[str,set
 # %% ../nbs/24_segments.ipynb #c4a089d7
 def _parts(enc:TemplateWriter, roles:tuple)->tuple[list|None,bool]:
     "Fixed parts with their ids and slots between them, `None` if it looks into a text; and whether it asks for empty ones."
-    marks, looks = placeholders(len(roles), enc.template.text), set()
+    marks, looks = placeholders(len(roles), enc.template.text), {*enc.hidden}
     renderings = []
     for contents in (marks, spaced(marks)):
         text, seen = _watched(enc, roles, contents)

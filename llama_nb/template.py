@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PINNED_DATE', 'TEMPLATES', 'ChatTemplate', 'WatchedText', 'WatchedDict', 'WatchedList', 'open_values',
-           'compile_template', 'is_known_template', 'try_template', 'toy_tokenizer']
+           'compile_template', 'is_known_template', 'hidden_by', 'try_template', 'toy_tokenizer']
 
 # %% ../nbs/21_template.ipynb #149d4395
 import hashlib
@@ -268,6 +268,24 @@ def is_known_template(
     "Whether a template needs no trial: it is ours, or an official one."
     ours = any(t.text == text for t in TEMPLATES.values())
     return ours or hashlib.sha256(text.encode(errors='replace')).hexdigest() in _KNOWN
+
+# %% ../nbs/21_template.ipynb #8cff01fc
+_MAKES_TEXT = ('join', 'format', 'replace') # filters that make a new text
+
+def hidden_by(
+    text:str, # A Jinja template
+)->frozenset: # Kinds of parts, such as `'a macro'`; none for a template that is known
+    "Parts of a template behind which a text is no longer watched. Raises jinja's `TemplateSyntaxError`."
+    from jinja2 import nodes
+    if is_known_template(text): return frozenset()
+    tree = _sandbox().parse(text)
+    kinds = {'a macro': nodes.Macro, 'a block that is called': nodes.CallBlock, 'a set block': nodes.AssignBlock,
+             'a filter block': nodes.FilterBlock, '~': nodes.Concat}
+    found = {name for name,kind in kinds.items() if next(tree.find_all(kind), None)}
+    found |= {f'a filter ({f.name})' for f in tree.find_all(nodes.Filter) if f.name in _MAKES_TEXT}
+    inner = (node for kind in (nodes.Getitem, nodes.Getattr, nodes.Compare) for node in tree.find_all(kind))
+    looked = (f for node in inner for f in node.find_all(nodes.Filter) if f.name == 'tojson')
+    return frozenset(found | {'a filter (tojson)' for _ in looked})
 
 # %% ../nbs/21_template.ipynb #72deffaf
 _TRIAL_CPU_S, _TRIAL_WALL_S, _TRIAL_BYTES = 1, 5, 320*2**20 # Limits of the trial process

@@ -161,12 +161,13 @@ def check_space(
     folder, # Where something is about to be written
     need_bytes:int, # How much room it takes
     what:str='this checkpoint', # Its name, for the message
+    remedy:str='earlier checkpoints are untouched; make room, then resume', # What to do, for the message
 ):
     "Raise `ResourceError` with needed and free bytes if the disk has less room than needed."
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
-        raise ResourceError(f'disk full: {what} needs {need_bytes/1e6:,.0f} MB in {folder}, '
-                            f'{free/1e6:,.0f} MB are free; earlier checkpoints are untouched; make room, then resume')
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < need_bytes: # a file system that is none, such as /proc, reports 0
+        raise ResourceError(f'disk full: {what} in {redact(folder)}: {need_bytes/1e6:,.0f} MB needed, '
+                            f'{disk.free/1e6:,.0f} MB free; {remedy}')
 
 # %% ../nbs/50_checkpoints.ipynb #d9089180
 def disk_full(

@@ -22,8 +22,9 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .checkpoints import check_space
 from .config import IN_MEMORY, RunConfig, TrainingConfig
-from .errors import ConfigError, logger, one_line, redact, ResourceError, shorten
+from .errors import ConfigError, logger, one_line, ResourceError, shorten
 from .launch import Machines
 from .loop import optimizer_kind, schedule_kwargs, warm_from_start_, warmup_steps
 from .lora import trainable_parameters
@@ -143,10 +144,7 @@ def check_disk(
     need = one*(training.save_total_limit + 2) # the best one, and one more while a save is under way
     asked = Path(training.output_dir).expanduser().absolute()
     folder = next(p for p in (asked, *asked.parents) if p.is_dir()) # it may be a link to another disk
-    disk = shutil.disk_usage(folder)
-    if disk.total and disk.free < need: # a file system that is none, such as /proc, reports 0
-        raise ResourceError(f'disk full: the checkpoints of this run needs {need/1e6:,.0f} MB in {redact(folder)}, '
-                            f'{disk.free/1e6:,.0f} MB are free; make room, or name another disk in training.output_dir')
+    check_space(folder, need, 'the checkpoints of this run', 'make room, or name another disk in training.output_dir')
 
 # %% ../nbs/73_checks.ipynb #c96ca6cf
 def check_validation(

@@ -1,4 +1,4 @@
-"""The main job on real data: 300 conversations, the demo model, the command line alone. Needs LLAMA_NB_TEST_DATA; about five minutes each on two cores."""
+"""The main job on real data: the demo model, the command line alone. Needs LLAMA_NB_TEST_DATA; with 300 conversations about five minutes each on two cores."""
 import json
 import os
 import subprocess
@@ -22,19 +22,20 @@ def llama_nb(*args):
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize('n', [100, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', SETS)
-def test_three_hundred_conversations_teach_and_the_reply_ends(name, tmp_path):
+def test_conversations_teach_and_the_reply_ends(name, n, tmp_path):
     file, question = SETS[name]
     (tmp_path/'run.yaml').write_text(f'''
 model: {{model_name: demo, max_length: 768}}
 lora: {{r: 16, lora_alpha: 32}}
-data: {{dataset_name: {name}, data_path: {Path(DATA)/'data'/file}, max_samples: 330, val_size: 0.0909}}
+data: {{dataset_name: {name}, data_path: {Path(DATA)/'data'/file}, max_samples: {n + 30}, val_size: {30/(n + 30)}}}
 training: {{output_dir: {tmp_path/'runs'}, run_name: {name}, learning_rate: 1e-3, num_train_epochs: 1, per_device_train_batch_size: 1, eval_steps: 1000, save_steps: 1000}}
 evaluation: {{metrics: [perplexity], num_samples: 30}}
 ''')
     told = llama_nb('train', '--config', tmp_path/'run.yaml', '--evaluate')
     sizes = json.loads((Path(told['run'])/'data.json').read_text())
-    assert sizes['train']['conversations'] == 300 and sizes['validation']['conversations'] == 30
+    assert sizes['train']['conversations'] == n and sizes['validation']['conversations'] == 30
     for base in ('base_4bit', 'base_16bit'):
         change = told['evaluation']['differences'][f'tuned - {base}']['perplexity']
         print(f"{name}: tuned - {base}: {change['value']:+.2f} perplexity [{change['low']:+.2f}, {change['high']:+.2f}], {change['relative']:+.0%}")

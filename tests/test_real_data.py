@@ -22,8 +22,7 @@ def llama_nb(*args):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize('n', [100, pytest.param(300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', SETS)
+@pytest.mark.parametrize('name, n', [('dailydialog', 100), *(pytest.param(name, 300, marks=pytest.mark.slow) for name in SETS)])
 def test_conversations_teach_and_the_reply_ends(name, n, tmp_path):
     file, question = SETS[name]
     (tmp_path/'run.yaml').write_text(f'''

@@ -116,7 +116,7 @@ class TemplateWriter:
         self.tokens, self.template, self.thought = tokens, template, _thought_field(template.text)
         self.lock, self.layouts, self.call_opening = threading.RLock(), OrderedDict(), None
         self.end_ids = {} # control ids that end an answer, in the order in which they were met
-        self.not_json = set() # forms whose data the template does not write as JSON
+        self.data_forms = {} # form of a conversation with data -> how the template gets the data
         self.longest = float('inf') # messages in a conversation that may be rendered without another trial
         if not is_known_template(template.text): self.trial(*_TRIED)
         try: self.program, self.hidden = compile_template(template.text, template.date), hidden_by(template.text)
@@ -145,13 +145,13 @@ class TemplateWriter:
         asked, plain = (self.render(question, ask) for ask in (True, False))
         return asked[len(plain):] if asked.startswith(plain) else ''
 
-    def layout(self, conv:Conversation)->'_Layout':
-        "The layout of a conversation of this form, made once."
-        form = _form(conv)
+    def layout(self, conv:Conversation, fixed:bool=False)->'_Layout':
+        "The layout of a conversation of this form, made once; with `fixed` its data belong to the form."
+        form = _form(conv, fixed)
         with self.lock:
             if form not in self.layouts:
                 if len(conv) > self.longest: self.trial(conv.roles, conv.roles*2)
-                self.layouts[form] = _made_layout(self, conv)
+                self.layouts[form] = _made_layout(self, conv, fixed)
                 if len(self.layouts) > 4096: self.layouts.popitem(last=False)
             return self.layouts[form]
 
@@ -163,20 +163,20 @@ class _Leaf(NamedTuple):
     key:tuple # Which value of the message
 
 # %% ../nbs/23_layouts.ipynb #6dfc5f2b
-def _has_place(m:Message)->bool:
+def _has_place(m:Message, fixed:bool=False)->bool:
     "Whether a placeholder can stand for the content: not for a number or an empty object, which belong to the form."
-    return bool(m.content) if not m.is_json else isinstance(m.value, (dict, list)) and len(m.value) > 0
+    return bool(m.content) if not m.is_json else not fixed and isinstance(m.value, (dict, list)) and len(m.value) > 0
 
-def _content_form(m:Message):
+def _content_form(m:Message, fixed:bool):
     "What the layout depends on of a content."
     if not m.is_json: return bool(m.content)
-    return type(m.value).__name__ if _has_place(m) else m.content
+    return type(m.value).__name__ if _has_place(m, fixed) else m.content
 
-def _form(conv:Conversation)->tuple:
-    "What the layout of a conversation depends on: its roles, and which values there are."
+def _form(conv:Conversation, fixed:bool=False)->tuple:
+    "What the layout of a conversation depends on: its roles, and which values there are; with `fixed` also its data."
     def calls(m): return tuple((bool(c.id), c.arguments != '{}') for c in m.tool_calls or ())
     return (tuple('function' in t for t in conv.tools),
-            *((m.role, _content_form(m), bool(m.reasoning_content), calls(m), bool(m.name), bool(m.tool_call_id))
+            *((m.role, _content_form(m, fixed), bool(m.reasoning_content), calls(m), bool(m.name), bool(m.tool_call_id))
               for m in conv.messages))
 
 # %% ../nbs/23_layouts.ipynb #08aedf22
@@ -206,8 +206,8 @@ def _template_input(conv:Conversation, thought:str, put=lambda leaf, value: valu
 # %% ../nbs/23_layouts.ipynb #3d47a9a1
 class _Probe:
     "A rendering with a placeholder for each value; `seen`: what the template looks into."
-    def __init__(self, enc:TemplateWriter, conv:Conversation, spaced:bool=False):
-        self.conv, self.seen, self.leaves, self.spaced = conv, set(), [], spaced
+    def __init__(self, enc:TemplateWriter, conv:Conversation, spaced:bool=False, fixed:bool=False):
+        self.conv, self.seen, self.leaves, self.spaced, self.fixed = conv, set(), [], spaced, fixed
         n = 2*len(conv.tools) + sum(5 + 3*len(m.tool_calls or ()) for m in conv.messages)
         self.marks = iter(placeholders(n, enc.template.text))
         messages, tools = _template_input(conv, enc.thought, self.put)
@@ -215,6 +215,7 @@ class _Probe:
 
     def put(self, leaf:_Leaf, value):
         "A watched placeholder of the same kind."
+        if self.fixed and leaf.key == ('value',): return value
         mark = next(self.marks)
         if isinstance(value, str):
             made = WatchedText(spaced([mark])[0] if self.spaced else mark)
@@ -442,27 +443,28 @@ def official_text(
         raise DataError(f"template '{enc.template.name}' refuses this conversation: {shorten(e, 90)}") from None
 
 # %% ../nbs/23_layouts.ipynb #47ac0f83
-def _clean_content(m:Message, word:str)->str:
+def _clean_content(m:Message, word:str, fixed:bool)->str:
     "A content of the same form."
-    if not _has_place(m) or not m.is_json: return word if _has_place(m) else m.content
+    if not _has_place(m, fixed): return m.content
+    if not m.is_json: return word
     return json.dumps([word] if isinstance(m.value, list) else {word: word})
 
-def _clean_words(conv:Conversation)->Conversation:
+def _clean_words(conv:Conversation, fixed:bool=False)->Conversation:
     "A conversation of the same form, with clean words instead of its values."
     word, = clean_texts(1)
     def call(c): return ToolCall('get', '{"place": "Oslo"}' if c.arguments != '{}' else '{}', c.id and 'c1')
     def tool(t): return {'function': tool({})} if 'function' in t else {'name': 'get', 'parameters': {'type': 'object'}}
     def message(m):
         calls = m.tool_calls and tuple(map(call, m.tool_calls))
-        return Message(m.role, _clean_content(m, word), reasoning_content=word if m.reasoning_content else None,
+        return Message(m.role, _clean_content(m, word, fixed), reasoning_content=word if m.reasoning_content else None,
                        tool_calls=calls, name=m.name and 'get', tool_call_id=m.tool_call_id and 'c1', is_json=m.is_json)
     return Conversation(tuple(map(message, conv.messages)), tools=tuple(map(tool, conv.tools)))
 
 # %% ../nbs/23_layouts.ipynb #51c22935
-def _made_layout(enc:TemplateWriter, conv:Conversation)->_Layout:
+def _made_layout(enc:TemplateWriter, conv:Conversation, fixed:bool)->_Layout:
     "The layout for conversations of this form. Raises `DataError` if the template refuses them."
     from jinja2 import TemplateError
-    try: probe, spaced = _Probe(enc, conv), _Probe(enc, conv, spaced=True)
+    try: probe, spaced = _Probe(enc, conv, fixed=fixed), _Probe(enc, conv, spaced=True, fixed=fixed)
     except TemplateError as e:
         raise DataError(f"template '{enc.template.name}' refuses the roles {shorten(', '.join(conv.roles), 60)}: "
                         f'{shorten(e, 90)}') from None
@@ -479,7 +481,7 @@ def _made_layout(enc:TemplateWriter, conv:Conversation)->_Layout:
         made.items.append(last)
     rest = pieces[-1] if last is None else made.close(pieces[-1], last.message, _after(last))
     made.add(rest, len(conv) - 1, 'open')
-    seen, clean = probe.seen - {'empty?'}, _clean_words(conv)
+    seen, clean = probe.seen - {'empty?'}, _clean_words(conv, fixed)
     layout = _Layout(made.items, missing, ', '.join(sorted(seen | enc.hidden)))
     if not seen and ''.join(_filled(clean, layout.items)) != official_text(enc, clean):
         refuse_template(enc.template.name, 'changes or leaves out the text of a message, a tool or a call')
@@ -538,19 +540,29 @@ def _thoughts_apart(conv:Conversation)->Conversation:
 def data_as_text(
     conv:Conversation, # A conversation in which a tool may have returned data
 )->Conversation: # The same, with texts only
-    "What tools returned as JSON text, for a template that does not write JSON."
+    "What tools returned as JSON text, for a template that does not write data."
     return replace(conv, messages=tuple(replace(m, is_json=None) for m in conv.messages))
 
-def _for_template(enc:TemplateWriter, conv:Conversation)->Conversation:
-    "The conversation with data as data if the template writes it as JSON, else as text."
-    if not any(m.is_json for m in conv.messages): return conv
-    if (form := _form(conv)) in enc.not_json: return data_as_text(conv)
-    try: enc.layout(conv)
-    except LlamaNbError:
-        enc.layout(data_as_text(conv)) # which may be refused too
-        enc.not_json.add(form)
-        return data_as_text(conv)
-    return conv
+def _words(value)->list[str]:
+    "Names and values in an object or a list, or the value itself."
+    if isinstance(value, dict): value = [*value.keys(), *value.values()]
+    return [w for x in value for w in _words(x)] if isinstance(value, list) else [str(value)]
+
+def _takes_data(enc:TemplateWriter, conv:Conversation, fixed:bool)->bool:
+    "Whether the template writes data as JSON; with `fixed` in any form, as long as none of it is missing."
+    try: enc.layout(conv, fixed)
+    except LlamaNbError: return False
+    text, data = official_text(enc, conv), [m for m in conv.messages if m.is_json and not _has_place(m, fixed)]
+    def is_whole(m): return m.content in text or str(m.value) in text or all(w in text for w in _words(m.value))
+    return all(map(is_whole, data))
+
+def _for_template(enc:TemplateWriter, conv:Conversation)->tuple[Conversation,bool]:
+    "The conversation as the template can write its data, and whether these belong to the form of its layout."
+    if not any(m.is_json for m in conv.messages): return conv, False
+    if (form := _form(conv)) not in enc.data_forms:
+        enc.data_forms[form] = next((fixed for fixed in (False, True) if _takes_data(enc, conv, fixed)), None)
+    fixed = enc.data_forms[form]
+    return (data_as_text(conv), False) if fixed is None else (conv, fixed)
 
 # %% ../nbs/23_layouts.ipynb #2a681d2e
 def written_by_template(
@@ -558,13 +570,13 @@ def written_by_template(
     conv:Conversation, # A conversation with tools, calls or thoughts, or any other
 )->WrittenConversation:
     "A conversation as its template writes it. Raises `DataError` if that cannot be followed."
-    conv = _for_template(enc, conv)
-    layout, said = enc.layout(conv), (frozenset(), frozenset())
+    conv, fixed = _for_template(enc, conv)
+    layout, said = enc.layout(conv, fixed), (frozenset(), frozenset())
     if any(leaf.kind == 'call' for leaf in layout.left_out):
         calls = [(i, m) for i,m in enumerate(conv.messages) if m.tool_calls]
         said = frozenset(i for i,m in calls if not m.content), frozenset(i for i,m in calls if m.content)
         conv = calls_as_text(conv)
-        layout = enc.layout(conv)
+        layout = enc.layout(conv, fixed)
     unwritten = tuple(_Leaf(i, 'thought', ('reasoning_content',)) for i,m in enumerate(conv.messages)
                       if m.reasoning_content and not enc.thought)
     texts, blank = _filled(conv, layout.items), any(not m.content.strip() for m in conv.messages)
@@ -574,7 +586,7 @@ def written_by_template(
     if ''.join(texts) == official:
         return WrittenConversation(conv, layout.items, texts, unwritten + layout.left_out, *said)
     for other in (conv, _thoughts_apart(conv)):
-        layout = enc.layout(other)
+        layout = enc.layout(other, fixed)
         whole = _filled(other, layout.items)
         texts = _aligned(layout.items, whole, official)
         if texts is None: continue

@@ -116,7 +116,7 @@ class TemplateWriter:
         self.tokens, self.template, self.thought = tokens, template, _thought_field(template.text)
         self.lock, self.layouts, self.call_opening = threading.RLock(), OrderedDict(), None
         self.end_ids = {} # control ids that end an answer, in the order in which they were met
-        self.data_forms = {} # form of a conversation with data -> how the template gets the data
+        self.value_forms = {} # form of a conversation with tools or data -> whether its layout is for these alone
         self.longest = float('inf') # messages in a conversation that may be rendered without another trial
         if not is_known_template(template.text): self.trial(*_TRIED)
         try: self.program, self.hidden = compile_template(template.text, template.date), hidden_by(template.text)
@@ -146,7 +146,7 @@ class TemplateWriter:
         return asked[len(plain):] if asked.startswith(plain) else ''
 
     def layout(self, conv:Conversation, fixed:bool=False)->'_Layout':
-        "The layout of a conversation of this form, made once; with `fixed` its data belong to the form."
+        "The layout of a conversation of this form, made once; with `fixed` its tools and data belong to the form."
         form = _form(conv, fixed)
         with self.lock:
             if form not in self.layouts:
@@ -173,9 +173,9 @@ def _content_form(m:Message, fixed:bool):
     return type(m.value).__name__ if _has_place(m, fixed) else m.content
 
 def _form(conv:Conversation, fixed:bool=False)->tuple:
-    "What the layout of a conversation depends on: its roles, and which values there are; with `fixed` also its data."
+    "What a layout depends on: the roles, and which values there are; with `fixed` also the tools and data themselves."
     def calls(m): return tuple((bool(c.id), c.arguments != '{}') for c in m.tool_calls or ())
-    return (tuple('function' in t for t in conv.tools),
+    return (tuple(json.dumps(t) if fixed else 'function' in t for t in conv.tools),
             *((m.role, _content_form(m, fixed), bool(m.reasoning_content), calls(m), bool(m.name), bool(m.tool_call_id))
               for m in conv.messages))
 
@@ -215,7 +215,7 @@ class _Probe:
 
     def put(self, leaf:_Leaf, value):
         "A watched placeholder of the same kind."
-        if self.fixed and leaf.key == ('value',): return value
+        if self.fixed and (leaf.kind == 'tools' or leaf.key == ('value',)): return value
         mark = next(self.marks)
         if isinstance(value, str):
             made = WatchedText(spaced([mark])[0] if self.spaced else mark)
@@ -458,7 +458,7 @@ def _clean_words(conv:Conversation, fixed:bool=False)->Conversation:
         calls = m.tool_calls and tuple(map(call, m.tool_calls))
         return Message(m.role, _clean_content(m, word, fixed), reasoning_content=word if m.reasoning_content else None,
                        tool_calls=calls, name=m.name and 'get', tool_call_id=m.tool_call_id and 'c1', is_json=m.is_json)
-    return Conversation(tuple(map(message, conv.messages)), tools=tuple(map(tool, conv.tools)))
+    return Conversation(tuple(map(message, conv.messages)), tools=conv.tools if fixed else tuple(map(tool, conv.tools)))
 
 # %% ../nbs/23_layouts.ipynb #51c22935
 def _made_layout(enc:TemplateWriter, conv:Conversation, fixed:bool)->_Layout:
@@ -548,21 +548,29 @@ def _words(value)->list[str]:
     if isinstance(value, dict): value = [*value.keys(), *value.values()]
     return [w for x in value for w in _words(x)] if isinstance(value, list) else [str(value)]
 
-def _takes_data(enc:TemplateWriter, conv:Conversation, fixed:bool)->bool:
-    "Whether the template writes data as JSON; with `fixed` in any form, as long as none of it is missing."
+def _takes_values(enc:TemplateWriter, conv:Conversation, fixed:bool)->bool:
+    "Whether the template writes tools and data as JSON; with `fixed` in any form, as long as none of it is missing."
     try: enc.layout(conv, fixed)
     except LlamaNbError: return False
     text, data = official_text(enc, conv), [m for m in conv.messages if m.is_json and not _has_place(m, fixed)]
     def is_whole(m): return m.content in text or str(m.value) in text or all(w in text for w in _words(m.value))
-    return all(map(is_whole, data))
+    return all(map(is_whole, data)) and (not fixed or all(t.get('function', t)['name'] in text for t in conv.tools))
+
+def _control_in(enc:TemplateWriter, text:str)->str:
+    "The first control token in a text that must stay a text; empty if there is none."
+    return next((token for token in enc.tokens.control.values() if token in text), '')
 
 def _for_template(enc:TemplateWriter, conv:Conversation)->tuple[Conversation,bool]:
-    "The conversation as the template can write its data, and whether these belong to the form of its layout."
-    if not any(m.is_json for m in conv.messages): return conv, False
-    if (form := _form(conv)) not in enc.data_forms:
-        enc.data_forms[form] = next((fixed for fixed in (False, True) if _takes_data(enc, conv, fixed)), None)
-    fixed = enc.data_forms[form]
-    return (data_as_text(conv), False) if fixed is None else (conv, fixed)
+    "The conversation as the template can write its data, and whether its layout is for these tools and data alone."
+    data = [m.content for m in conv.messages if m.is_json]
+    if not conv.tools and not data: return conv, False
+    if (form := _form(conv)) not in enc.value_forms:
+        enc.value_forms[form] = next((fixed for fixed in (False, True) if _takes_values(enc, conv, fixed)), None)
+    fixed = enc.value_forms[form]
+    if fixed and (token := _control_in(enc, json.dumps(conv.tools, ensure_ascii=False))):
+        raise DataError(f"tools: contain {token}, which template '{enc.template.name}' would write as a control token; remove it")
+    as_text = fixed is None or fixed and any(_control_in(enc, text) for text in data)
+    return (data_as_text(conv), False) if as_text else (conv, fixed)
 
 # %% ../nbs/23_layouts.ipynb #2a681d2e
 def written_by_template(

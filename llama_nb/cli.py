@@ -193,6 +193,8 @@ def _resolve(config=None, preset=None, overrides=None, needed='')->RunConfig:
     """Preset, file and overrides as one config.
 
     Raises `ConfigError`; with `needed` (a verb, such as 'train') also if neither a file nor a preset is named."""
+    if words := [w for w in overrides or [] if '=' not in w and (Path(w).is_file() or w in PRESETS)]:
+        raise ConfigError(f'{words[0]}: write --{"preset" if words[0] in PRESETS else "config"} {words[0]}')
     if needed and config is None and preset is None:
         raise ConfigError(f'nothing to {needed}: name a file (--config FILE) or a preset (--preset NAME); '
                           f'known presets: {", ".join(PRESETS)}')

@@ -50,7 +50,8 @@ class Message:
     tool_call_id:str|None=None # Of the call whose result a tool message holds
     # Taught stretches of a taught content: pairs of the first character and one past the last; `None`: all of it
     train_parts:tuple|None=field(default=None, repr=False)
-    is_json:bool|None=None # The content is JSON that a tool returned, and a template gets its value; `None`: a text
+    # The content is JSON that a tool returned, and a template gets its value; `None`: a text
+    is_json:bool|None=field(default=None, repr=False)
 
     def __post_init__(self):
         if self.role not in ROLES:

@@ -411,11 +411,11 @@ def _changes(own, asked):
 # %% ../nbs/65_evaluation.ipynb #5eb2687a
 def _to_measure(config:RunConfig, data, num_samples:int|None)->tuple[RunConfig,Sequence,Sequence]:
     "The settings with the number of samples, and the conversations: what was held out, or a whole file; and the training part."
-    found = config.data
-    if data is not None: # where this file is and how it is split: nothing of the training's data holds for it
+    found, is_file = config.data, isinstance(data, (str, os.PathLike))
+    if is_file: # where this file is and how it is split: nothing of the training's data holds for it
         own = dict.fromkeys(('data_path', 'mix_weights', 'max_samples', 'datasets', 'subset', 'revision', 'split'))
         found = replace(found, dataset_name=str(data), val_size=0., **own)
-    splits = load_data(found)
+    splits = load_data(found) if data is None or is_file else load_data(data, val_size=0.)
     chosen = splits.validation if data is None else splits.train
     if data is not None: num_samples = num_samples or len(chosen)
     if num_samples: config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
@@ -467,7 +467,7 @@ def evaluate_saved(
     name:str|None=None, # Folder below `eval/`; `None`: `validation`, and e.g. `validation-16bit` for another precision, `conversations` for yours
     by:str|Callable|None=None, # As in `evaluate_held_out`
     data_text:bool=True, # As in `evaluate_held_out`
-    data=None, # A file, folder or Hub id of your own to measure on, whole; it needs a `name`
+    data=None, # Your own to measure on, whole: a file, folder or Hub id, or rows in memory; it needs a `name`
     num_samples:int|None=None, # Conversations to measure; `None`: all of `data`, else as in the settings
     allow_trained:bool=False, # Measure on `data` although the run was trained on some of it; the scores say so
 )->EvaluationReport: # As `evaluate_held_out`
@@ -491,7 +491,8 @@ def evaluate_saved(
             if trained is None: tell(f'{redact(run.folder)} keeps no list of the rows it was trained on: not checked')
             elif UNKNOWN_ROWS in trained:
                 tell(f'{redact(run.folder)} went on from an adapter without a list of its rows: those are not checked')
-            _refuse_trained(conversations, trained or set(), data or config.data.dataset_name)
+            source = conversations.source if data is not None else config.data.dataset_name
+            _refuse_trained(conversations, trained or set(), source)
     if not len(conversations):
         raise DataError(f'{redact(run.folder)}: no conversations were held out in training; measure others, '
                         'with data and name (--data FILE --name NAME)')

@@ -176,11 +176,14 @@ def _unused_gpu():
 def pick_device(
     device:str|torch.device|None=None, # The one asked for; `None`: CUDA if available, else the CPU
 )->torch.device: # Where a model will be
-    "The device of a model. Names a GPU of another kind that the default leaves unused. Raises `ConfigError` for no device."
+    "The device of a model. Names a GPU of another kind that the default leaves unused. Raises `ConfigError` for no device, `ResourceError` for CUDA that is not there."
     if device is not None:
-        try: return torch.device(device)
+        try: found = torch.device(device)
         except (RuntimeError, TypeError):
             raise ConfigError(f"device: found {shorten(repr(device), 40)}; give 'cpu', 'cuda', or None for the default") from None
+        if found.type == 'cuda' and not torch.cuda.is_available():
+            raise ResourceError(f"device '{device}': there is no CUDA device here; use device='cpu'")
+        return found
     if torch.cuda.is_available(): return torch.device('cuda')
     if unused := _unused_gpu(): tell(f'training on the CPU: this machine has a GPU by {unused}, which llama_nb does not use')
     return torch.device('cpu')
@@ -292,8 +295,6 @@ def load_model(
     Raises `ResourceError` if model or device is missing or too small, `ConfigError` if it is no Llama or the LoRA
     settings do not fit it, `CheckpointError` if its files lack weights."""
     device = pick_device(device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ResourceError(f"device '{device}': there is no CUDA device here; use device='cpu'")
     if device.type not in ('cpu', 'cuda'):
         has_kernels = ', though bitsandbytes has kernels for it' if device.type in ('mps', 'xpu') else ''
         raise ResourceError(f"device '{device}': llama_nb runs on CUDA and on the CPU, where gradients and resuming are proved{has_kernels}; "

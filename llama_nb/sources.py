@@ -380,6 +380,8 @@ def find_model(
         if (path/holds).is_file(): return str(path.absolute()) # the working folder may change
         hint = '; it holds an adapter, which load_tuned loads' if (path/'adapter_config.json').is_file() else ''
         raise ResourceError(f'model {redact(path)}: the folder holds no {holds}{hint}')
+    if path.suffix in ('.yaml', '.yml') and path.is_file():
+        raise ResourceError(f'model {shorten(redact(name))}: this is a config file (--config); name a model')
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
         raise ResourceError(f"model {shorten(redact(name))}: no such folder, and not a Hub id (owner/name)"
                             f"{did_you_mean(name, KNOWN_MODELS)}; use a folder, a .gguf file, 'demo', or a Hub id")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'TRAIN_ON', 'TRAIN_PARTS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS',
            'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'is_missing',
-           'detail_parts', 'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation', 'as_tools',
-           'MessageFault', 'as_fault', 'plain_key', 'carries_meaning', 'may_be_mask', 'read_message', 'says_origin',
-           'unused_note', 'as_conversation', 'conversation_hash', 'Span', 'Example']
+           'plain_value', 'detail_parts', 'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation',
+           'as_tools', 'MessageFault', 'as_fault', 'plain_key', 'carries_meaning', 'may_be_mask', 'read_message',
+           'says_origin', 'unused_note', 'as_conversation', 'conversation_hash', 'Span', 'Example']
 
 # %% ../nbs/20_conversation.ipynb #5e14a069
 import difflib
@@ -95,7 +95,7 @@ def _check_json(m:Message):
     "Raises `DataError` if the content is not the JSON of a tool's result. It is written as a template would write it."
     if m.is_json is not True: raise DataError(f'is_json: expected true or nothing, got {shorten(repr(m.is_json), 40)}')
     if m.role != 'tool': raise DataError(f'is_json: only a tool returns data, this is a {m.role} message')
-    try: value = json.loads(m.content)
+    try: value = json.loads(m.content, parse_constant=_no_number)
     except ValueError as e: raise DataError(f'content: not valid JSON ({shorten(e, 60)}), but is_json is set') from None
     if isinstance(value, str) or value is None: raise DataError('is_json: the content is a text; give it as it is')
     object.__setattr__(m, 'content', json.dumps(value, ensure_ascii=False))
@@ -131,18 +131,22 @@ def unique_keys(
         found[key] = value
     return found
 
+def _no_number(word:str): raise ValueError(f'{word} is not JSON')
+
 def _json_value(text:str, where:str):
     "The value of a JSON text. Raises `DataError`."
-    def constant(word): raise ValueError(f'{word} is not JSON')
-    try: return json.loads(text, parse_constant=constant, object_pairs_hook=unique_keys)
+    try: return json.loads(text, parse_constant=_no_number, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e:
         raise DataError(f'{where}: not valid JSON ({shorten(e, 60)}); found {shorten(repr(text), 40)}') from None
 
 # %% ../nbs/20_conversation.ipynb #00a3f5d9
+_ATOMS = (str, int, bool, float, type(None))
+
 def _without_nulls(x):
     "A value without the empty fields that a table adds to each of its objects."
     if isinstance(x, Mapping): return {k: _without_nulls(v) for k,v in x.items() if v is not None}
-    return [_without_nulls(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if isinstance(x, (list, tuple)): return [_without_nulls(v) for v in x]
+    return x if type(x) in _ATOMS else plain_value(x)
 
 # %% ../nbs/20_conversation.ipynb #1219d8f3
 def _json_text(x, where:str)->str:
@@ -179,6 +183,19 @@ def is_missing(
     if value is None or isinstance(value, float): return value is None or value != value
     kind = type(value).__name__
     return kind in ('NAType', 'NaTType') or kind == 'Decimal' and value.is_nan()
+
+# %% ../nbs/20_conversation.ipynb #465522dd
+def plain_value(
+    value, # Any value of a row or a message
+): # The same in Python's own types; other objects stay as they are
+    "Arrays as lists and numpy's numbers as Python's, also inside lists and dictionaries."
+    if type(value) in _ATOMS: return value
+    if isinstance(value, Mapping): return {k: plain_value(v) for k,v in value.items()}
+    if type(value) in (list, tuple): return [plain_value(v) for v in value]
+    if not hasattr(value, 'tolist'): return None if is_missing(value) else value
+    items = value.tolist()
+    if not isinstance(items, list): return plain_value(items)
+    return [None if isinstance(v, float) and v != v else plain_value(v) for v in items]
 
 # %% ../nbs/20_conversation.ipynb #c34b3532
 TRAIN_FLAGS = ('train', 'weight', 'masked', 'loss', 'training', 'loss_weight', 'loss_mask', 'trainable',
@@ -419,7 +436,7 @@ def _text_of(value, key, role):
     items = value if isinstance(value, (list, tuple)) else ()
     parts = bool(items) and all(isinstance(p, (str, Mapping)) for p in items)
     if role == 'tool' and not (parts and all(isinstance(p, Mapping) and 'type' in p for p in items)):
-        try: text = json.dumps(value, ensure_ascii=False)
+        try: text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as e:
             raise MessageFault(key, f'no JSON: {shorten(e, 60)}', 'give plain data or a text') from None
         if value is not None: return text
@@ -595,6 +612,21 @@ def _written_text(m, names, role, role_key):
     key = _key_of(m, names, (first, *_CONTENT_KEYS), 'content')
     return _text_of(m[key], key, role)
 
+# %% ../nbs/20_conversation.ipynb #cfc6a1fa
+def _null_for_nan(value):
+    "A value with null for each NaN inside."
+    if isinstance(value, dict): return {k: _null_for_nan(v) for k,v in value.items()}
+    if isinstance(value, list): return [_null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+def _checked_data(m, names, role):
+    "A message whose tool's data is JSON, and notes: JSON has no NaN, and text parts are joined."
+    key = next((names[k] for k in _CONTENT_KEYS if k in names), None)
+    if role != 'tool' or key is None or isinstance(m[key], str): return m, []
+    if not _is_data(m, names): return m, ["text parts of a tool's result joined"]
+    clean = _null_for_nan(m[key])
+    return (m, []) if repr(clean) == repr(m[key]) else (m | {key: clean}, ["NaN in a tool's data read as null"])
+
 # %% ../nbs/20_conversation.ipynb #81b83125
 def _call_role(m, names, roles):
     "The role that says that the content is a call, whichever key it stands in; empty if none does."
@@ -641,8 +673,6 @@ def _plain_message(m):
     return Message(role, text) if role and isinstance(text, str) else None
 
 # %% ../nbs/20_conversation.ipynb #6e220494
-_USUAL = (str, list, dict, bool, int, type(None)) # types that are seldom asked whether they are a null
-
 def read_message(
     m, # A dictionary: `role` and `content`, or `from` and `value`, and any of `MESSAGE_KEYS`
     roles:dict|None=None, # More roles: as written, in lower case -> one of `ROLES`
@@ -653,13 +683,13 @@ def read_message(
         found = 'null' if m is None else type(m).__name__
         raise MessageFault('', f'not an object: {found}', 'expected an object with role and content')
     if not (roles or keys) and (plain := _plain_message(m)): return plain, []
-    if any(type(v) not in _USUAL and is_missing(v) for v in m.values()):
-        m = {k: None if is_missing(v) else v for k,v in m.items()}
+    m = {k: None if type(v) is float and v != v else v for k,v in plain_value(m).items()}
     names = _names(m, keys)
     role_key = _key_of(m, names, ROLE_KEYS, 'role')
     written, role = _role(m[role_key], role_key, roles)
     written = _call_role(m, names, roles) or written
     twins = _check_twins(m, names, role, role_key, roles)
+    m, odd_data = _checked_data(m, names, role)
     text = _written_text(m, names, role, role_key)
     calls, text, more = _calls(m, names, written, text)
     if calls and role != 'assistant':
@@ -672,7 +702,7 @@ def read_message(
     if role == 'tool' and _is_data(m, names): other['is_json'] = True
     thoughts = _thoughts(m, names, role)
     message = Message(role, text, reasoning_content=thoughts, tool_calls=calls or None, **flags, **other)
-    return message, [*more, *said, *odd, *twins, *_unused(m, {*names.values()})]
+    return message, [*more, *said, *odd, *odd_data, *twins, *_unused(m, {*names.values()})]
 
 # %% ../nbs/20_conversation.ipynb #2c098b1d
 @lru_cache(maxsize=1000)
@@ -707,7 +737,8 @@ def unused_note(
     "A note about a field of a row that is not used."
     ours = plain_key(key)
     mask = ours in (*TRAIN_FLAGS, 'label', 'kto_tag') or may_be_mask(ours)
-    lost = value is not None and (mask or carries_meaning(value) and not says_origin(ours))
+    is_empty = value is None or isinstance(value, str) and not value.strip() # as an empty cell
+    lost = not is_empty and (mask or carries_meaning(value) and not says_origin(ours))
     return f'field {shorten(key, 30)!r} not used' if lost else ''
 
 # %% ../nbs/20_conversation.ipynb #0a7c0456
@@ -724,11 +755,12 @@ def _is_acted_on(key, value)->bool:
 
 def _is_read(ours:str, v)->bool:
     "Whether the reader of data files gives this field a meaning, under this plain key and with this value."
-    if ours in ('system', 'tools', 'label', 'train_on'): return True
+    if ours in ('system', 'tools', 'train_on'): return True
+    if ours in ('label', 'kto_tag'): return is_rejected(v)
     if ours not in _READ_BY_FORMATS or isinstance(v, str) and not v: return False
     if ours in ('context', 'history', 'functions'): return carries_meaning(v) or not isinstance(v, (str, list, Mapping))
     if ours in ('system_prompt', 'system_message', 'masked'): return True
-    return not (v == 1 and v is not True) # a flag of 1 says what is the case anyway
+    return isinstance(v, (str, list)) or v != 1 # a flag that is true says what is the case anyway
 
 # %% ../nbs/20_conversation.ipynb #57c84e6e
 def _check_beside(row:Mapping, field:str):
@@ -773,6 +805,8 @@ def as_conversation(
         where = f'{x.row} ' if x.row else ''
         if not x.messages: raise DataError(f"{where}messages: empty; a conversation needs at least one message")
         return x
+    if isinstance(x, Mapping) and any(v is not None and is_missing(v) for v in x.values()): # a row of a DataFrame
+        x = {k: None if is_missing(v) else v for k,v in x.items()}
     row, meta, tools, field = None, {}, (), None
     if isinstance(x, Mapping): field = next((k for k in MESSAGE_LISTS if x.get(k) is not None), None)
     train_on, system = (x.get('train_on'), x.get('system')) if field else (None, None)
@@ -799,12 +833,17 @@ def _notes_beside(rest:Mapping, field:str, messages:tuple)->list[str]:
     return list(filter(None, notes))
 
 # %% ../nbs/20_conversation.ipynb #46a9cc19
+def _said(m)->tuple:
+    "Role and text of a message, and its calls if it has any."
+    calls = [[c.name, json.loads(c.arguments)] for c in m.tool_calls or ()]
+    return (m.role, m.content.strip(), calls) if calls else (m.role, m.content.strip())
+
 def conversation_hash(
     conversation, # As for `as_conversation`
 )->str: # 16 hexadecimal digits
-    "Recognise a conversation by its roles and texts; system messages and space around a text do not count."
-    said = [(m.role, m.content.strip()) for m in as_conversation(conversation).messages if m.role != 'system']
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    "Recognise a conversation by its roles, texts and calls; system messages, thoughts and space around a text do not count."
+    said = [_said(m) for m in as_conversation(conversation).messages if m.role != 'system']
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/20_conversation.ipynb #1ddf3d60
 class Span(NamedTuple):

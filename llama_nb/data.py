@@ -26,13 +26,13 @@ from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from .config import DataConfig, DATASETS, IN_MEMORY
-from .conversation import Conversation, is_missing, Source
+from .conversation import Conversation, is_missing, ROLE_KEYS, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
-from .errors import ConfigError, DataError, did_you_mean, path_problem, redact, shorten
+from .errors import ConfigError, DataError, did_you_mean, one_line, path_problem, redact, shorten
 from .files import (
-    BadRow, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into,
-    MAX_ROW_BYTES, part_of, read_beside, save_bad_rows, sheet_names, source_problem, source_rows)
-from .formats import check_columns, check_rows, Conversations, role_map
+    BadRow, can_read, data_border, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into,
+    MAX_ROW_BYTES, part_of, read_beside, ROW_LISTS, save_bad_rows, sheet_names, source_problem, source_rows)
+from .formats import check_columns, check_rows, Conversations, FIELDS, role_map
 from .network import offline_if_unreachable
 from .store import changed, joined, select
 from .views import progress, tell
@@ -116,7 +116,7 @@ class DatasetLoader:
         max_samples:int|None=None, # Use at most this many conversations
         seed:int=42, # Seed of sample, split and mix
         split:str|None=None, # Which split to train on; `None`: the train part
-        subset:str|None=None, # Which configuration of a data set on the Hub, or which folder in a folder
+        subset:str|None=None, # Which configuration of a data set, or which folder in a folder
         revision:str|None=None, # Branch, tag or commit of a data set on the Hub or in its cache
         columns:dict|None=None, # Our name of a field -> its name in the file
         roles:dict|None=None, # A role as the file writes it -> one of `ROLES`
@@ -227,7 +227,13 @@ def _file_parts(path, folder, by_name):
         yield part_of(sheet) or (own if k == 0 else 'other'), (path, sheet), f'{name}[{sheet}]'
     if sheets: return
     if not lists: yield own, path, name
-    for section in lists: yield part_of(section) or own, (path, section), f'{name}[{section}]'
+    for section in lists: yield _list_part(section, lists) or own, (path, section), f'{name}[{section}]'
+
+def _list_part(name, names):
+    "The part that a list of a document means; of several for training, the one called `train`, or none."
+    part = part_of(name)
+    several = part == 'train' and name != 'train' and sum(part_of(n) == 'train' for n in names) > 1
+    return 'other' if several else part
 
 # %% ../nbs/33_data.ipynb #133ea74b
 _SAMPLE_OR_PATH = "data_path='sample' for the shipped sample, data_path=<file or folder>"
@@ -267,8 +273,10 @@ def _train_and_validation(names, split, source):
         found = [name for name in names if part_of(name) == part]
         return part if part in names else found[0] if len(found) == 1 else None
     if split is None:
-        unnamed = names[0] if len(names) == 1 and part_of(names[0]) is None else None
-        return only('train') or unnamed, only('validation')
+        unnamed = [name for name in names if part_of(name) is None]
+        unnamed = [name for name in unnamed if str(name).lower() in ROW_LISTS] or unnamed
+        has_train = any(part_of(name) == 'train' for name in names)
+        return only('train') or (unnamed[0] if len(unnamed) == 1 and not has_train else None), only('validation')
     if split not in names:
         found = f'found {shorten(", ".join(names), 100)}{did_you_mean(split, names)}'
         raise DataError(f'{source}: no split {split!r} ({found})')
@@ -298,10 +306,51 @@ def _inner_folders(folder):
     below = [p for place in (folder/'data', folder) if place.is_dir() for p in sorted(place.iterdir())]
     return {p.name: p for p in below if p.is_dir() and not p.name.startswith(('.', '__'))}
 
+# %% ../nbs/33_data.ipynb #804c176c
+_CARDS = ('README.md', '.huggingface.yaml')
+
+def _subsets(folder):
+    "The subsets that a data repository declares, with their settings, and the default (`None`: one must be chosen)."
+    texts = [p.read_text('utf-8', 'replace') if (p := folder/name).is_file() else '' for name in _CARDS]
+    if not any(re.search('^configs *:', text, re.M) for text in texts): return {}, None
+    import yaml
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+    try:
+        said = DatasetCard(texts[0], ignore_metadata_errors=True).data.to_dict() | (yaml.safe_load(texts[1]) or {})
+        found = MetadataConfigs.from_dataset_card_data(said)
+        return found, found.get_default_config_name()
+    except Exception as e: # of yaml, huggingface_hub and datasets; each means that the declaration is broken
+        raise DataError(f'{shorten(folder.name, 40)}: the configs in README.md cannot be read: {shorten(one_line(e), 60)} '
+                        '(correct them, or give the data files)') from None
+
+def _declared(folder, settings):
+    "The files of each split of a declared subset."
+    from datasets.data_files import resolve_pattern, sanitize_patterns
+    splits = {}
+    for split,patterns in sanitize_patterns(settings['data_files']).items():
+        for pattern in patterns:
+            try: found = sorted(resolve_pattern(pattern, str(folder))) if '://' not in pattern else []
+            except (OSError, ValueError): found = []
+            inside = [p for p in map(Path, found) if p.resolve().is_relative_to(data_border(folder))]
+            splits.setdefault(split, []).extend(inside)
+            if inside or re.search(r'[*?\[]', pattern): continue
+            problem = f'no file {shorten(repr(pattern), 60)}, which README.md declares as {split}'
+            raise DataError(f'{shorten(folder.name, 40)}: {problem} (restore it, or give the data files)')
+    return splits
+
+# %% ../nbs/33_data.ipynb #cd82d06f
+def _saved_splits(folder):
+    "The files of each split of a folder that `DatasetDict.save_to_disk` wrote; empty for another folder."
+    try: names = json.loads((folder/'dataset_dict.json').read_text('utf-8'))['splits']
+    except (OSError, ValueError, KeyError, TypeError): return {}
+    return {name: data_files(folder/name) for name in names if (folder/name).is_dir()}
+
 # %% ../nbs/33_data.ipynb #ea494e7c
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
     hub_id = sample = None
+    declared, by_name = None, () # split -> files of the declared subset; splits whose files may be held out by their names
 
     @property
     def source(self): return f'{self.name} ({self.hub_id})' if self.data_path is None else super().source
@@ -330,29 +379,63 @@ class _PlaceLoader(DatasetLoader):
         if revision is not None:
             path = _snapshot(path, revision)
             if path is None: self._refuse(revision=_NO_REVISION)
+        declared, default = _subsets(data_folder(path)) if path.is_dir() else ({}, None)
+        if declared and (subset is None or subset in declared): return self._subset(path, declared, subset or default)
         if subset is None: return path
-        folders = _inner_folders(data_folder(path)) if path.is_dir() else {}
+        folders = declared | (_inner_folders(data_folder(path)) if path.is_dir() else {})
         if subset in folders: return folders[subset]
         found = f'found the folders {shorten(", ".join(folders), 80)}{did_you_mean(subset, folders)}'
         self._refuse(subset=found if folders else 'a subset here is a folder; the data has none')
 
-    def _splits(self, splits):
-        "The places of a dict of splits, with the chosen one as train."
-        names = [*splits]
+    def _subset(self, path, declared, name):
+        "The folder of a declared subset. Its splits, if it has files of its own, are kept for `_files`."
+        if name is None:
+            found = f'README.md declares several subsets: {shorten(", ".join(declared), 100)}'
+            raise DataError(f'{self.name}: {found} (choose one with subset=<name>)')
+        files = declared[name].get('data_files')
+        if files: self.declared = _declared(data_folder(path), declared[name])
+        if isinstance(files, str) or files and isinstance(files[0], str): self.by_name = ('train',)
+        inner = data_folder(path)/(declared[name].get('data_dir') or '')
+        is_inside = inner.is_dir() and inner.resolve().is_relative_to(data_border(data_folder(path)))
+        return inner if is_inside and not self.declared else path
+
+    def _parts_of(self, names):
+        "Part -> split, with the chosen split as train."
         chosen = dict(zip(('train', 'validation'), _train_and_validation(names, self.split, self.name)))
         parts = {part: name for part,name in chosen.items() if name is not None}
         others = [name for name in names if name not in parts.values()]
-        parts |= {f'other {name}' if name in parts else name: name for name in others}
+        return parts | {f'other {name}' if name in parts else name: name for name in others}
+
+    def _splits(self, splits):
+        "The places of a dict of splits, with the chosen one as train."
+        parts = self._parts_of([*splits])
         self.files = {part: [str(name)] for part,name in parts.items()}
         return _each({part: splits[name] for part,name in parts.items()})
 
+    def _by_split(self, splits, folder):
+        "Parts, rows and names of the files of each split; a list in a file may be held out by its own name."
+        found, base = [], os.path.abspath(folder)
+        for part,split in self._parts_of([*splits]).items():
+            for p in splits[split]:
+                place = folder/os.path.relpath(p, base) if p.is_absolute() else p
+                items = [*_file_parts(place, folder, split in self.by_name)] if can_read(place) else []
+                found += [(part if own == 'train' else own, rows, name) for own,rows,name in items]
+        return found
+
     def _files(self, path):
-        "The places of a file or a folder, by the names of its files and lists."
+        "The places of a file or a folder, by the splits it declares or by the names of its files and lists."
         folder, parts = data_folder(path), {}
-        found = [item for p in data_files(path) for item in _file_parts(p, folder, path.is_dir())]
-        for part,rows,name in self._chosen(found): parts.setdefault(part, []).append((rows, name))
+        splits = self.declared or (_saved_splits(folder) if path.is_dir() else {})
+        if splits: found = chosen = self._by_split(splits, folder)
+        else:
+            found = [item for p in data_files(path) for item in _file_parts(p, folder, path.is_dir())]
+            chosen = self._chosen(found)
+        for part,rows,name in chosen: parts.setdefault(part, []).append((rows, name))
         self.files = {part: [name for _,name in items] for part,items in parts.items()}
-        aside = look_into(folder)[1] if path.is_dir() else {}
+        inside, aside = look_into(folder) if path.is_dir() else ([], {})
+        read = {row[0] if isinstance(row, tuple) else row for _,row,_ in found}
+        if splits: aside |= {p: 'not in the chosen subset' for p in inside if p not in read}
+        aside = {p: kind for p,kind in aside.items() if not any(p in q.parents for q in read)}
         for p,kind in aside.items(): self.notes[f'not read: {file_name(p, folder)} ({kind})'] = 1
         for p in {row[0] for _,row,_ in found if isinstance(row, tuple)}:
             for key in json_sections(p)[1]: self.notes[f'not read: {key} of {p.name}'] = 1
@@ -512,10 +595,22 @@ class ChatDatasetLoader(_PlaceLoader):
     def _in_memory(self, source):
         "The places of an object in memory."
         self._refuse(subset='an object in memory has none; leave it out', revision=_NO_REVISION)
-        if isinstance(source, dict): return self._splits(source)
+        if isinstance(source, dict): return self._splits(self._row_lists(source))
         if self.split not in (None, 'train', str(getattr(source, 'split', ''))):
             self._refuse(split='the rows in memory have no splits; choose the rows, or give a dict of splits')
         return _each(dict(train=source))
+
+    def _row_lists(self, source):
+        "The members of a dict that hold rows, as in a JSON document; the others are noted."
+        lists = {k: v for k,v in source.items() if not isinstance(v, (str, dict)) and not source_problem(v)}
+        if not lists: return source
+        inner = next((v[0] for k,v in lists.items() if k in FIELDS and isinstance(v, (list, tuple)) and len(v)), None)
+        is_row = isinstance(inner, dict) and not inner.keys().isdisjoint(ROLE_KEYS)
+        if is_row or isinstance(inner, str):
+            what, fix = ('one row', 'put it in a list') if is_row else ('columns', 'use datasets.Dataset.from_dict')
+            raise DataError(f'{self.name}: a dict is read as splits, and this one holds {what}: {shorten(", ".join(lists), 60)} ({fix})')
+        for k in source.keys() - lists.keys(): self.notes[f'not read: {shorten(str(k), 40)} of the dict'] = 1
+        return lists
 
     @cached_property
     def _places(self):

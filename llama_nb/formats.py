@@ -14,11 +14,12 @@ from itertools import islice
 from typing import Iterable, NamedTuple, Sequence
 
 from llama_nb.conversation import (
-    as_fault, as_tools, as_train_on, CALL_ROLES, Conversation, is_rejected, may_be_mask, Message, MESSAGE_LISTS,
-    MessageFault, plain_key, read_message, ROLE_KEYS, ROLES, says_origin, Source, THOUGHTS, train_flag, TRAIN_FLAGS,
+    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, is_rejected, may_be_mask, Message, MESSAGE_LISTS,
+    MessageFault, plain_key, plain_value, read_message, ROLE_KEYS, ROLES, says_origin, Source, THOUGHTS, train_flag, TRAIN_FLAGS,
     unused_note)
 from .errors import ConfigError, DataError, did_you_mean, logger, shorten
-from .files import BadRow, numbered_rows, quoted, RowFault, source_rows, strict_json, SURROGATES
+from .files import (
+    BadRow, CellList, json_messages, numbered_rows, quoted, RowFault, source_rows, strict_json, SURROGATES)
 from .store import LazySequence, select, StoredConversations
 
 # %% ../nbs/31_formats.ipynb #c1bf7b89
@@ -54,6 +55,10 @@ FIELDS = tuple(dict.fromkeys((*MESSAGE_LISTS, *_PAIRS, *_ANSWERS, *_SYSTEMS, 'te
 _INNER = ('role', 'content') # keys of a message, inside a list
 _KNOWN = frozenset(FIELDS) - {*_INNER}
 
+# fields whose value may be JSON text, and how it begins
+_AS_JSON = {**dict.fromkeys((*MESSAGE_LISTS[:6], 'history'), re.compile(r'\s*\[')),
+            **dict.fromkeys(MESSAGE_LISTS[6:], re.compile(r'\s*\[\s*[{"\[]')), 'mapping': re.compile(r'\s*\{')}
+
 class _Row:
     "The fields of a row under our names; remembers how each is written, and which were used."
     def __init__(self, row, columns=None):
@@ -68,6 +73,15 @@ class _Row:
         exact = [(k, k) for k in row if k in _KNOWN]
         for k,ours in (*exact, *((k, plain_key(k)) for k in row if k not in _KNOWN)):
             if ours in _KNOWN and k not in taken and ours not in self.columns: self._add(ours, k)
+        for ours in _AS_JSON.keys() & self.names.keys(): self._decode(ours, self.names[ours])
+
+    def _decode(self, ours, key):
+        "Read a list of messages that is written as JSON. What is no JSON stays, and its reader names the fault."
+        value = self.row[key]
+        if not isinstance(value, str) or not _AS_JSON[ours].match(value): return
+        if ours in MESSAGE_LISTS[6:] and _find_pair(self.names): return # a text beside a question and its answer
+        try: self.row = {**self.row, key: strict_json(value)}
+        except RowFault: pass
 
     def _add(self, ours, key):
         value = self.row[key]
@@ -192,7 +206,7 @@ def _exchanges(row, field='conversation', options=None):
     "A list of pairs, such as `human` and `assistant`."
     turns, notes, name = [], [], row.spelt(field)
     for i,m in enumerate(_list_of(row, field)):
-        inner = _Row(m)
+        inner = _Row(plain_value(m))
         pair = _find_pair(inner.names)
         if pair is None:
             raise RowFault(f'{name}[{i}]', f'not a pair: found {_keys(m)}', 'give a question and an answer')
@@ -220,7 +234,7 @@ def _system(row):
 # %% ../nbs/31_formats.ipynb #d8f3bc9a
 def _history(row, options=None):
     "The earlier exchanges of a row: pairs, messages, or texts in turn; and notes."
-    past, name = row.take('history'), row.spelt('history')
+    past, name = plain_value(row.take('history')), row.spelt('history')
     if past is None or past == '' or past == []: return [], []
     if not isinstance(past, list): raise RowFault(name, f'{name} is not a list: {type(past).__name__}', 'give a list')
     if all(isinstance(m, dict) for m in past):
@@ -248,10 +262,13 @@ def _one_side(row, k, role, options):
     "The turns of a question or an answer."
     value, name = row.take(k), row.spelt(k)
     if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].keys() & {*ROLE_KEYS}:
-        return _messages(row, k, options)
+        turns, notes = _messages(row, k, options)
+        return turns, [f'{name}: JSON in a cell read as messages']*isinstance(value, CellList) + notes
     if k in row.nulls: _content(None, name, role)
     if role == 'user' and isinstance(value, str) and (turns := _spoken(value, name)): return turns, []
-    return [_Turn(Message(role, _content(value, name, role)), name)], []
+    kept = isinstance(value, str) and json_messages(value) is not None
+    notes = [f'{name}: messages as JSON kept as a text']*kept
+    return [_Turn(Message(role, _content(value, name, role)), name)], notes
 
 # %% ../nbs/31_formats.ipynb #464c5fe5
 def _with_thoughts(row, said):
@@ -288,7 +305,7 @@ _NOTES_OF_TURNS = re.compile('(?:dialog(?:ue)?_?)?(?:act|emotion|sentiment|inten
 
 def _each(row, k, count):
     "The list in field `k`, one value per text; `None` if it holds no list. Raises `RowFault` for another length."
-    value = row.row[k]
+    value = plain_value(row.row[k])
     if isinstance(value, str) and value.lstrip().startswith('['): value = strict_json(value) # JSON in a cell
     if not isinstance(value, (list, tuple)) or not len(value): return None
     if len(value) == count: return value
@@ -449,36 +466,77 @@ def _chatgpt(row, field='mapping', options=None):
     tree, turns, notes, thoughts = row.take('mapping'), [], [], []
     if not isinstance(tree, dict): raise RowFault('mapping', 'mapping is not an object', 'export it again')
     path = _chosen_path(tree, row.take('current_node'))
-    for node in path: _add_node(tree[node].get('message'), f'mapping.{node}.message', turns, notes, thoughts)
+    for node in path: _add_node(tree[node], f'mapping.{node}.message', turns, notes, thoughts)
     others = sum(1 for k,node in tree.items() if k not in path and isinstance(node, dict) and node.get('message'))
-    row.quiet.update(row.row) # the export's own bookkeeping
+    row.quiet.update(k for k in row.row if plain_key(k) in _EXPORT_ROW)
     notes += ['messages on other branches left out']*others
     return turns, notes + ['row left out: an empty conversation']*(not turns)
 
 # %% ../nbs/31_formats.ipynb #c89c2466
-def _add_node(message, at, turns, notes, thoughts):
-    "Add what one node of an export says to `turns`, its thoughts to `thoughts`, and what is left out to `notes`."
-    content = message.get('content') if isinstance(message, dict) else None
-    if not isinstance(content, dict): return
-    role, kind = (message.get('author') or {}).get('role'), content.get('content_type')
-    if kind == 'thoughts':
-        thoughts += [t['content'] for t in content.get('thoughts') or () if isinstance(t, dict) and t.get('content')]
-        return
+# the bookkeeping of an export, which says nothing about what was said
+_EXPORT_ROW = frozenset((
+    'title', 'create_time', 'update_time', 'moderation_results', 'plugin_ids', 'gizmo_id', 'gizmo_type', 'is_archived',
+    'is_starred', 'safe_urls', 'blocked_urls', 'default_model_slug', 'conversation_origin', 'voice', 'async_status',
+    'disabled_tool_ids', 'is_do_not_remember', 'memory_scope', 'context_scopes', 'is_read_only', 'is_study_mode', 'owner'))
+_EXPORT_MESSAGE = frozenset(('id', 'author', 'create_time', 'update_time', 'content', 'status', 'end_turn', 'metadata',
+                             'recipient', 'channel', 'message', 'parent', 'children'))
+_EXPORT_CONTENT = frozenset(('content_type', 'parts', 'text', 'result', 'thoughts', 'user_profile', 'user_instructions',
+                             'language', 'response_format_name', 'title', 'name', 'source_analysis_msg_id'))
+
+def _marks_of(node, message):
+    "What a node of an export and its message say besides role and text, such as flags. A weight of 1 is the rule."
+    marks = {k: v for part in (node, message) for k,v in part.items() if k not in _EXPORT_MESSAGE and v is not None}
+    if marks.get('weight') == 1: del marks['weight']
+    return marks
+
+def _aside(content):
+    "Notes about texts in the content of an exported message that are not read."
+    thoughts = content.get('thoughts')
+    parts = [t for t in thoughts if isinstance(t, dict)] if isinstance(thoughts, list) else []
+    lost = [k for k,v in content.items() if k not in _EXPORT_CONTENT and carries_meaning(v) and not says_origin(plain_key(k))]
+    lost += [f'thoughts.{k}' for t in parts for k,v in t.items() if k != 'content' and carries_meaning(v)]
+    return [f'content field {shorten(k, 30)!r} not used' for k in lost]
+
+# %% ../nbs/31_formats.ipynb #8770984e
+def _export_text(content, at):
+    "Role (`None`: the author's) and text of the content of an exported message."
+    kind, parts = content.get('content_type'), content.get('parts')
     if kind == 'user_editable_context':
-        text = '\n\n'.join(filter(None, (content.get('user_profile'), content.get('user_instructions'))))
-        role, content = 'system', dict(parts=[text])
-    parts = content.get('parts')
+        both = (content.get('user_profile'), content.get('user_instructions'))
+        return 'system', '\n\n'.join(filter(None, both))
     if parts is None: parts = [content.get('text') or content.get('result') or '']
     if not all(isinstance(p, str) for p in parts):
         raise RowFault(f'{at}.content.parts', f'not a text: {kind}', 'text only; leave this conversation out')
-    text = ''.join(parts)
+    return None, ''.join(parts)
+
+def _add_thoughts(content, marks, at, thoughts, notes):
+    "Add a message of thoughts, unless a flag says not to teach it."
+    texts = [t['content'] for t in content.get('thoughts') or () if isinstance(t, dict) and t.get('content')]
+    turn, more = _turn(dict(role='assistant', content='\n\n'.join(texts)) | marks, at)
+    if turn.message.taught is False: more = [*more, 'thoughts that a flag excludes left out']
+    else: thoughts += texts
+    notes += more
+
+def _add_node(node, at, turns, notes, thoughts):
+    "Add what one node of an export says to `turns`, its thoughts to `thoughts`, and what is left out to `notes`."
+    message = node.get('message')
+    content = message.get('content') if isinstance(message, dict) else None
+    if not isinstance(content, dict): return
+    kind, marks = content.get('content_type'), _marks_of(node, message)
+    notes += _aside(content)
+    if kind == 'thoughts': return _add_thoughts(content, marks, at, thoughts, notes)
+    role, text = _export_text(content, at)
+    role = role or (message.get('author') or {}).get('role')
     if kind == 'reasoning_recap' and text.strip(): notes.append('summary of thoughts left out')
     if kind == 'reasoning_recap' or not text.strip() and role != 'tool': return
-    turn = _turn(dict(role=role, content=text), at)[0]
+    turn, more = _turn(dict(role=role, content=text) | marks, at)
+    notes += more
     if role == 'assistant':
-        is_call = message.get('recipient') not in (None, 'all')
-        if is_call: notes.append('call of a ChatGPT tool kept as text, not taught')
-        more = dict(reasoning_content='\n\n'.join(thoughts) or None, train=False if is_call else None)
+        thoughts += filter(None, [turn.message.reasoning_content])
+        more = dict(reasoning_content='\n\n'.join(thoughts) or None)
+        if message.get('recipient') not in (None, 'all'):
+            notes.append('call of a ChatGPT tool kept as text, not taught')
+            more |= dict(train=False, weight=None, train_parts=None)
         turn, thoughts[:] = turn._replace(message=replace(turn.message, **more)), []
     turns.append(turn)
 
@@ -524,8 +582,11 @@ def _sniff(row, names):
 def _sniff_row(row):
     "`_sniff` by the fields you mapped, if they decide it, else by all fields."
     mapped = {k: v for k,v in row.names.items() if k in row.columns}
-    found = _sniff(row, mapped) if mapped else (None, None)
-    return found if found[0] else _sniff(row, row.names)
+    shape, field = _sniff(row, mapped) if mapped else (None, None)
+    if shape and isinstance(field, tuple) and field[0] == 'input': # it may stand below an instruction
+        other = _find_pair(row.names.keys() - {'input'})
+        if other and other[1] == field[1]: return _sniff(row, dict.fromkeys(other))
+    return (shape, field) if shape else _sniff(row, row.names)
 
 def sniff_shape(
     row:dict, # One row
@@ -540,6 +601,9 @@ def _unknown_format(row):
     for names,fix in ((MESSAGE_LISTS, 'give a list'), ((*_PAIRS, *_ANSWERS, 'text'), 'give a text, or remove the row')):
         null = next((row.nulls[k] for k in names if k in row.nulls), None)
         if null is not None: return RowFault(null, f'{null} is null', fix)
+    for ours in _AS_JSON.keys() & row.names.keys(): # JSON that could not be read
+        value = row.row[row.names[ours]]
+        if isinstance(value, str) and _AS_JSON[ours].match(value): strict_json(value)
     asked = next((k for k in _PAIRS if k in row), None)
     said = next((k for k in _ANSWERS if k in row and k != asked), None)
     missing = None if (asked is None) == (said is None) else _PAIRS[asked][0] if asked else 'prompt'
@@ -637,12 +701,9 @@ def _finish(turns, field='messages'):
 
 # %% ../nbs/31_formats.ipynb #110c1d3c
 def _plain(value):
-    "Arrays and tuples as lists, numpy numbers as Python's, a missing number as null; also inside."
-    if isinstance(value, dict): return {k: _plain(v) for k,v in value.items()}
-    if hasattr(value, 'tolist'): value = value.tolist()
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    missing = type(value).__name__ in ('NAType', 'NaTType') or isinstance(value, float) and value != value
-    return None if missing else value
+    "`plain_value`, and a missing value as null."
+    value = plain_value(value)
+    return None if isinstance(value, float) and value != value else value
 
 # %% ../nbs/31_formats.ipynb #0c884db2
 def _as_dict(row):
@@ -658,7 +719,7 @@ def _as_dict(row):
     if row.get('chosen') is not None and row.get('rejected') is not None:
         fix = 'not one conversation; keep prompt and chosen answer as prompt and completion'
         raise RowFault('', 'a preference pair', fix)
-    kinds = (str, int, list, dict, bool, tuple, type(None))
+    kinds = (str, int, list, dict, bool, tuple, type(None), CellList)
     is_plain = all(type(v) in kinds or type(v) is float and v == v for v in row.values())
     return row if is_plain else {k: v if isinstance(v, tuple) else _plain(v) for k,v in row.items()}, None
 
@@ -703,7 +764,7 @@ def _first_system(row, turns):
 def _with_context(row, shape, turns):
     "Turns with the `context` of a row below the first question, and a note."
     asked = next((i for i,t in enumerate(turns) if t.message.role == 'user'), None)
-    if 'context' not in row or asked is None or shape not in ('messages', 'sharegpt', 'exchanges'): return turns, []
+    if 'context' not in row or asked is None or shape not in (*_SHAPES_OF_LISTS, 'chatgpt'): return turns, []
     text, first = row.row[row.names['context']], turns[asked]
     if not isinstance(text, str) or not text.strip(): return turns, []
     message = replace(first.message, content=f"{first.message.content}\n\n{row.take('context')}")

@@ -466,8 +466,10 @@ def _made_layout(enc:TemplateWriter, conv:Conversation, fixed:bool)->_Layout:
     from jinja2 import TemplateError
     try: probe, spaced = _Probe(enc, conv, fixed=fixed), _Probe(enc, conv, spaced=True, fixed=fixed)
     except TemplateError as e:
-        raise DataError(f"template '{enc.template.name}' refuses the roles {shorten(', '.join(conv.roles), 60)}: "
-                        f'{shorten(e, 90)}') from None
+        what = f"refuses the roles {shorten(', '.join(conv.roles), 60)}"
+        if conv.tools and 'has no attribute' in str(e): what = 'looks into the parameters of tools, which cannot be followed'
+        said = re.sub(r"'?llama_nb\.template\.Watched\w+ object'?", 'the object', str(e))
+        raise DataError(f"template '{enc.template.name}' {what}: {shorten(said, 90)}") from None
     pieces, values, missing = _values(enc, probe, spaced)
     owners, made, last = _owners(enc.tokens, pieces, values), _LayoutMaker(enc, conv.roles), None
     for piece,value,owner in zip(pieces, values, owners):

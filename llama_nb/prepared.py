@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .conversation import IGNORE_INDEX
 from .errors import DataError, redact, shorten
+from .files import without_format
 
 # %% ../nbs/37_prepared.ipynb #4768d384
 class PreparedRow(NamedTuple):
@@ -126,6 +127,7 @@ def _as_mapping(x):
 # %% ../nbs/37_prepared.ipynb #f2adcfa2
 def iterate_rows(prepared, part:str=''):
     "Yield name and mapping of every row of what a tool prepared."
+    prepared = without_format(prepared)
     if hasattr(prepared, 'to_pylist'): prepared = prepared.to_pylist() # an Arrow table
     elif hasattr(prepared, 'iterrows'): prepared = prepared.to_dict('records') # a DataFrame
     elif isinstance(prepared, Mapping) and 'input_ids' not in prepared and \

@@ -6,6 +6,7 @@
 __all__ = ['BAD_ROWS', 'scan_text', 'word_runs', 'near_repeats', 'languages', 'fixes', 'check_data']
 
 # %% ../nbs/34_quality.ipynb #7a8d41be
+import hashlib
 import re
 import unicodedata
 from array import array
@@ -114,9 +115,20 @@ def word_runs(
     conversation:Conversation, # A conversation
     size:int=3, # Words in a run
 )->set[str]: # The runs; one run of all words if there are fewer
-    "Runs of words in all messages except the system message, without case and punctuation."
-    words = _WORD.findall(' '.join(m.content for m in conversation.messages if m.role != 'system').casefold())
+    "Runs of words in the texts and thoughts of all messages except the system message, without case and punctuation."
+    said = (t for m in conversation.messages if m.role != 'system' for t in (m.reasoning_content, m.content) if t)
+    words = _WORD.findall(' '.join(said).casefold())
     return {' '.join(words[i:i+size]) for i in range(max(1, len(words) - size + 1))} if words else set()
+
+# %% ../nbs/34_quality.ipynb #539f16e0
+def _calls(conversation):
+    "The calls of a conversation, in order."
+    return [(c.name, c.arguments) for m in conversation.messages for c in m.tool_calls or ()]
+
+def _call_hash(conversation)->int:
+    "A 64-bit number for the calls; 0 if there are none."
+    if not (calls := _calls(conversation)): return 0
+    return int.from_bytes(hashlib.sha256(repr(calls).encode()).digest()[:8], 'big')
 
 # %% ../nbs/34_quality.ipynb #95c54822
 _BANDS = 32 # of 4 numbers each
@@ -132,6 +144,7 @@ def _band_hashes(rensa, items, what):
             numbers = np.array([s.digest() for s in sketches], np.uint64).reshape(len(runs), _BANDS, -1)
             for k in range(numbers.shape[-1]): # a multiplicative hash of the four numbers
                 bands[start:start+200] = (bands[start:start+200] ^ numbers[..., k])*np.uint64(0x9E3779B97F4A7C15)
+            bands[start:start+200] ^= np.array([_call_hash(c) for c in items[start:start+200]], np.uint64)[:, None]
             has_words[start:start+200] = [bool(r) for r in runs]
             bar.update(len(runs))
     return bands, has_words

@@ -899,9 +899,13 @@ def _ways_table(plans, kind):
     "One row for each way to share the base among processes; the way that will be taken has a mark."
     from llama_nb.memory import GiB
     def cards(p): return ', '.join(card for card,v in p.verdicts.items() if v['fits']) or 'none'
-    return table([{'training.parallel': f'{name} *' if name == kind else name,
-                   'GiB on each process': f'{p.total/GiB:.1f}',
+    return table([{'training.parallel': f"{_way_words(name, ', ')}{' *'*(name == kind)}",
+                   'GiB on each process': f'{p.total/GiB:.1f}', 'on its host': f'{p.host_bytes/GiB:.1f}',
                    'cards': cards(p)} for name,p in plans.items()]).text
+
+def _way_words(kind, between):
+    "The settings that ask for a way to share the base, without `training.parallel=`."
+    return f'fsdp{between}fsdp_cpu_offload=true' if kind == 'fsdp_cpu_offload' else kind
 
 def _on_card(planned, card, way):
     "Verdict for a card: what a script gets, and the lines that say it."
@@ -929,7 +933,7 @@ def _plan(arguments:_PlanArguments=None, config:_ConfigFile=None, preset:_Preset
     found, lines = {'model': cfg.model.model_name, **plans[kind].to_dict()}, [repr(plans[kind])]
     if (num := cfg.training.num_processes) > 1:
         found |= {'parallel': kind, 'ways': {k: p.to_dict()['total_bytes'] for k,p in plans.items()}}
-        lines, way = [*lines, '', _ways_table(plans, kind)], f', {num} of them with training.parallel={kind}'
+        lines, way = [*lines, '', _ways_table(plans, kind)], f", {num} of them with training.parallel={_way_words(kind, ' training.')}"
     if card is None: return _Answer(found, '\n'.join(lines))
     verdict, told = _on_card(plans[kind], card, way)
     return _Answer(found | verdict, '\n'.join([*lines, *told]), 0 if verdict['fits'] else ResourceError.exit_code)

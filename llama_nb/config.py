@@ -170,7 +170,11 @@ OTHER_NAMES = { # name in other trainers -> our setting
     'save_best_model': 'training.load_best_model_at_end', 'group_by_length': 'training.packing',
     'logging_strategy': 'training.logging_steps', 'wandb': 'training.report_to', 'log_with': 'training.report_to',
     'resume': 'train(resume=...)', 'deepspeed': 'training.parallel', 'fsdp': 'training.parallel', 'ddp': 'training.parallel',
-    'num_gpus': 'training.num_processes', 'gpus': 'training.num_processes', 'nproc_per_node': 'training.num_processes',
+    'cpu_offload': 'training.fsdp_cpu_offload', 'fsdp_offload_params': 'training.fsdp_cpu_offload',
+    'offload_params': 'training.fsdp_cpu_offload', 'enable_cpu_offload': 'training.fsdp_cpu_offload',
+    'offload_param': 'training.fsdp_cpu_offload', 'param_offload': 'training.fsdp_cpu_offload',
+    'offload_policy': 'training.fsdp_cpu_offload', 'num_gpus': 'training.num_processes',
+    'gpus': 'training.num_processes', 'nproc_per_node': 'training.num_processes',
     'context_length': 'model.max_length', 'ctx_len': 'model.max_length', 'model_max_length': 'model.max_length',
     'bits': 'model.use_4bit', 'quant': 'model.use_4bit', 'lora_bias': 'lora.bias', 'target_linear_modules': 'lora.target_modules'}
 
@@ -234,9 +238,7 @@ _MISSING = { # what is not there, and what to do -> names that other trainers ha
     'tensor and pipeline parallelism are not there; set training.parallel=fsdp for a base that does not fit one GPU':
         'tensor_parallel tensor_parallel_size tp tp_size tensor pipeline_parallel pipeline_parallel_size pp pp_size pipeline',
     'DeepSpeed is not supported; set training.parallel=fsdp for a base that does not fit one GPU':
-        'deepspeed deepspeed_config ds_config zero zero_stage zero3 deepspeed_plugin',
-    'weights are not moved to the host (CPU offload): with training.parallel=fsdp more processes hold smaller parts':
-        'cpu_offload fsdp_cpu_offload fsdp_offload_params offload_params offload_param param_offload offload_policy'}
+        'deepspeed deepspeed_config ds_config zero zero_stage zero3 deepspeed_plugin'}
 
 def _what_is_missing(name):
     "What this version cannot do that a name asks for; `None` if the name asks for nothing known."
@@ -616,6 +618,9 @@ def _training_faults(t):
                                         'recomputed layers are moved')
     if t.activation_offloading is True and t.compile is True:
         yield 'activation_offloading', "found true with compile true, allowed: false or 'auto'; compiled layers keep their inputs"
+    if t.fsdp_cpu_offload is True and t.parallel != 'fsdp':
+        yield 'fsdp_cpu_offload', (f"found true with parallel {t.parallel!r}, allowed: false or 'auto'; only parts of a base are moved, "
+                                   'so set parallel=fsdp')
     if t.push_to_hub != (t.hub_model_id is not None):
         yield ('hub_model_id', 'push_to_hub needs the name of a repository, e.g. name/model') if t.push_to_hub else (
             'hub_model_id', 'nothing is uploaded unless push_to_hub is true')
@@ -710,6 +715,9 @@ class TrainingConfig:
     # How processes share the base: `"ddp"`: each holds all of it; `"fsdp"`: each holds a part of every layer, which is
     # slower and smaller; `"auto"`: ddp if that fits
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'
+    # With fsdp, keep the parts in host memory, and copy those of a layer to the GPU while it computes: slower, and smaller
+    # on the GPU; `"auto"`: on a GPU, if fsdp does not fit otherwise
+    fsdp_cpu_offload: StrictBool|Literal['auto'] = 'auto'
     ddp_timeout: _AtLeast1 = 120 # Longest wait of a process for another one within a step [s]
     # What may differ from the run you resume: `"section.key"`, `"versions"`, `"versions.torch"`, `"device"`
     allow_changes: _Names = ()

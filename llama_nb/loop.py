@@ -226,6 +226,10 @@ class _RankedLoop:
         counts = [int((b['labels'] != IGNORE_INDEX).sum()) for b in batch_samples if not b.get('filler')]
         return torch.tensor(float(summed([sum(counts)])[0]), device=device)
 
+    def _move_model_to_device(self, model, device):
+        "A model that was cut is where it belongs: its parts may wait in host memory."
+        if not is_sharded(model): super()._move_model_to_device(model, device)
+
     def _prepare_for_training(self, *args, **kwargs):
         if num_ranks() > 1:
             self.model._is_accelerate_prepared = True # no DistributedDataParallel around it

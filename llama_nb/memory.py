@@ -195,7 +195,8 @@ def _assumed_settings(model_config, training_config, shape, checkpointed_layers=
             'dequantised_copy': dequantised_copy, 'use_4bit': m.use_4bit, 'use_nested_quant': m.use_nested_quant,
             'compute': t.compute, 'optim': t.optim, 'fast_path': t.fast_path, 'load_in_8bit': m.load_in_8bit,
             'label_smoothing': t.label_smoothing,
-            'offloaded_inputs': t.activation_offloading is True if offloaded_inputs is None else offloaded_inputs}
+            'offloaded_inputs': t.activation_offloading is True if offloaded_inputs is None else offloaded_inputs,
+            'offloaded_weights': t.parallel == 'fsdp' and t.fsdp_cpu_offload is True}
 
 # %% ../nbs/45_memory.ipynb #78eb270a
 def _norm_bytes(shape, lora_config, element_bytes):
@@ -256,6 +257,7 @@ def _headline(settings, counts, num_layers):
     checkpointing = f"{'with' if s['gradient_checkpointing'] else 'without'} gradient checkpointing"
     if 0 < n < num_layers: checkpointing += f' of {n} layers'
     if s['pinned_host_bytes']: checkpointing += f", {s['pinned_host_bytes']/GiB:.1f} GiB of inputs in host memory"
+    if s['host_weight_bytes']: checkpointing += f", {s['host_weight_bytes']/GiB:.1f} GiB of weights in host memory"
     if s['recomputed_norms']: checkpointing += ', norms recomputed'
     if s['dequantised_copy']: checkpointing += ', unpacked copy'
     if s.get('parallel') == 'fsdp': checkpointing += f", on each of {s['num_processes']} processes (fsdp)"
@@ -268,20 +270,31 @@ def cut_bytes(
     num_processes:int=1, # That share the base
     use_4bit:bool=True, # Linears of the blocks in 4 bits
     element_bytes:int=2, # Size of every other number
+    pinned:bool=False, # In pinned host memory: torch rounds each part up to a power of two
 )->int: # Bytes on the process that holds most
     "Bytes of the frozen decoder layers that one process holds under FSDP, without scales."
-    def share(rows, row_bytes): return -(-rows//num_processes)*row_bytes
+    def share(rows, row_bytes):
+        size = -(-rows//num_processes)*row_bytes
+        return 1 << (size - 1).bit_length() if pinned else size
     matrices = [(o*i//8, 4) if use_4bit else (o, i*element_bytes) for o,i in matrix_shapes(shape).values()]
     norms = 2*share(shape.hidden_size, element_bytes)
     return shape.num_hidden_layers*(sum(share(*m) for m in matrices) + norms)
 
+def _cut_settings(s): return dict(use_4bit=s['use_4bit'], element_bytes=4 if s['compute'] == 'fp32' else 2)
+
+def _host_weight_bytes(shape, s, num_processes):
+    "Pinned host memory for the parts of the base that one process holds; 0 if they stay on the device."
+    return cut_bytes(shape, num_processes, pinned=True, **_cut_settings(s)) if s['offloaded_weights'] else 0
+
 def _shared_parts(parts, shape, s, num_processes):
-    "The parts of a plan on one of several processes that share the base."
-    args = dict(use_4bit=s['use_4bit'], element_bytes=4 if s['compute'] == 'fp32' else 2)
+    "The parts of a plan on one of several processes that share the base; of a layer in host memory, the own part arrives first."
+    args = _cut_settings(s)
     whole, here = (cut_bytes(shape, n, **args) for n in (1, num_processes))
+    held, arriving = (0, here) if s['offloaded_weights'] else (here, 0)
     kept = {name: size for name,size in parts.items() if name not in ('dequantised copy', 'unpacked scales')}
-    linears = next(iter(kept))
-    return {**kept, linears: kept[linears] - whole + here, 'gathered layer, twice': 2*whole//shape.num_hidden_layers}
+    linears, norms = next(iter(kept)), 2*shape.num_hidden_layers*shape.hidden_size*args['element_bytes']
+    shared = {linears: kept[linears] - (whole - norms) + held, 'other weights': kept['other weights'] - norms}
+    return kept | shared | {'gathered layer, twice': 2*(whole + arriving)//shape.num_hidden_layers}
 
 # %% ../nbs/45_memory.ipynb #54875627
 @dataclass(frozen=True)
@@ -294,6 +307,11 @@ class MemoryPlan:
 
     @property
     def total(self)->int: return sum(self.parts.values())
+
+    @property
+    def host_bytes(self)->int: # Pinned, beside `parts`
+        "Host memory for inputs and weights that wait there."
+        return self.settings['pinned_host_bytes'] + self.settings['host_weight_bytes']
 
     def fits(self,
         memory_bytes:int, # Memory that is free for the run
@@ -310,7 +328,7 @@ class MemoryPlan:
 
     def to_dict(self)->dict:
         "Everything as plain values, for `--json`."
-        return {'total_bytes': self.total, 'total_gib': round(self.total/GiB, 2), 'parts': dict(self.parts),
+        return {'total_bytes': self.total, 'total_gib': round(self.total/GiB, 2), 'host_bytes': self.host_bytes, 'parts': dict(self.parts),
                 'settings': dict(self.settings), 'counts': dict(self.counts), 'verdicts': self.verdicts}
 
     def view(self)->View:
@@ -352,7 +370,9 @@ def plan(
     counts = {**parameter_counts(shape), 'trained': trained_numbers(shape, lora_config)}
     settings = _assumed_settings(model_config, training_config, shape, checkpointed_layers, dequantised_copy, offloaded_inputs)
     settings.update(decoded_scales=decoded_scales, recomputed_norms=recomputed_norms)
-    settings['pinned_host_bytes'] = _pinned_bytes(shape, settings)
+    settings['offloaded_weights'] &= context_bytes > 0 # a CPU's own memory is host memory
+    settings.update(pinned_host_bytes=_pinned_bytes(shape, settings),
+                    host_weight_bytes=_host_weight_bytes(shape, settings, training_config.num_processes))
     parts = _part_bytes(shape, settings, training_config, lora_config, context_bytes, layer_bytes)
     settings.update(parallel=training_config.parallel, num_processes=training_config.num_processes)
     if training_config.parallel == 'fsdp': parts = _shared_parts(parts, shape, settings, training_config.num_processes)
@@ -379,6 +399,9 @@ def _variations(shape, model, training, lora, on_gpu=True):
     elif on_gpu and not s['offloaded_inputs'] and training.compile is not True:
         yield ('training.activation_offloading=true', 'copies to host memory beside the computation, same result',
                with_training(activation_offloading=True))
+    if on_gpu and training.parallel == 'fsdp' and not s['offloaded_weights']:
+        yield ('training.fsdp_cpu_offload=true', 'copies each layer from host memory twice a micro-batch, same result',
+               with_training(fsdp_cpu_offload=True))
     if s['compute'] == 'fp32': yield 'training.compute=bf16', 'lower precision', with_training(compute='bf16')
     if s['compute'] == 'fp8': yield 'training.compute=bf16', 'more precise than fp8', with_training(compute='bf16')
     if not s['use_4bit']: yield 'model.use_4bit=true', 'coarser frozen weights', with_model(use_4bit=True)
@@ -461,7 +484,7 @@ def decide(
     most_tokens:int=16384, # Largest micro-batch to consider
     most_rows:int|None=None, # Largest number of rows; `None`: no limit
     with_copy:bool=True, # Consider an unpacked copy of 4-bit weights
-    host_bytes:int|None=None, # Host memory that may be pinned for inputs of layers; `None`: no limit
+    host_bytes:int|None=None, # Host memory that may be pinned for inputs and weights of layers; `None`: no limit
     **kwargs, # `shape`, `context_bytes`, `layer_bytes` of `plan`
 )->MemoryPlan: # The plan chosen; the smallest one if none fits
     "Rows per micro-batch, checkpointed layers and unpacked copy: the fastest combination that fits."
@@ -480,7 +503,7 @@ def decide(
     on_device = offload != 'auto' or not checkpointing or training.compile is True or not context
     if on_device or best.fits(usable): return best
     moved = _fastest(first, usable, choices, True, kwargs)
-    return best if host_bytes is not None and moved.settings['pinned_host_bytes'] > host_bytes else moved
+    return best if host_bytes is not None and moved.host_bytes > host_bytes else moved
 
 # %% ../nbs/45_memory.ipynb #9e1e6886
 def parallel_plans(
@@ -489,29 +512,40 @@ def parallel_plans(
     training_config:TrainingConfig, # With `num_processes`
     lora_config:LoRAConfig|None=None, # `None` takes the defaults
     **kwargs, # What `decide` takes
-)->dict[str,MemoryPlan]: # `'ddp'` and `'fsdp'`, or only what `training.parallel` and the other settings allow
+)->dict[str,MemoryPlan]: # `'ddp'`, `'fsdp'`, `'fsdp_cpu_offload'`, or only what the settings allow
     "What `decide` decides, or without a size of memory what `plan` counts, for each way to share the base."
     t = training_config
     in_8bit = getattr(getattr(model_config, 'model', model_config), 'load_in_8bit', False)
     can_cut = t.num_processes > 1 and t.compile is not True and t.compute != 'fp8' and not in_8bit
-    kinds = [t.parallel] if t.parallel != 'auto' else ['ddp', 'fsdp'] if can_cut else ['ddp']
+    in_parts = {'auto': ['fsdp', 'fsdp_cpu_offload'], False: ['fsdp'], True: ['fsdp_cpu_offload']}[t.fsdp_cpu_offload]
+    kinds = {'ddp': ['ddp'], 'fsdp': in_parts, 'auto': ['ddp', *in_parts] if can_cut else ['ddp']}[t.parallel]
     planned = plan if memory_bytes is None else functools.partial(decide, memory_bytes=memory_bytes)
-    return {kind: planned(model_config, training_config=dataclasses.replace(t, parallel=kind), lora_config=lora_config,
-                          **kwargs)
-            for kind in kinds}
+    def settings(kind):
+        return dataclasses.replace(t, parallel=kind.partition('_')[0], fsdp_cpu_offload=kind == 'fsdp_cpu_offload')
+    return {kind: planned(model_config, training_config=settings(kind), lora_config=lora_config, **kwargs) for kind in kinds}
 
 # %% ../nbs/45_memory.ipynb #366b9452
+def _gib(size, host_bytes, unit=''):
+    "A size in GiB, and in brackets what is on the host."
+    return f'{size/GiB:.1f}{unit}' + (f" (+ {host_bytes/GiB:.1f}{' host' if unit else ''})" if host_bytes else '')
+
+def _needs(plans):
+    "What one process needs by each plan, in one line."
+    (first, p), *others = plans.items()
+    return ', '.join([f"{first} needs {_gib(p.total, p.host_bytes, ' GiB')}",
+                      *(f'{kind} {_gib(p.total, p.host_bytes)}' for kind,p in others)])
+
 def choose_parallel(
     plans:dict[str,MemoryPlan], # From `parallel_plans`
     memory_bytes:int, # Memory of each process
-)->tuple[str,str]: # `'ddp'` or `'fsdp'`, and why
+    host_bytes:int|None=None, # Host memory that each may pin; `None`: no limit
+)->tuple[str,str]: # Name of a plan, and why
     "The first plan that fits. Raises `ResourceError` if none does."
-    needs = ' and '.join(f'{kind} needs {p.total/GiB:.1f} GiB' for kind,p in plans.items())
-    n, room = next(iter(plans.values())).settings['num_processes'], f'{memory_bytes/GiB:.1f} GiB'
+    n = next(iter(plans.values())).settings['num_processes']
+    why = f'{_needs(plans)}; each of {n} processes has {_gib(memory_bytes, host_bytes)}'
     for kind,p in plans.items():
-        if p.fits(memory_bytes): return kind, f'{needs} for each of {n} processes, which has {room}'
-    raise ResourceError(f'training.parallel: {needs} for each of {n} processes, which has {room}; raise '
-                        'training.num_processes, or lower model.max_length')
+        if p.fits(memory_bytes) and (host_bytes is None or p.host_bytes <= host_bytes): return kind, why
+    raise ResourceError(f'training.parallel: {why}; raise training.num_processes, or lower model.max_length')
 
 # %% ../nbs/45_memory.ipynb #e1739ecf
 def _own_tensors(model, layer):

@@ -71,7 +71,7 @@ _FREE = { # settings that do not affect the weights
     'training.gradient_checkpointing', 'training.activation_offloading', 'training.allow_changes', 'training.report_to', 'training.save_strategy',
     'training.eval_strategy', 'training.per_device_eval_batch_size', 'training.dataloader_num_workers',
     'training.save_only_model', 'training.load_best_model_at_end', 'training.early_stopping',
-    'training.early_stopping_delta', 'training.mirror', 'training.ddp_timeout', 'training.parallel',
+    'training.early_stopping_delta', 'training.mirror', 'training.ddp_timeout', 'training.parallel', 'training.fsdp_cpu_offload',
     'training.push_to_hub', 'training.hub_model_id', 'training.hub_private_repo'}
 _NUMERIC = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'numpy', 'tokenizers') # can change results
 

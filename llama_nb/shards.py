@@ -37,25 +37,30 @@ def shard_base_(
     model:nn.Module, # A PEFT model, the same on all ranks; changed in place
     device:str|torch.device|None=None, # Where it will compute; `None`: where it is
     after_layer:Callable[[],None]|None=None, # Called after each layer, e.g. to wait for the others
+    cpu_offload:bool=False, # Keep the parts in host memory, pinned if `device` is a GPU
 ):
     "Cut the frozen weights of all decoder layers into one part per rank. Raises `LlamaNbError` if one stays whole."
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, OffloadPolicy
     inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
     device = torch.device(device) if device is not None else next(model.parameters()).device
     mesh = init_device_mesh(device.type, (get_world_size(),))
+    policy = CPUOffloadPolicy(pin_memory=device.type == 'cuda') if cpu_offload else OffloadPolicy()
     for layer in inner.model.layers:
         layer.to(device)
         linears = _packed_linears(layer)
         for linear in linears: _as_float32_(linear)
         trained = {p for p in layer.parameters() if p.requires_grad}
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained, offload_policy=policy)
         layer.register_forward_pre_hook(functools.partial(_give_states, linears))
         if after_layer is not None: after_layer()
     for part in (inner.model.embed_tokens, inner.model.norm, inner.model.rotary_emb, inner.lm_head): part.to(device)
-    whole = [name for name,p in inner.model.layers.named_parameters() if not p.requires_grad and not is_shard(p)]
+    frozen = {name: p for name,p in inner.model.layers.named_parameters() if not p.requires_grad}
+    whole = [name for name,p in frozen.items() if not is_shard(p)]
     if whole: raise LlamaNbError(f'training.parallel: {whole[0]} was not sharded; set it to ddp')
+    left = [name for name,p in frozen.items() if cpu_offload and p.to_local().device.type != 'cpu']
+    if left: raise LlamaNbError(f'training.fsdp_cpu_offload: {left[0]} stayed on the device; set it to false')
 
 def is_shard(
     p:Tensor, # A parameter

@@ -228,7 +228,7 @@ class LLAMATrainer:
         if data is not None: self._data, self.validation_names = as_splits(data, validation, self.config.data)
         self._start = None # the adapter's initial values
         self._before = rows_before(adapter, model) # what the adapter given was trained on
-        self.in_parts = None # whether several ranks share the base, as `training.parallel: auto` has decided
+        self.way = None # how several ranks share the base, where `auto` decides it: the name of a plan of `parallel_plans`
         self.trained_in = None # the `Run` that other processes trained, whose adapter the model gets
         self._chat = None # the `ChatSession`
         self._thread = self._error = None # of a training in the background
@@ -388,38 +388,47 @@ def _memory_plan(trainer, batch_size, was_compiled=False):
     return decide(c.model, room_bytes(trainer.device), t, c.lora, shape=shape, host_bytes=host_room_bytes(t), **measured)
 
 # %% ../nbs/75_train.ipynb #2b73e890
-def _is_in_parts(trainer):
-    "Whether the ranks share the base, each with a part of it; `auto` shares only what does not fit one GPU."
+def _way(trainer):
+    "How the ranks share the base, as `parallel_plans` names it; `auto` takes what fits a GPU."
     t = trainer.config.training
-    if t.num_processes == 1 or t.parallel == 'ddp': return False
-    if t.parallel == 'fsdp': return True
-    if trainer.device.type != 'cuda' or trainer.given.model is not None: return False
-    if trainer.in_parts is None: trainer.in_parts = _choose_parts(trainer)
-    return trainer.in_parts
+    if t.num_processes == 1 or t.parallel == 'ddp': return 'ddp'
+    can_choose = trainer.device.type == 'cuda' and trainer.given.model is None
+    if t.parallel == 'fsdp' and not (can_choose and t.fsdp_cpu_offload == 'auto'):
+        return 'fsdp_cpu_offload' if t.fsdp_cpu_offload is True else 'fsdp'
+    if not can_choose: return 'ddp'
+    if trainer.way is None: trainer.way = _choose_way(trainer)
+    return trainer.way
 
-def _choose_parts(trainer):
+def _is_in_parts(trainer):
+    "Whether the ranks share the base, each with a part of it."
+    return _way(trainer) != 'ddp'
+
+def _choose_way(trainer):
     "Decide before the model is loaded, from its shape; the main process decides for all. Says which and why."
     c, room = trainer.config, room_bytes(trainer.device)
     t = replace(_as_computed(c, trainer.device), per_device_train_batch_size=1) # the smallest that is possible
     if c.training.per_device_train_batch_size != 'auto': t = c.training
-    kind, why = choose_parallel(parallel_plans(c.model, room, t, c.lora, shape=model_shape(c.model)), room)
-    tell(f'training.parallel: {kind}, because {why}')
-    return from_main(kind == 'fsdp')
+    host = host_room_bytes(t)
+    plans = parallel_plans(c.model, room, t, c.lora, shape=model_shape(c.model), host_bytes=host)
+    way, why = choose_parallel(plans, room, host)
+    tell(f'training.parallel: {way}, because {why}')
+    return from_main(way)
 
 def _as_planned(trainer):
-    "Training settings for the memory plan: as computed, and with the decision between ddp and fsdp."
-    t = _as_computed(trainer.config, trainer.device)
-    return t if t.num_processes == 1 else replace(t, parallel='fsdp' if _is_in_parts(trainer) else 'ddp')
+    "Training settings for the memory plan: as computed, and with the decision how the ranks share the base."
+    t, way = _as_computed(trainer.config, trainer.device), _way(trainer)
+    if t.num_processes == 1: return t
+    return replace(t, parallel='ddp' if way == 'ddp' else 'fsdp', fsdp_cpu_offload=way == 'fsdp_cpu_offload')
 
 def _share_base(trainer, run):
     "Cut the base into parts, and say how much of it each rank holds."
-    whole = frozen_layer_bytes(trainer.model)[1]
-    shard_base_(trainer.model, trainer.device, after_layer=meet)
+    whole, on_host = frozen_layer_bytes(trainer.model)[1], _way(trainer) == 'fsdp_cpu_offload'
+    shard_base_(trainer.model, trainer.device, after_layer=meet, cpu_offload=on_host)
     held = [here for here,_ in all_values(frozen_layer_bytes(trainer.model))]
     c, exact = trainer.config, compute_dtype(trainer.config.model.bnb_4bit_compute_dtype, trainer.device) == torch.float32
     planned = cut_bytes(trainer.model.get_base_model().config, c.training.num_processes, c.model.use_4bit, 4 if exact else 2)
-    run.log('shards', step=0, bytes=held, whole_bytes=whole, planned_bytes=planned)
-    tell(f'fsdp: each process holds at most {max(held)/whole:.0%} of the {whole/1e6:,.1f} MB of the layers')
+    run.log('shards', step=0, bytes=held, whole_bytes=whole, planned_bytes=planned, on_host=on_host)
+    tell(f'fsdp: each process holds at most {max(held)/whole:.0%} of the {whole/1e6:,.1f} MB of the layers' + ', in host memory'*on_host)
 
 # %% ../nbs/75_train.ipynb #bbceb976
 def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, optimizers=(None, None)):

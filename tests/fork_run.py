@@ -58,10 +58,16 @@ def fork(work, log=os.devnull):
     sys.stdout.flush(), sys.stderr.flush()
     child = os.fork()
     if child: return child
+    to_the_end(work, log)
+
+
+def to_the_end(work, log=None):
+    "Run `work()` as all that is left of this process; its exit code is that of the command line, and an error is one line."
     code = 70
     try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(out, 1), os.dup2(out, 2)
+        if log is not None:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(out, 1), os.dup2(out, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)  # the pool of the parent is no good here; made anew while there is one thread, nobody finds it half made

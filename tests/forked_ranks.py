@@ -30,6 +30,8 @@ def join(trainer, number, size, port, timeout_s):
 def ranks(trainer, name, size, resume=False, before=None, timeout_s=30, **training):
     "Start the ranks of a run; returns their process ids. `before(trainer, number)` is called in each of them."
     port = free_port()
+    if (start := getattr(trainer, 'start_rank', None)) is not None:  # on GPUs, which a forked process cannot use
+        return [start(log(trainer, name, number), number, size, port, name, resume, before, timeout_s, training) for number in range(size)]
     def work(number):
         def train():
             renamed(trainer, name, num_processes=size, **training)

@@ -1,9 +1,12 @@
 """The examples for several machines: scripts and YAML are well formed, and our command line accepts the commands in them as a cluster would call them."""
+import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,19 +64,47 @@ def test_the_slurm_script():
     assert asked['--ntasks-per-node'] == '1'  # one call per machine, which starts its processes itself
     call, = (parsed(c) for c in commands(script))
     assert int(asked['--nodes'])*int(asked['--gpus-per-node']) == call['num_processes'] and int(asked['--nodes']) == call['num_machines']
-    if not shutil.which('shellcheck'): return
-    # SC2016: the single quotes are meant
-    done = subprocess.run(['shellcheck', '--exclude=SC2016', '-'], input=script, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+
+
+def test_bash_reads_every_script():
+    for script in scripts():
+        done = subprocess.run(['bash', '-n'], input=script, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    assert subprocess.run(['bash', '-n'], input='if true; then', capture_output=True, text=True).returncode != 0  # it can fail
+
+
+def test_shellcheck():
+    if not (shellcheck := shutil.which('shellcheck')): pytest.skip('shellcheck is not installed')
+    def check(script): return subprocess.run([shellcheck, '--shell=bash', '--exclude=SC2016', '-'], input=script, capture_output=True, text=True)  # single quotes are meant
+    for script in scripts(): assert (done := check(script)).returncode == 0, done.stdout
+    assert 'SC2086' in check('rm $FOLDER').stdout  # it can fail
 
 
 def test_the_skypilot_task():
-    "Fields and types as SkyPilot's documentation has them; its own check runs where it is installed."
+    "Fields and types as SkyPilot's documentation has them."
     task, = map(yaml.safe_load, blocks('yaml'))
     assert set(task) <= {'name', 'num_nodes', 'resources', 'workdir', 'setup', 'run', 'envs', 'file_mounts'} and isinstance(task['num_nodes'], int)
     kind, _, count = task['resources']['accelerators'].partition(':')
     call, = (parsed(c) for c in commands(task['run']))
     assert kind == 'A100' and call['num_processes'] == task['num_nodes']*int(count)
-    try: import sky
-    except ImportError: return
-    assert sky.Task.from_yaml_config(task).num_nodes == task['num_nodes']
+
+
+READ_BY_SKY = """
+import sky, sys
+try: task = sky.Task.from_yaml(sys.argv[1])
+except Exception as e: print(type(e).__name__, e)
+else: print('READ', task.num_nodes, [r.accelerators for r in task.resources])
+"""
+
+
+def test_skypilot_reads_the_task(tmp_path):
+    "SkyPilot's own check, of the task as the page has it, and of one with a misspelt field, which it refuses."
+    if importlib.util.find_spec('sky') is None: pytest.skip('skypilot is not installed')
+    def read(text):
+        (tmp_path/'task.yaml').write_text(text)
+        done = subprocess.run([sys.executable, '-c', READ_BY_SKY, str(tmp_path/'task.yaml')], cwd=tmp_path, env={**os.environ, 'HOME': str(tmp_path)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().splitlines()[-1]
+    text, = blocks('yaml')
+    assert read(text) == "READ 2 [{'A100': 8}]"
+    assert 'num_nodes' in (told := read(text.replace('num_nodes', 'num_node'))) and not told.startswith('READ'), told

@@ -20,7 +20,7 @@ chats = [[dict(role='user', content='word '*(1 + i % 5)), dict(role='assistant',
 def trainer(**training):
     return LLAMATrainer(ModelConfig({model!r}, max_length=128), LoRAConfig(r=4), DataConfig(val_size=.1),
         TrainingConfig({runs!r}, 'cells', num_processes=2, parallel='fsdp', eval_steps=1000, save_steps=1000, **training),
-        EvaluationConfig(sample_prompts=1), device='cpu', data=chats)
+        EvaluationConfig(sample_prompts=1), device={device!r}, data=chats)
 one = trainer(max_steps=4000)
 '''
 
@@ -64,6 +64,10 @@ def said(found): return ''.join(m['content']['text'] for m in found if m['msg_ty
 
 
 @pytest.fixture
+def backend(): return 'gloo'
+
+
+@pytest.fixture
 def kernel():
     k = Kernel()
     yield k
@@ -73,10 +77,10 @@ def kernel():
 def last_step(run): return run.metrics('loss')[-1][0]
 
 
-def test_cells_train_two_processes(kernel, tmp_path):
+def test_cells_train_two_processes(kernel, tmp_path, backend):
     "Watched, stopped by the button, resumed in the background, stopped by `stop()`, resumed to the end; the base is loaded by one process and held in parts."
     make_tiny(tmp_path/'tiny')
-    kernel.run(SETUP.format(model=str(tmp_path/'tiny'), runs=str(tmp_path/'runs')))
+    kernel.run(SETUP.format(model=str(tmp_path/'tiny'), runs=str(tmp_path/'runs'), device='cpu' if backend == 'gloo' else None))
     folder = tmp_path/'runs'/'cells'
 
     cell = kernel.start('one.train()')

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from llama_nb.checkpoints import verify_checkpoint
 from llama_nb.runs import Run
 
+SIZES = (1, 2, 4)  # numbers of ranks that are compared
 EXACT = dict(compute='fp32', max_steps=6, packing=False, per_device_train_batch_size=1, save_steps=2, eval_steps=3)
 
 
@@ -34,16 +35,16 @@ def keep_gradients(trainer, number):
     trainer.given = trainer.given._replace(callbacks=(Keep(),))
 
 
-def gradients(trainer, name, step, number=0): return torch.load(f'{trainer.config.training.output_dir}/{name}-{step}-{number}.pt')
+def gradients(trainer, name, step, number=0): return torch.load(f'{trainer.config.training.output_dir}/{name}-{step}-{number}.pt', map_location='cpu')
 def weights(run): return load_file(run.folder/'adapter_model.safetensors')
 def gap(a, b): return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
 def test_the_number_of_ranks_changes_nothing(plain):
     "1 x 8, 2 x 4 and 4 x 2: gradients of each step, weights, losses and validation; 27 rows, so the last step of an epoch is not full."
-    found = {size: trained(plain, f'by-{size}', size, before=keep_gradients, gradient_accumulation_steps=8//size) for size in (1, 2, 4)}
+    found = {size: trained(plain, f'by-{size}', size, before=keep_gradients, gradient_accumulation_steps=8//size) for size in SIZES}
     worst = 0.
-    for size in (2, 4):
+    for size in SIZES[1:]:
         for step in range(6):
             one = gradients(plain, 'by-1', step)
             for number in range(size): worst = max(worst, gap(one, gradients(plain, f'by-{size}', step, number)))
@@ -58,7 +59,7 @@ def test_the_number_of_ranks_changes_nothing(plain):
         held = [sorted(p.read_text() for p in (run.folder/'validation').iterdir()) for run in (found[1], found[size])]
         assert [text.count('[') for text in held[0]] == [text.count('[') for text in held[1]]  # no conversation twice, none left out
     assert worst < 1e-6, worst
-    record('ranks against one process', ranks=[2, 4], worst_difference=worst)
+    record('ranks against one process', ranks=list(SIZES[1:]), worst_difference=worst)
 
 
 def test_a_mean_of_means_would_be_seen(plain):
@@ -219,6 +220,51 @@ def test_fsdp_of_a_4bit_base_is_ddp(packed, checkpointing):
     mine = {n.replace('.default', ''): p for n, p in loaded.named_parameters() if 'lora_' in n}
     assert gap(weights(ddp), mine) < 1e-6
     record('fsdp with an NF4 base against ddp', worst_difference=worst, share_per_rank=max(float(share[3]) for share in shares))
+
+
+def keep_moved(trainer, number):
+    "As `keep_shares`; then nothing may move the model any more, and it says where the frozen weights are, and what moves with them."
+    keep_shares(trainer, number)
+    from llama_nb import train
+    plain = train._share_base
+    def share(trainer, run):
+        plain(trainer, run)
+        model = trainer.model
+        def moved(*args, **kwargs): raise AssertionError('the cut model was moved as a whole')
+        model._apply = model.get_base_model()._apply = moved
+        policies = {type(layer._get_fsdp_state()._fsdp_param_group.offload_policy).__name__ for layer in model.get_base_model().model.layers}
+        places = {(p.to_local().device.type, p.device_mesh.device_type) for p in model.get_base_model().model.layers.parameters() if not p.requires_grad}
+        assert not any('lora_' in n and hasattr(p, 'to_local') for n, p in model.named_parameters())  # the adapter stays on the device, whole
+        os.write(1, f'PLACE {policies} {places}\n'.encode())
+    train._share_base = share
+
+
+@pytest.mark.parametrize('bits', [4, 32])
+def test_parts_in_host_memory_change_nothing(packed, tmp_path, bits):
+    "With `fsdp_cpu_offload` every gradient, loss and byte of the checkpoint is that of fsdp, and a stopped run resumes bit for bit."
+    trainer = packed if bits == 4 else make_trainer(tmp_path, **FOUR_BIT | dict(model=dict(use_4bit=False, bnb_4bit_compute_dtype='float32')),
+                                                    **EXACT | dict(gradient_accumulation_steps=2))
+    names = {kind: f'{kind}-{bits}' for kind in ('device', 'host')}
+    options = dict(parallel='fsdp', max_steps=3, save_steps=1)
+    fsdp = trained(trainer, names['device'], 2, before=keep_gradients, **options)
+    def stopping(trainer, number):
+        keep_moved(trainer, number)
+        keeping = trainer.given.callbacks
+        stop_after(trainer, number, 2)
+        trainer.given = trainer.given._replace(callbacks=(*keeping, *trainer.given.callbacks))
+    codes, said = ended(trainer, names['host'], ranks(trainer, names['host'], 2, before=stopping, fsdp_cpu_offload=True, **options))
+    assert codes == [130, 130], said
+    assert [line for text in said for line in text.splitlines() if line.startswith('PLACE')] == [f"PLACE {{'CPUOffloadPolicy'}} {{('cpu', '{trainer.device.type}')}}"]*2, said
+    assert [line.split()[1] for text in said for line in text.splitlines() if line.startswith('SHARE')] == ['True', 'True']  # all are DTensors
+    host = trained(trainer, names['host'], 2, resume=True, before=keep_gradients, fsdp_cpu_offload=True, **options)
+    assert [e['on_host'] for run in (fsdp, host) for e in run.events() if e['kind'] == 'shards'] == [False, True, True]
+    worst = max(gap(gradients(trainer, names['device'], step, number), gradients(trainer, names['host'], step, number)) for step in range(3) for number in (0, 1))
+    assert worst < 1e-6, worst
+    assert host.metrics('loss') == fsdp.metrics('loss') and host.metrics('eval_loss') == fsdp.metrics('eval_loss')
+    for name in ('adapter_model.safetensors', 'optimizer.pt'):
+        ours, known = (run.latest_valid()/name for run in (host, fsdp))
+        assert ours.read_bytes() == known.read_bytes(), name
+    record('parts of the base in host memory', bits=bits, worst_difference=worst)
 
 
 def test_fsdp_resumes(packed):

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from llama_nb.memory import weight_bytes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'memfd_create') or not os.path.exists('/proc/self/smaps_rollup'), reason='needs Linux')
+DEVICE = 'cpu'  # where the parts go; `test_nccl` sets another
 WIDTH, INNER = 512, 2048  # 4.2 million weights a layer, 2.2 MB in 4 bits
 
 
@@ -67,7 +68,7 @@ class Ranks:
     "Two processes that load a base together."
     def __init__(self, kind, base, small):
         env = {**ENV, 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
-        command = [sys.executable, str(Path(__file__).with_name('staging_rank.py')), kind, str(base), str(small)]
+        command = [sys.executable, str(Path(__file__).with_name('staging_rank.py')), kind, str(base), str(small), DEVICE]
         self.processes = [subprocess.Popen(command, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                            stderr=subprocess.PIPE, text=True) for i in range(2)]
 

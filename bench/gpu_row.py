@@ -461,7 +461,8 @@ def planner(size='7B', model=None):
         ids = torch.randint(3, shape.vocab_size, (1, n*Here.seq), device=Here.device)
         labels = ids.clone()
         labels[0, ::Here.seq] = -100
-        batch = dict(input_ids=ids, labels=labels, position_ids=torch.arange(Here.seq, device=Here.device).repeat(n)[None], cu_seqlens=torch.arange(0, n*Here.seq + 1, Here.seq, dtype=torch.int32, device=Here.device), max_seqlen=Here.seq)
+        batch = dict(input_ids=ids, labels=labels, position_ids=torch.arange(Here.seq, device=Here.device).repeat(n)[None], cu_seqlens=torch.arange(0, n*Here.seq + 1, Here.seq, dtype=torch.int32, device=Here.device), max_seqlen=Here.seq,
+                     taught=(torch.arange(1, n*Here.seq)[torch.arange(1, n*Here.seq) % Here.seq != 0] - 1).to(Here.device))  # as from the collator: no wait for the device
         measured = None
         try:
             for _ in range(2):

@@ -345,7 +345,8 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         smoothing = self.config.label_smoothing if model.training else 0.
         with self.autocast(), noisy_embeddings(model, inputs, self.config.neftune_noise_alpha):
-            if self.fast_path: loss = batch_loss(model, inputs, num_items_in_batch, label_smoothing=smoothing)[0]
+            share = self.config.neftune_noise_alpha is None # noise differs for each copy of a token
+            if self.fast_path: loss = batch_loss(model, inputs, num_items_in_batch, label_smoothing=smoothing, share=share)[0]
             else: loss = _stock_loss(model, inputs, num_items_in_batch, smoothing)
         if inputs.get('filler'): loss = loss*0
         if self.scaler is not None: loss = self.scaler.scaled(loss)

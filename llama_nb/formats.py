@@ -73,12 +73,13 @@ class _Row:
         exact = [(k, k) for k in row if k in _KNOWN]
         for k,ours in (*exact, *((k, plain_key(k)) for k in row if k not in _KNOWN)):
             if ours in _KNOWN and k not in taken and ours not in self.columns: self._add(ours, k)
-        for ours in _AS_JSON.keys() & self.names.keys(): self._decode(ours, self.names[ours])
+        for ours,key in self.names.items():
+            if ours in _AS_JSON and isinstance(self.row[key], str): self._decode(ours, key)
 
     def _decode(self, ours, key):
         "Read a list of messages that is written as JSON. What is no JSON stays, and its reader names the fault."
         value = self.row[key]
-        if not isinstance(value, str) or not _AS_JSON[ours].match(value): return
+        if not _AS_JSON[ours].match(value): return
         if ours in MESSAGE_LISTS[6:] and _find_pair(self.names): return # a text beside a question and its answer
         try: self.row = {**self.row, key: strict_json(value)}
         except RowFault: pass

@@ -85,6 +85,7 @@ def _setting_facts(model, lora, training, own):
             'RoPE': f'stretched: {rope}' if rope else None,
             'learning rate': None if optimizer else training.get('learning_rate'),
             'optimizer': f"an object given in Python: {', '.join(optimizer)}" if optimizer else None,
+            'frozen weights of the adapter': own.get('frozen weights', '').rpartition(' ')[0] or None,
             'seed': training.get('seed')}
 
 # %% ../nbs/52_card.ipynb #91454d41

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_or_settings', 'as_splits', 'check_objects', 'describe_model', 'agreed_settings', 'adopt_model', 'check_model',
-           'check_all_saved', 'lora_settings', 'read_adapter', 'is_same_lora', 'rows_before']
+           'check_stored', 'check_all_saved', 'lora_settings', 'read_adapter', 'is_same_lora', 'rows_before']
 
 # %% ../nbs/68_inputs.ipynb #2455bfdd
 import json
@@ -16,12 +16,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .config import DataConfig, IN_MEMORY, LoRAConfig, ModelConfig, ROPE_TYPES
+from .config import (
+    DataConfig, IN_MEMORY, INIT_METHODS, InitMethod, LoRAConfig, ModelConfig, ROPE_TYPES)
 from .conversation import Conversation, Message
 from .data import DatasetLoader, DataSplits, get_loader, selected
 from .errors import CheckpointError, ConfigError, DataError, redact, ResourceError, shorten
 from .lora import adapted_linears, adapter_tensors, add_lora, LINEAR_PATHS, LINEARS
-from .model import adapter_folder, disable_cpu_4bit_trap_, tuned_config
+from .model import (
+    adapter_folder, base_fingerprint, disable_cpu_4bit_trap_, stored_fingerprint, tuned_config)
 from .runs import run_of, trained_rows, UNKNOWN_ROWS
 from .sources import check_llama, find_model, model_shape, scale_rope_
 from .store import joined
@@ -234,6 +236,8 @@ def check_model(
     if not isinstance(model, PeftModel):
         if layers or getattr(model, 'peft_config', None): raise ConfigError(_ADAPTED)
         return
+    if not layers:
+        raise ConfigError('model: its adapter is gone (merge_and_unload returns the merged model); save that one, and make a new trainer of it')
     name, active = model.active_adapter, sorted({name for m in layers for name in m.active_adapters})
     if any(m.merged for m in layers):
         raise ConfigError('model: its adapter is merged into the weights, so it cannot be trained; call model.unmerge_adapter() first')
@@ -242,6 +246,25 @@ def check_model(
     if active != [name]:
         raise ConfigError(f'model: its layers use the adapters {", ".join(active)}, and {name} alone would be saved; choose one with '
                           'model.set_adapter(NAME), which may also be two combined by add_weighted_adapter')
+
+# %% ../nbs/68_inputs.ipynb #734fb697
+def check_stored(
+    model:nn.Module, # A loaded model, perhaps with an adapter
+    name:str, # What its settings call it
+):
+    "Raise `ConfigError` for a model that was changed in memory: what is stored under its name would not fit its adapter."
+    inner, where = _causal_lm(model), shorten(redact(name), 50)
+    then = 'save it with its tokenizer (save_pretrained), and give that folder'
+    try: stored = model_shape(name).vocab_size if name != IN_MEMORY else None
+    except (ConfigError, ResourceError): stored = None # nothing to compare with
+    rows = inner.get_input_embeddings().weight.shape[0]
+    if stored not in (None, rows):
+        raise ConfigError(f'model: it was resized to {rows} tokens, and {where} has {stored}, so its adapter could not be loaded; {then}')
+    starts = [getattr(c, 'init_lora_weights', None) for c in getattr(model, 'peft_config', {}).values()]
+    if any(INIT_METHODS.get(start, InitMethod()).changes_base for start in starts) or stored is None: return
+    held, files = base_fingerprint(inner), stored_fingerprint(name)
+    if any(held[form] != files[form] for form in {*held} & {*files}):
+        raise ConfigError(f'model: its weights are not those of {where}, which its adapter would be loaded on; {then}')
 
 # %% ../nbs/68_inputs.ipynb #9c67b946
 def check_all_saved(
@@ -260,8 +283,37 @@ def check_all_saved(
 # %% ../nbs/68_inputs.ipynb #e478d6dd
 _TAKEN = ('r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'bias', 'layers_to_transform', 'rank_pattern',
           'alpha_pattern', 'exclude_modules', 'trainable_token_indices', 'modules_to_save', 'target_modules')
+_SAYS_NOTHING = ( # of a trained adapter, or checked by its value
+    'task_type', 'peft_type', 'auto_mapping', 'peft_version', 'base_model_name_or_path', 'revision', 'inference_mode',
+    'fan_in_fan_out', 'megatron_core', 'loftq_config', 'eva_config', 'ensure_weight_tying', 'init_lora_weights',
+    'runtime_config', 'qalora_group_size')
 
 def _is_pattern(value): return isinstance(value, str) and value != 'all-linear'
+
+def _check_named(settings):
+    "Raise `ConfigError` for a setting of peft that we have no name for: a run would not record it."
+    from peft import LoraConfig
+    plain = LoraConfig().to_dict() | {'layers_pattern': 'layers', 'trainable_token_indices': None}
+    found = {k: v for k,v in settings.items() if k not in _TAKEN + _SAYS_NOTHING and v and v != plain.get(k) and v != [plain.get(k)]}
+    start = settings.get('init_lora_weights')
+    if isinstance(start, str) and start.lower() not in INIT_METHODS and start.lower() != 'eva' or start == 'loftq':
+        found['init_lora_weights'] = start # changes the base, in a way that we cannot repeat
+    tokens = settings.get('trainable_token_indices')
+    if isinstance(tokens, dict) and set(tokens) - {'embed_tokens'}: found['trainable_token_indices'] = tokens
+    for name,value in found.items():
+        raise ConfigError(f'adapter: found {name}={shorten(repr(value), 40)}, which no setting of ours describes; train it on with peft, '
+                          'or merge it into its base, save that and begin a new one')
+
+def _settings_found(settings, adapter):
+    "Ours by name, as far as peft's say more than the defaults."
+    found = {k: settings[k] for k in _TAKEN if settings.get(k) not in (None, {}, [], ())}
+    start, tokens = settings.get('init_lora_weights'), found.get('trainable_token_indices')
+    if isinstance(start, str) and INIT_METHODS.get(start.lower(), InitMethod()).changes_base:
+        found['init_lora_weights'] = start.lower() # its base is the changed one
+    if isinstance(tokens, dict): found['trainable_token_indices'] = tokens['embed_tokens']
+    if found.get('bias', 'none') != 'none' and adapter is not None:
+        if not any(name.endswith('.bias') for name in adapter_tensors(adapter)): del found['bias'] # its base has none
+    return {k: sorted(v) if isinstance(v, (set, list, tuple)) else v for k,v in found.items()}
 
 def lora_settings(
     settings:dict, # peft's settings, as in `adapter_config.json`
@@ -270,13 +322,11 @@ def lora_settings(
     "Our settings for an adapter that exists. Raises `ConfigError` for a kind that we cannot train."
     if settings.get('peft_type') not in (None, 'LORA') and getattr(settings.get('peft_type'), 'value', None) != 'LORA':
         raise ConfigError(f"adapter: found {settings['peft_type']}; only LoRA adapters can be trained here")
+    _check_named(settings)
     if adapter is not None and any(_is_pattern(settings.get(k)) for k in ('target_modules', 'exclude_modules')):
         settings = settings | {'target_modules': adapted_linears(adapter), 'exclude_modules': None}
-    found = {k: settings[k] for k in _TAKEN if settings.get(k) not in (None, {}, [], ())}
-    tokens = found.get('trainable_token_indices')
-    if isinstance(tokens, dict) and set(tokens) == {'embed_tokens'}: found['trainable_token_indices'] = tokens['embed_tokens']
-    found = {k: sorted(v) if isinstance(v, (set, list, tuple)) else v for k,v in found.items()}
-    return LoRAConfig(**found)
+    try: return LoRAConfig(**_settings_found(settings, adapter))
+    except ConfigError as e: raise ConfigError(f'adapter: its settings cannot be trained here: {shorten(str(e), 150)}') from None
 
 # %% ../nbs/68_inputs.ipynb #f2f34914
 def read_adapter(
@@ -309,9 +359,11 @@ def is_same_lora(
     own:LoRAConfig, # Those of an adapter, from `lora_settings`
     num_layers:int, # Of its base
 )->bool: # Whether they describe one adapter: names in any order, and the linears of all layers as `all-linear`
-    "Compare the settings of two adapters."
+    "Compare the settings of two adapters. How an adapter began does not count, unless that is asked for and changes the base."
+    start = asked.init_lora_weights
+    if start != own.init_lora_weights and INIT_METHODS.get(start, InitMethod()).changes_base: return False
     def in_order(c):
-        found = {f.name: getattr(c, f.name) for f in fields(c)}
+        found = {f.name: getattr(c, f.name) for f in fields(c) if f.name != 'init_lora_weights'}
         if found['target_modules'] != 'all-linear' and _has_all_linears(found['target_modules'], num_layers):
             found['target_modules'] = 'all-linear'
         return {k: sorted(v) if isinstance(v, (tuple, list)) else v for k,v in found.items()}

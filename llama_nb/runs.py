@@ -186,7 +186,8 @@ class Run:
     def metrics(self,
         name:str, # A number that events carry, e.g. `'loss'`, `'eval_loss'`, `'learning_rate'`, `'grad_norm'`
     )->list: # `(step, value)` in order; the latest event of a step counts
-        found = {e['step']: float(e[name]) for e in history(self.events()) if 'step' in e and e.get(name) is not None}
+        measured = (e for e in history(self.events()) if e['kind'] != 'chosen') # which repeats an earlier evaluation
+        found = {e['step']: float(e[name]) for e in measured if 'step' in e and e.get(name) is not None}
         return sorted(found.items())
 
     def beat(self, every_s:float=1.0):
@@ -348,7 +349,7 @@ def scores_name(
     own = 'validation' if checkpoint is None else checkpoint.name
     own += suffix*(config.model.use_4bit != trained.model.use_4bit)
     if name is None: return own
-    problem = name_problem(name)
+    problem = name_problem(name) if isinstance(name, str) else 'give a text'
     if re.fullmatch(_OWN_SCORES, str(name), re.IGNORECASE) and (data is not None or name != own):
         problem = 'the run keeps the scores of its own held-out conversations there'
     if problem: raise ConfigError(f'name {shorten(repr(name))}: {problem}; choose another name, e.g. test')

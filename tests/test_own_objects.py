@@ -19,7 +19,7 @@ from llama_nb.attention import plain_attention
 from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig, load_config
 from llama_nb.data import load_data
 from llama_nb.errors import CheckpointError, ConfigError, DataError
-from llama_nb.lora import adapted_linears
+from llama_nb.lora import adapted_linears, adapter_tensors
 from llama_nb.model import load_tuned
 from llama_nb.train import LLAMATrainer
 
@@ -155,6 +155,105 @@ def test_arguments_set_on_hf_trainer_are_kept(place):
     with pytest.raises(ConfigError, match='max_grad_norm: 0.001 → 1.0'): trainer(place, 'arguments', max_steps=4, save_steps=2).train(resume=run, progress=False)
     LLAMATrainer.from_config(load_config(run.folder/'config.yaml'), device='cpu').train(resume=run, progress=False)
     assert (run.folder/'adapter_model.safetensors').read_bytes() == before
+
+
+def uninterrupted_again(run, last):
+    "The weights of a run whose last checkpoint is removed, and of its resume from `config.yaml` alone."
+    before = (run.folder/'adapter_model.safetensors').read_bytes()
+    shutil.rmtree(run.folder/f'checkpoint-{last}')
+    LLAMATrainer.from_config(load_config(run.folder/'config.yaml'), device='cpu').train(resume=run, progress=False)
+    return before, (run.folder/'adapter_model.safetensors').read_bytes()
+
+
+LATE = [dict(lr_scheduler_type='cosine_with_restarts', lr_scheduler_kwargs={'num_cycles': 2}), dict(max_steps=7, logging_steps=2), dict(lr_scheduler_type='polynomial', adam_beta2=.9)]
+
+
+@pytest.mark.parametrize('given', LATE)
+def test_what_the_loop_reads_late_is_recorded_and_resumed(place, given):
+    "With it goes what depends on it, such as the steps of the warm-up: a resume from `config.yaml` equals the whole run."
+    made = trainer(place, max_steps=4, save_steps=1, warmup_ratio=.5)
+    for name, value in given.items(): setattr(made.hf_trainer.args, name, value)
+    run = made.train(progress=False)
+    assert {name: run.config['training'][name] for name in given} == given
+    before, after = uninterrupted_again(run, given.get('max_steps', 4))
+    assert before == after
+
+
+def not_read(hf, name, value): setattr(hf.args, name, value)
+
+
+NOT_TAKEN = {
+    'label_smoothing_factor': (lambda hf: not_read(hf, 'label_smoothing_factor', .3), 'set training.label_smoothing$'), 'seed': (lambda hf: not_read(hf, 'seed', 7), 'set training.seed$'),
+    'per_device_train_batch_size': (lambda hf: not_read(hf, 'per_device_train_batch_size', 3), 'set training.per_device_train_batch_size$'),
+    'data_collator': (lambda hf: setattr(hf, 'data_collator', hf.eval_collator.__class__(0, 8)), 'leave it as it is'), 'neftune_noise_alpha': (lambda hf: setattr(hf, 'neftune_noise_alpha', 3.), 'set training.neftune'),
+    'compute_loss': (lambda hf: setattr(hf, 'compute_loss', lambda *args: 0), 'leave it as it is'), 'eval_dataset': (lambda hf: setattr(hf, 'eval_dataset', hf.train_dataset), 'validation='),
+    'train_dataset': (lambda hf: hf.train_dataset.members.reverse(), 'data='), 'learning_rate': (lambda hf: not_read(hf, 'learning_rate', float('inf')), 'training.learning_rate: found inf'),
+    'lr_scheduler_kwargs': (lambda hf: not_read(hf, 'lr_scheduler_kwargs', {'cycles': 3}), 'cosine takes no cycles')}
+
+
+@pytest.mark.parametrize('name', NOT_TAKEN)
+def test_what_no_setting_would_record_is_refused_by_name(place, name):
+    "Nothing is left of the run, and what is set on its loop afterwards is not lost without a word."
+    change, told = NOT_TAKEN[name]
+    made = trainer(place, 'refused', split=dict(val_size=.3))
+    hf = made.hf_trainer
+    change(hf)
+    with pytest.raises(ConfigError, match=told) as refused: made.train(progress=False)
+    assert name in str(refused.value) and len(str(refused.value)) <= 200 and made.run is None and not (place/'runs'/'refused').exists()
+    hf.args.learning_rate = 3e-3
+    with pytest.raises(ConfigError, match='learning_rate: set on the loop of a run that was refused'): made.train(progress=False)
+    assert not (place/'runs'/'refused').exists()
+
+
+def test_a_half_frozen_adapter_is_frozen_again(place):
+    "Card and facts name what was frozen, also after `hf_trainer`; a resume that would train it is refused."
+    def make(frozen, **more):
+        made = trainer(place, 'half-frozen', max_steps=4, save_steps=2, **more)
+        if more.get('callbacks'): made.hf_trainer
+        for name, p in made.model.named_parameters():
+            if frozen in name: p.requires_grad_(False)
+        return made
+    made = make('layers.0', callbacks=[Dies()])
+    with pytest.raises(Killed): made.train(progress=False)
+    for other in ('nothing', 'layers.1'):
+        with pytest.raises(ConfigError, match='frozen adapter weights: 14 of 28 .*freeze the same ones'): make(other).train(resume=made.run, progress=False)
+    run = make('layers.0').train(resume=made.run, progress=False)
+    start = make('nothing').model.state_dict()
+    weights = {name: t for name, t in adapter_tensors(run.folder).items() if 'lora_A' in name}
+    moved = {name for name, t in weights.items() if not torch.equal(t, start[name.replace('.weight', '.default.weight')])}
+    assert moved == {name for name in weights if 'layers.1' in name}
+    assert '| frozen weights of the adapter | 14 of 28' in (run.folder/'README.md').read_text()
+    before = published(run)
+    shutil.rmtree(run.folder/'checkpoint-4')
+    with pytest.raises(ConfigError, match='freeze the same ones'): make('nothing').train(resume=run, progress=False)
+    assert published(make('layers.0').train(resume=run, progress=False)) == before
+
+
+def test_an_optimizer_is_used_for_one_run(place):
+    made = trainer(place, 'used', max_steps=2, save_steps=1)
+    own = own_sgd(made)
+    first = published(made.train(progress=False, optimizers=own))
+    with pytest.raises(ConfigError, match='SGD has made steps already.*make a new one'): made.train(progress=False, optimizers=own)
+    assert made.run.name == 'used' and not (place/'runs'/'used-2').exists() and published(made.train(progress=False, optimizers=own_sgd(made))) == first
+
+
+def test_an_optimizer_that_hf_trainer_makes_is_that_of_the_settings(place):
+    made = trainer(place, max_steps=4, save_steps=2, loraplus_lr_ratio=4.)
+    made.hf_trainer.create_optimizer_and_scheduler(4)
+    run = made.train(progress=False)
+    assert 'own optimizer' not in json.loads((run.folder/'run.json').read_text())['settings']
+    before, after = uninterrupted_again(run, 4)
+    assert before == after
+
+
+def test_an_evaluation_you_ask_for_leaves_the_record_of_the_run(place):
+    made = trainer(place, max_steps=4, save_steps=2, eval_steps=2, load_best_model_at_end=True, learning_rate=.5)
+    before = made.hf_trainer.evaluate()['eval_loss']
+    run = made.train(progress=False)
+    kept = run.metrics('eval_loss'), {path.name: path.read_text() for path in (run.folder/'validation').iterdir()}
+    assert [step for step, _ in kept[0]] == [2, 4] and set(kept[1]) == {'step-2.json', 'step-4.json'}
+    assert made.hf_trainer.evaluate()['eval_loss'] != before
+    assert (run.metrics('eval_loss'), {path.name: path.read_text() for path in (run.folder/'validation').iterdir()}) == kept
 
 
 def test_a_prepared_run_that_is_not_trained_leaves_no_folder(place):
@@ -608,12 +707,59 @@ def test_text_is_utf8_in_every_locale(place, tmp_path, charmap):
 
 
 @pytest.mark.parametrize('held', [dict(), dict(use_4bit=False, load_in_8bit=True), dict(use_4bit=False)], ids=['4 bits', '8 bits', '16 bits'])
-def test_a_model_in_bfloat16_stays_so_when_computed_in_float32(place, tmp_path, held):
+def test_a_model_in_bfloat16_stays_so(place, tmp_path, held):
+    "It is not computed in float32, and so it is refused to ask for that."
     from llama_nb.model import load_model
     mine = load_model(ModelConfig(str(place/'tiny'), bnb_4bit_compute_dtype='bfloat16', **held), device='cpu')
-    made = LLAMATrainer(lora_config=LoRAConfig(r=2), training_config=TrainingConfig(str(tmp_path), 'half', learning_rate=1e-2, max_steps=2, compute='fp32'), data=chats(), model=mine)
+    training = TrainingConfig(str(tmp_path), 'half', learning_rate=1e-2, max_steps=2)
+    with pytest.raises(ConfigError, match="found 'fp32', but the model that you gave computes in bfloat16"):
+        LLAMATrainer(lora_config=LoRAConfig(r=2), training_config=replace(training, compute='fp32'), data=chats(), model=mine)
+    made = LLAMATrainer(lora_config=LoRAConfig(r=2), training_config=training, data=chats(), model=mine)
     run = made.train(progress=False)
     assert load_config(run.folder/'config.yaml').model.bnb_4bit_compute_dtype == 'bfloat16'
     again = load_tuned(run, device='cpu')[0]
     assert again.get_input_embeddings().weight.dtype == torch.bfloat16
     torch.testing.assert_close(logits(again), logits(made.model.eval()), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize('how', ['resized', 'merged'])
+def test_a_model_that_was_changed_in_memory_is_saved_first(place, tmp_path, how):
+    "Its run could not be loaded from the name of its base; saved with its tokenizer it can."
+    from llama_nb.model import load_tokenizer
+    mine, tokenizer = AutoModelForCausalLM.from_pretrained(place/'tiny'), load_tokenizer(place/'tiny')
+    if how == 'resized':
+        tokenizer.add_tokens(['<heron>'])
+        mine.resize_token_embeddings(len(tokenizer))
+    else:
+        tuned = get_peft_model(mine, LoraConfig(r=2, target_modules=['v_proj'], init_lora_weights=False))
+        mine = tuned.merge_and_unload()
+    def make(model):
+        lora = LoRAConfig(r=2, modules_to_save=['embed_tokens', 'lm_head'] if how == 'resized' else None)
+        return LLAMATrainer(lora_config=lora, training_config=TrainingConfig(str(tmp_path/'runs'), max_steps=1, compute='fp32'), data=chats(), model=model, tokenizer=tokenizer)
+    told = 'it was resized to 260 tokens, and .* has 259' if how == 'resized' else 'its weights are not those of'
+    with pytest.raises(ConfigError, match=f'{told}.*save it with its tokenizer'): make(mine)
+    for part in (mine, tokenizer): part.save_pretrained(tmp_path/'saved')
+    made = make(AutoModelForCausalLM.from_pretrained(tmp_path/'saved'))
+    run = made.train(progress=False)
+    torch.testing.assert_close(logits(load_tuned(run, device='cpu')[0]), logits(made.model), rtol=0, atol=1e-5)
+
+
+CHANGED_BASE = {'pissa': dict(init_lora_weights='pissa', target_modules=['q_proj', 'down_proj']), 'bias': dict(bias='all', target_modules=['v_proj'])}
+
+
+@pytest.mark.parametrize('kind', CHANGED_BASE)
+def test_an_adapter_whose_start_is_in_its_base_is_resumed(place, tmp_path, kind):
+    "With and without a checkpoint, from `config.yaml` alone; biases that the base does not have are left out."
+    save_foreign(place, tmp_path/'foreign', r=4, **CHANGED_BASE[kind])
+    def begin(name, **more):
+        training = TrainingConfig(str(tmp_path/'runs'), name, learning_rate=1e-2, max_steps=3, save_steps=2, compute='fp32')
+        return LLAMATrainer(data_config=DataConfig(str(place/'chats.jsonl')), training_config=training, device='cpu', adapter=tmp_path/'foreign', **more)
+    whole = begin('whole').train(progress=False)
+    lora = whole.config['lora']
+    assert (lora['init_lora_weights'], lora['bias']) == ('pissa' if kind == 'pissa' else True, 'none')
+    with pytest.raises(Killed): begin('half', callbacks=[Dies()]).train(progress=False)
+    half = tmp_path/'runs'/'half'
+    run = LLAMATrainer.from_config(load_config(half/'config.yaml'), device='cpu').train(resume=half, progress=False)
+    before, after = uninterrupted_again(whole, 3)
+    assert before == after == published(run)
+    torch.testing.assert_close(logits(load_tuned(run, device='cpu')[0]), logits(load_tuned(whole, device='cpu')[0]), rtol=0, atol=0)

@@ -246,12 +246,15 @@ def _what_is_missing(name):
     return next((text for text,names in _MISSING.items() if name in names.split()), None)
 
 # %% ../nbs/01_config.ipynb #5a75e503
+_SHORT_FOR = {'adamw': 'adamw_torch', 'paged_adamw': 'paged_adamw_32bit', 'lion': 'lion_32bit'} # as in transformers
+
 def _text_hint(value, allowed):
     "How to write a text that was meant as a list or as names with values; else the nearest word that is allowed."
     if not isinstance(value, str): return ''
     words, parts = re.findall(r"'([^']+)'", allowed), [p.strip() for p in value.split(',')]
     if 'a list of' in allowed and all(p in words for p in parts): return f"; write a list: [{', '.join(parts)}]"
     if allowed.startswith('names with'): return '; write {name: value, name: value}'
+    if (meant := _SHORT_FOR.get(value.lower())) in words: return f"; did you mean '{meant}'?"
     return did_you_mean(value, words)
 
 # %% ../nbs/01_config.ipynb #929b77fb
@@ -312,7 +315,7 @@ def name_problem(
     run_name:str, # Name for a run's folder
 )->str: # What is allowed instead; empty if the name is fine
     "Why a text cannot be the name of a run's folder."
-    if not re.fullmatch(r'\w[\w.-]*', run_name):
+    if not isinstance(run_name, str) or not re.fullmatch(r'\w[\w.-]*', run_name):
         return 'letters, digits, "_", "-" and "." only, not starting with "-" or "."'
     size = len(run_name.encode())
     return f'at most 200 bytes, it has {size}' if size > 200 else '' # file systems take 255, and some need a suffix
@@ -980,6 +983,8 @@ def _override(text):
 # %% ../nbs/01_config.ipynb #5ffdad1c
 def _read_file(path):
     "The sections of a YAML file."
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f'config file: found {type(path).__name__}; name a YAML file, or give sections in memory to RunConfig(**sections)')
     if problem := path_problem(path): raise ConfigError(f'config file {shorten(repr(str(path)), 60)}: {problem}')
     path = Path(path)
     where = f'config file {redact(path)}'

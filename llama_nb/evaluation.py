@@ -23,7 +23,7 @@ from torch import nn
 
 from .attention import causal_lm, plain_attention
 from .card import write_card
-from .config import EvaluationConfig, load_config, RunConfig
+from .config import EvaluationConfig, load_config, name_problem, RunConfig
 from .conversation import as_conversation, Conversation, conversation_hash, Example
 from .data import load_data
 from .dialogue import encode_prompt
@@ -384,8 +384,10 @@ def evaluate_held_out(
     trained:set|None=None, # `conversation_hash`es of what the model was trained on; `None`: not known
     step:int|None=None, # Training step of the model, for the report; `None`: the last one of the run
 )->EvaluationReport: # Base and tuned, with intervals and differences
-    "Compare a run's model with its base. Raises `DataError` if no conversation was held out."
+    "Compare a run's model with its base. Raises `DataError` if no conversation was held out, `ConfigError` for a name."
     if not len(conversations): raise DataError('no conversations were held out; give some, e.g. data.val_size=0.1')
+    if run is not None and (problem := name_problem(name)):
+        raise ConfigError(f'name {shorten(repr(name))}: {problem}; choose another name, e.g. test')
     device = next(model.parameters()).device
     def load_16bit(): return load_model(replace(config.model, use_4bit=False, load_in_8bit=False), device=device)
     about = {}

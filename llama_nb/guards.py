@@ -408,7 +408,7 @@ class TrialGuard(Guard):
         with trial_run(trainer) as run:
             if rows is not None:
                 batch = [rows[i] for i in range(min(len(rows), args.per_device_eval_batch_size))]
-                with _trying('an evaluation'): trainer.evaluate(batch)
+                with _trying('an evaluation'): self._evaluate(trainer, batch)
                 note('evaluation_seconds')
             with _trying('making sample replies'):
                 for guard in trainer.guards: guard.try_out()
@@ -417,6 +417,13 @@ class TrialGuard(Guard):
             self._save(trainer, run)
             note('save_seconds')
         self.run.log('trial', seconds=round(time.monotonic() - since, 4), **spent)
+
+    def _evaluate(self, trainer, batch):
+        "Score one batch; or all rows, if a `compute_metrics` fails that may not have enough in one."
+        try: trainer.evaluate(batch)
+        except Exception as e:
+            if not trainer.compute_metrics or is_out_of_memory(e): raise
+            trainer.evaluate(trainer.eval_dataset)
 
     def _save(self, trainer, run):
         with _trying('saving a checkpoint'): trainer._save_checkpoint(trainer.model, None)

@@ -94,6 +94,7 @@ def as_splits(
 def _causal_lm(model):
     "The language model inside; raises `ConfigError` if there is none."
     is_peft = isinstance(model, PeftModel)
+    if is_peft and not model.peft_config: raise ConfigError(_GONE) # peft cannot find its base then
     inner = model.get_base_model() if is_peft else model
     if not isinstance(inner, nn.Module) or not hasattr(inner, 'get_output_embeddings') or inner.get_output_embeddings() is None:
         name = '; a model by name is ModelConfig(model_name=...)' if isinstance(model, (str, Path)) else ''
@@ -107,6 +108,7 @@ def check_objects(
     callbacks, # What was given as callbacks
     optimizers=(None, None), # What was given as optimizer and scheduler
     compute_metrics=None, # What was given as `compute_metrics`
+    samples=None, # What was given as `samples`
 ):
     "Raise `ConfigError` for objects of the wrong kind."
     from transformers import TrainerCallback
@@ -121,6 +123,8 @@ def check_objects(
         raise ConfigError(f'callbacks: found {type(callback).__name__}; give TrainerCallbacks of transformers')
     if compute_metrics is not None and not callable(compute_metrics):
         raise ConfigError(f'compute_metrics: found {type(compute_metrics).__name__}; give a function of an EvalPrediction')
+    if samples is not None and not callable(samples):
+        raise ConfigError(f'samples: found {type(samples).__name__}; give a function without arguments that returns sample replies')
     if not isinstance(optimizers, (list, tuple)) or len(optimizers) != 2:
         raise ConfigError(f'optimizers: found {type(optimizers).__name__}; give a pair: (optimizer, scheduler or None)')
     if (made := optimizers[0]) is not None and (isinstance(made, type) or not hasattr(made, 'param_groups')):
@@ -225,22 +229,23 @@ def adopt_model(
     return model if isinstance(model, PeftModel) else add_lora(model, lora_config)
 
 # %% ../nbs/68_inputs.ipynb #a3c0c569
+_GONE = ('model: it has no adapter any more, after merge_and_unload, unload or delete_adapter; make a new trainer, '
+         'with adapter=RUN to go on from a run, or load the model again')
 _ADAPTED = ('model: it holds an adapter already, of an earlier trainer, add_adapter or load_adapter; give the PEFT model '
             'instead (e.g. model=trainer.model), or load the model again')
 
 def check_model(
     model:nn.Module, # A loaded model, perhaps with an adapter
 ):
-    "Raise `ConfigError` for a model whose adapters cannot be trained and saved as one."
+    "Raise `ConfigError` for a model whose adapters cannot be trained, saved and measured as one."
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if not isinstance(model, PeftModel):
         if layers or getattr(model, 'peft_config', None): raise ConfigError(_ADAPTED)
         return
-    if not layers:
-        raise ConfigError('model: its adapter is gone (merge_and_unload returns the merged model); save that one, and make a new trainer of it')
     name, active = model.active_adapter, sorted({name for m in layers for name in m.active_adapters})
+    if not active: raise ConfigError(_GONE)
     if any(m.merged for m in layers):
-        raise ConfigError('model: its adapter is merged into the weights, so it cannot be trained; call model.unmerge_adapter() first')
+        raise ConfigError('model: its adapter is merged into the weights, so it cannot be trained or measured beside its base; call model.unmerge_adapter() first')
     if any(m.disable_adapters for m in layers):
         raise ConfigError('model: its adapter is switched off; call model.base_model.enable_adapter_layers() first')
     if active != [name]:
@@ -279,6 +284,15 @@ def check_all_saved(
     if lost := [name for name,p in trained if p.data_ptr() not in saved]:
         raise ConfigError(f'model: {len(lost)} trained weights are not in the adapter, so they would not be saved (first: '
                           f'{shorten(lost[0], 80)}); name their modules in modules_to_save, or freeze them')
+
+# %% ../nbs/68_inputs.ipynb #c1af7be0
+def _as_settings(found):
+    "`LoRAConfig` of settings that an adapter has; the `ConfigError` says that they are the adapter's."
+    try: return LoRAConfig(**found)
+    except ConfigError as e:
+        told = shorten(str(e).splitlines()[0].removeprefix('lora.'), 90)
+        raise ConfigError(f'adapter: its {told}; such an adapter cannot be trained further: '
+                          'merge it into its base and train a new one on that') from None
 
 # %% ../nbs/68_inputs.ipynb #e478d6dd
 _TAKEN = ('r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'bias', 'layers_to_transform', 'rank_pattern',
@@ -325,8 +339,8 @@ def lora_settings(
     _check_named(settings)
     if adapter is not None and any(_is_pattern(settings.get(k)) for k in ('target_modules', 'exclude_modules')):
         settings = settings | {'target_modules': adapted_linears(adapter), 'exclude_modules': None}
-    try: return LoRAConfig(**_settings_found(settings, adapter))
-    except ConfigError as e: raise ConfigError(f'adapter: its settings cannot be trained here: {shorten(str(e), 150)}') from None
+    return _as_settings(_settings_found(settings, adapter))
+
 
 # %% ../nbs/68_inputs.ipynb #f2f34914
 def read_adapter(

@@ -7,8 +7,8 @@ __all__ = ['SCALER_FILE', 'AUTO_TOKENS', 'MIN_STEPS', 'COMPILE_WORK', 'COMPILE_F
            'EpochOrder', 'deterministic', 'warm_from_start_', 'noisy_embeddings', 'optimizer_kind', 'RankRows',
            'RankCollator', 'in_turn', 'conversation_sums', 'save_conversation_losses', 'PackedTrainer', 'to_rows',
            'room_bytes', 'host_room_bytes', 'auto_batch_size', 'num_steps', 'auto_compile', 'warmup_steps',
-           'schedule_kwargs', 'training_arguments', 'batch_collator', 'recomputes_layers', 'set_checkpointing_',
-           'start_fp8_', 'start_compiled_']
+           'schedule_kwargs', 'late_arguments', 'training_arguments', 'batch_collator', 'recomputes_layers',
+           'set_checkpointing_', 'start_fp8_', 'start_compiled_']
 
 # %% ../nbs/71_loop.ipynb #dd15bc8e
 import functools
@@ -41,7 +41,7 @@ from .offloading import offload_inputs_
 from .packing import pack, PackedCollator, PackedRows
 from .ranks import (
     all_values, FILLER, num_ranks, rank, RankBatches, sum_gradients_, summed, weights_from_main_)
-from .resume import without_checkpoint
+from .resume import own_facts, without_checkpoint
 from .runs import Run
 from .safe_trainer import SafeTrainer
 from .scaling import LossScaler
@@ -313,6 +313,15 @@ def _own_metrics(
     except (AttributeError, TypeError, ValueError):
         raise ConfigError(f'compute_metrics: found {shorten(repr(found), 60)}; return a dictionary of numbers') from None
 
+# %% ../nbs/71_loop.ipynb #5f2489a9
+def _measured_by(compute_metrics, given):
+    "What your `compute_metrics` returns. Raises `ConfigError` if it raises."
+    try: return compute_metrics(given)
+    except (LlamaNbError, MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e:
+        raise ConfigError(f'compute_metrics: your function raised {one_line(e, 90)}; '
+                          'set LLAMA_NB_DEBUG=1 for the traceback') from e
+
 # %% ../nbs/71_loop.ipynb #01db6769
 class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
     "`transformers.Trainer` for packed batches: exact loss per token, seeded order, token-weighted evaluation."
@@ -328,7 +337,9 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         **kwargs, # As for `Trainer` and `SafeTrainer`
     ):
         self.fast_path, self.dtype, self.eval_collator, self.flops_per_token = fast_path, dtype, eval_collator, None
-        self.same_bits = same_bits
+        self.same_bits, self.is_pending = same_bits, False # an evaluation of the last step that is made up for
+        self.locked = False # whether only the trainer that made it may start it
+        self.made = self.made_schedule = None # optimizer with its facts, and scheduler, if made of the settings
         self.config, self.first_groups = config or TrainingConfig(), [] # rate and decay of each group, as this run sets them
         super().__init__(*args, **kwargs)
         if num_ranks() > 1: set_seed(self.args.seed + rank()) # each rank draws its own dropout
@@ -353,6 +364,8 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         return (loss, None) if return_outputs else loss
 
     def train(self, *args, **kwargs):
+        if self.locked:
+            raise ConfigError('hf_trainer.train: it would train past the checks and the record of the run; call trainer.train() instead')
         newest = self.fast_path and self.config.kernels and not self.same_bits
         with newest_flash(self.args.device, newest): return super().train(*args, **kwargs)
 
@@ -380,10 +393,12 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         "As stock, with `optim_args` and LoRA+."
+        own = self.optimizer is not None
         if self.optimizer is None and (self.config.optim_args or self.config.loraplus_lr_ratio):
             self.optimizer_cls_and_kwargs = optimizer_kind(self.args, self.config)
             if self.config.loraplus_lr_ratio: self.optimizer = _loraplus(self.model, self.args, self.config, self.optimizer_cls_and_kwargs)
         made = super().create_optimizer(*args, **kwargs)
+        if not own: self.made = self.optimizer, own_facts(self.optimizer)
         self.first_groups = [(g.get('initial_lr', g['lr']), g.get('weight_decay', 0)) for g in self.optimizer.param_groups]
         return made
 
@@ -393,7 +408,17 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         try: made = super().create_scheduler(num_training_steps, optimizer)
         except (TypeError, ValueError) as e:
             raise ConfigError(f'training.lr_scheduler_kwargs: {self.args.lr_scheduler_type.value}: {one_line(e, 120)}') from None
-        return made if own else warm_from_start_(made, self.args.get_warmup_steps(num_training_steps))
+        if own: return made
+        warm_from_start_(made, self.args.get_warmup_steps(num_training_steps))
+        self.made_schedule = made
+        return made
+
+    def forget_made(self):
+        "Let `train` make optimizer and scheduler of the settings again, unless you gave or changed them."
+        if self.lr_scheduler is self.made_schedule: self.lr_scheduler = None
+        optimizer, facts = self.made or (None, None)
+        is_as_made = self.optimizer is optimizer and optimizer is not None and own_facts(optimizer) == facts
+        if is_as_made and self.lr_scheduler is None: self.optimizer = None
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "Loss, and unless only that is wanted all logits `(1, T, V)` with the labels `(1, T)`."
@@ -415,10 +440,11 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
             for name,rows in sets.items(): found[name] = _scored(self, rows)
         finally: self.model.train(was_training)
         metrics = _evaluation_metrics(found, metric_key_prefix)
-        if self.compute_metrics and eval_dataset is None:
+        if self.compute_metrics:
             outputs = [part for *_,more in found.values() for part in more]
             given = EvalPrediction(*(torch.cat(t, 1).cpu().numpy() for t in zip(*outputs)))
-            metrics |= _own_metrics(self.compute_metrics(given), metric_key_prefix)
+            metrics |= _own_metrics(_measured_by(self.compute_metrics, given), metric_key_prefix)
+        if not (self.is_in_train or self.is_pending): return metrics # asked for by you: nothing of the run is changed
         if eval_dataset is None: save_conversation_losses(self.run, self.state.global_step, [e for f in found.values() for e in f[2]])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -518,8 +544,7 @@ def auto_compile(
 
 # %% ../nbs/71_loop.ipynb #6547b239
 _SAME_NAME = ('learning_rate', 'num_train_epochs', 'max_steps', 'gradient_accumulation_steps', 'optim', 'weight_decay',
-              'lr_scheduler_type', 'max_grad_norm', 'logging_steps', 'save_total_limit', 'seed', 'adam_beta1',
-              'adam_beta2',
+              'lr_scheduler_type', 'max_grad_norm', 'logging_steps', 'save_total_limit', 'adam_beta1', 'adam_beta2',
               'adam_epsilon', 'save_strategy', 'save_only_model', 'per_device_eval_batch_size',
               'dataloader_num_workers')
 
@@ -570,6 +595,18 @@ def schedule_kwargs(
     return kwargs
 
 # %% ../nbs/71_loop.ipynb #2282470a
+def late_arguments(
+    config:TrainingConfig, # Our settings
+    total_steps:int, # Optimizer steps of the whole run
+    evaluates:bool, # Whether there is a validation set
+)->dict: # Values by the names of `TrainingArguments`
+    "The arguments that the loop reads when it starts to train, not when it is made."
+    def every(setting, times): return math.ceil(total_steps/times) if setting == 'auto' else setting
+    return {name: getattr(config, name) for name in _SAME_NAME} | {
+        'warmup_steps': warmup_steps(config, total_steps), 'lr_scheduler_kwargs': schedule_kwargs(config, total_steps),
+        'save_steps': every(config.save_steps, 5), 'eval_strategy': config.eval_strategy if evaluates else 'no',
+        'eval_steps': every(config.eval_steps, 8) if evaluates else None}
+
 def training_arguments(
     config:TrainingConfig, # Our settings
     folder, # The run's folder
@@ -579,14 +616,9 @@ def training_arguments(
     use_cpu:bool, # Train on the CPU even if there is a GPU
 )->TrainingArguments: # Settings of transformers
     "Translate a `TrainingConfig`."
-    def every(setting, times): return math.ceil(total_steps/times) if setting == 'auto' else setting
     made = TrainingArguments(
-        str(folder), **{name: getattr(config, name) for name in _SAME_NAME},
+        str(folder), **late_arguments(config, total_steps, evaluates), seed=config.seed,
         per_device_train_batch_size=batch_size,
-        warmup_steps=warmup_steps(config, total_steps), lr_scheduler_kwargs=schedule_kwargs(config, total_steps),
-        save_steps=every(config.save_steps, 5),
-        eval_strategy=config.eval_strategy if evaluates else 'no',
-        eval_steps=every(config.eval_steps, 8) if evaluates else None,
         report_to='none', disable_tqdm=True, remove_unused_columns=False, logging_nan_inf_filter=False,
         ddp_backend='gloo' if use_cpu and num_ranks() > 1 else None,
         bf16=False, use_cpu=use_cpu, dataloader_pin_memory=not use_cpu,

@@ -69,8 +69,11 @@ class SampleGuard(Guard):
         model = self.trainer.model
         training = model.training
         try:
-            with same_random_state(): return list(self.samples())
+            with same_random_state(): made = list(self.samples())
         finally: model.train(training)
+        if odd := next((s for s in made if not isinstance(s, dict)), None):
+            raise TypeError(f'samples: found {type(odd).__name__}; return dictionaries such as {{"prompt": ..., "reply": ...}}')
+        return made
 
     def try_out(self): self.make()
 

@@ -6,12 +6,14 @@
 __all__ = ['resolve', 'Given', 'LLAMATrainer', 'train_run', 'evaluate_run', 'chat_turn']
 
 # %% ../nbs/75_train.ipynb #e0d5edb3
+import copy
 import inspect
 import math
 import shutil
 import threading
 from contextlib import contextmanager, ExitStack
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 from .card import write_card
 from .checkpoints import disk_full, is_disk_full
 from .checks import (
-    check_devices, check_disk, check_launchable, check_optimizer, check_same, check_scaled, check_schedule,
+    check_devices, check_disk, check_exact, check_launchable, check_optimizer, check_same, check_scaled, check_schedule,
     check_supported, check_validation, discard_if_refused)
 from .config import (
     absolute_paths, DataConfig, EvaluationConfig, IN_MEMORY, LoRAConfig, ModelConfig, RunConfig, TrainingConfig)
@@ -35,14 +37,14 @@ from .errors import (
 from .fastpath import apply_fast_path_, keep_freed_memory_
 from .guards import InterruptGuard, is_out_of_memory, out_of_memory, SaveGuard
 from .inputs import (
-    adopt_model, agreed_settings, as_splits, check_all_saved, check_model, check_objects, data_or_settings,
-    is_same_lora, lora_settings, read_adapter, rows_before)
+    adopt_model, agreed_settings, as_splits, check_all_saved, check_model, check_objects, check_stored,
+    data_or_settings, is_same_lora, lora_settings, read_adapter, rows_before)
 from .launch import launch_training, LaunchSpec, Machines, stop_launched
 from .layers import recompute_norms_
 from .linears import uncompile_layers_, unpack_copies_, unpack_scales_
 from .loop import (
-    auto_batch_size, auto_compile, batch_collator, host_room_bytes, num_steps, PackedTrainer, recomputes_layers,
-    room_bytes, set_checkpointing_, start_compiled_, start_fp8_, training_arguments)
+    auto_batch_size, auto_compile, batch_collator, host_room_bytes, late_arguments, num_steps, PackedTrainer,
+    recomputes_layers, room_bytes, set_checkpointing_, start_compiled_, start_fp8_, training_arguments)
 from .lora import load_adapter
 from .memory import (
     choose_parallel, CUDA_CONTEXT_BYTES, cut_bytes, decide, measured_layer_bytes, parallel_plans, plan)
@@ -54,9 +56,9 @@ from .publishing import load_chosen, load_published_, publish, upload_asked, was
 from .quantization import compute_dtype
 from .ranks import all_values, from_main, is_launched, is_main, meet, rank_device, start_ranks
 from .resume import (
-    exclusive, find_checkpoint, first_facts, forget_adapter, hash_parts, keep_start, known_start, load_start_,
+    exclusive, find_checkpoint, first_facts, forget_adapter, frozen_facts, hash_parts, keep_start, known_start, load_start_,
     open_run, own_facts, run_facts, settled, START, start_fingerprint, sweep, weights_fingerprint)
-from .runs import environment, Run, save_config, save_trained_rows, trained_rows
+from .runs import environment, Run, save_config, save_trained_rows, scores_name, trained_rows
 from .safe_trainer import SilentRun
 from .shapes import parameter_counts
 from .shards import frozen_layer_bytes, shard_base_
@@ -148,6 +150,7 @@ def _object_settings(given, model_config, lora_config):
         elif model_config.max_length != asked:
             raise ConfigError(f'model.max_length: found {asked}, but the RoPE of the model is stretched for {model_config.max_length} '
                               f'tokens; set model.max_length={model_config.max_length}')
+        check_stored(given.model, model_config.model_name)
         if isinstance(given.model, PeftModel):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
     if own is not None and lora_config is not None and not is_same_lora(lora_config, own, _num_layers(given, model_config)):
@@ -216,9 +219,11 @@ class LLAMATrainer:
         if device is None and model is not None: device = next(model.parameters()).device
         self.device = pick_device(device) if device is not None else rank_device() or pick_device()
         self.config = resolve(RunConfig(**given), self.device, is_loaded=model is not None)
+        if model is not None: check_exact(self.config)
         start_ranks(self.device, self.config.training.ddp_timeout) # if torchrun started this process
         self._hf_trainer = self.run = None # of the latest `train`
         self._prepared = None # a run made ready by asking for `hf_trainer`
+        self._refused = None # a loop whose run was refused, and what it held then
         self.planned = None # its `MemoryPlan`
         self._model = self._data = self._encoded = None # loaded on first use
         # `None`: as the config says
@@ -282,6 +287,7 @@ class LLAMATrainer:
             if training.fast_path: apply_fast_path_(
                 self._model, attention=self._uses_fast_attention, kernels=training.kernels)
             self._start = _trained_values(self._model)
+            self._loaded_as = self.config.model, self.config.lora
             if self.trained_in is not None: load_published_(self._model, self.trained_in)
         return self._model
 
@@ -454,6 +460,7 @@ def _make_trainer(trainer, run, facts, callbacks, batch_size, steps, compiled, o
                          fast_path=c.training.fast_path, dtype=dtype, eval_collator=collate['any shape'],
                          same_bits=c.training.deterministic)
     made.remove_callback(PrinterCallback)
+    made.locked = True
     if on_cpu and c.training.fast_path: keep_freed_memory_()
     return made
 
@@ -480,7 +487,7 @@ class _Prepared(NamedTuple):
     total:int # Optimizer steps of the whole run
     lock:ExitStack # Closed when the run has ended
     last_run:Run|None # The trainer's run before
-    arguments:dict # Of the loop, as the settings made them
+    held:dict # What the loop was made of, see `_held`
 
 # %% ../nbs/75_train.ipynb #a5477ab5
 def _step(checkpoint): return int(checkpoint.name.split('-')[1])
@@ -509,13 +516,15 @@ def _checkpoint_of_main(run, name):
 def _facts(trainer, batch_size, compiled, optimizers=(None, None)):
     "What each checkpoint keeps for comparison when it is resumed, see `run_facts`."
     data = trainer.rows().facts
+    sets = {'validation sets': dict(trainer.validation_names)} if trainer.validation_names else {}
     return run_facts(trainer.config, **own_facts(*optimizers), **{
         'training.per_device_train_batch_size': batch_size, 'training.compile': compiled,
+        'validation sets': ', '.join(f'{name} {n}' for name,n in trainer.validation_names.items()) or None,
         'data.rows': data['fingerprint'], 'data.conversations': data['train']['conversations'],
         'template': data['template']['hash'][:16],
         'tokenizer': hash_parts(trainer.tokenizer.backend_tokenizer.to_str()),
         'base weights': weights_fingerprint(trainer.model), 'base settings': settings_fingerprint(trainer.model.config),
-        'device': trainer.device.type}) | {'base': _base_facts(trainer)}
+        'device': trainer.device.type, **sets, **frozen_facts(trainer.model)}) | {'base': _base_facts(trainer)}
 
 def _base_facts(trainer):
     "What recognises the base in each form that it may be held in."
@@ -621,20 +630,35 @@ def _run_callbacks(trainer, run, samples, progress):
     if t.mirror: callbacks.append(Mirror(run, t.mirror, t.save_total_limit))
     return callbacks
 
+# %% ../nbs/75_train.ipynb #6095e9fd
+def _check_as_loaded(trainer):
+    "Raise `ConfigError` if `trainer.config` was given other settings of model or adapter than the loaded ones have."
+    for name,had,has in zip(('model', 'lora'), trainer._loaded_as, (trainer.config.model, trainer.config.lora)):
+        if name == 'model': had, has = settle_rope(had), settle_rope(has)
+        changed = [f.name for f in fields(had) if getattr(had, f.name) != getattr(has, f.name)]
+        if changed:
+            raise ConfigError(f'trainer.config: {name}.{changed[0]} was changed after trainer.model had been loaded; make a new trainer: '
+                              'LLAMATrainer.from_config(config)')
+
 # %% ../nbs/75_train.ipynb #5e1a9c04
 def _check_all(trainer, resume, optimizers):
     "Every check that needs no run folder."
     c, t = trainer.config, trainer.config.training
+    if trainer.device.type == 'cuda' and not torch.cuda.is_available():
+        raise ResourceError("device: found cuda, and torch finds no CUDA device here; leave it out, or use device='cpu'")
     check_supported(t, resume, trainer.device)
     check_trackers(t.report_to)
     if optimizers[0] is None: check_optimizer(t, trainer.device)
     check_scaled(c)
     trainer.rows()
+    trainer.model # is loaded
+    _check_as_loaded(trainer)
     check_validation(t, len(trainer.encoded.validation.examples), trainer.given.compute_metrics)
     check_model(trainer.model)
     check_all_saved(trainer.model)
     check_disk(t, trainer.model)
     _check_own_optimizer(trainer, *optimizers)
+    if not resume: _check_unused(*optimizers)
 
 # %% ../nbs/75_train.ipynb #248eee29
 def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(None, None), into=None):
@@ -649,6 +673,7 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         if is_main(): lock.enter_context(exclusive(run))
         tell(f'run: {redact(run.folder)}')
         checkpoint = _checkpoint_to_resume(run, resume)
+        if checkpoint is None: _check_unused(*optimizers)
         size, steps, compiled = _auto_settings(trainer, checkpoint or first_facts(run))
         if optimizers[1] is None: check_schedule(t, steps)
         start = _settle_start(trainer, run, resume, checkpoint)
@@ -671,7 +696,7 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         run.log('resume' if resume else 'start', step=_step(checkpoint) if checkpoint else 0, total_steps=steps,
                 rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
         interrupt = next(g for g in callbacks if isinstance(g, InterruptGuard))
-        return _Prepared(run, hf, interrupt, checkpoint, steps, lock.pop_all(), last_run, _named_arguments(hf.args))
+        return _Prepared(run, hf, interrupt, checkpoint, steps, lock.pop_all(), last_run, _held(trainer, hf))
 
 # %% ../nbs/75_train.ipynb #46e871c6
 def _warm_up(trainer, p):
@@ -700,7 +725,9 @@ def _restore_finished(trainer, p):
     p.hf._load_from_checkpoint(str(p.checkpoint))
     if not from_main(p.interrupt.has_pending_evaluation(p.hf.args, p.hf.state)): return
     _warm_up(trainer, p)
-    p.hf.evaluate()
+    p.hf.is_pending = True
+    try: p.hf.evaluate()
+    finally: p.hf.is_pending = False
 
 def _publish_after_failure(trainer, p):
     "Publish the adapter if the last step is done and saved and only the evaluation after it has failed."
@@ -756,6 +783,20 @@ def _check_own_optimizer(trainer, optimizer, scheduler):
     unread = [name for name in replaced if getattr(t, name) != getattr(type(t), name)]
     if unread: tell(f"no effect beside an optimizer of your own: training.{', training.'.join(unread)}")
 
+# %% ../nbs/75_train.ipynb #4c0e53e2
+def _has_stepped(state):
+    "Whether what an optimizer keeps of one parameter comes from a step."
+    if 'step' in state: return float(state['step']) > 0
+    return any(bool(v.any()) for v in state.values() if isinstance(v, torch.Tensor))
+
+def _check_unused(optimizer, scheduler):
+    "Raise `ConfigError` for an optimizer or scheduler that was used already: its state would go into a run that starts."
+    again = 'make a new one for each run (a resumed run loads the state of its checkpoint)'
+    if optimizer is not None and any(map(_has_stepped, optimizer.state.values())):
+        raise ConfigError(f'optimizers: {type(optimizer).__name__} has made steps already, and would carry their averages into this run; {again}')
+    if getattr(scheduler, 'last_epoch', 0) > 0:
+        raise ConfigError(f'optimizers: {type(scheduler).__name__} is at its step {scheduler.last_epoch} already; {again}, with its optimizer')
+
 # %% ../nbs/75_train.ipynb #e1dacc52
 def _check_yours(hf):
     "Give transformers' own `EarlyStoppingCallback` and `ReduceLROnPlateau` the metric they ask for."
@@ -781,7 +822,9 @@ def _train_loop(trainer, p):
             if on_gpu: torch.cuda.reset_peak_memory_stats(trainer.device)
             before = None if on_gpu else _resident_bytes('VmRSS', reset=True)
             if finished: _restore_finished(trainer, p)
-            else: hf.train(resume_from_checkpoint=str(p.checkpoint) if p.checkpoint else None)
+            else:
+                hf.locked = False
+                hf.train(resume_from_checkpoint=str(p.checkpoint) if p.checkpoint else None)
     except KeyboardInterrupt:
         newest = next((c.name for c in run.checkpoints()[::-1]), None)
         _log_outcome(run, 'interrupted', step=hf.state.global_step, checkpoint=newest)
@@ -792,6 +835,7 @@ def _train_loop(trainer, p):
         _log_outcome(run, 'failed', step=hf.state.global_step, error=type(e).__name__)
         raise
     finally:
+        hf.is_in_train, hf.locked = False, True # also after an error
         hf.model.zero_grad(set_to_none=True)
         uncompile_layers_(hf.model)
         for callback in hf.callback_handler.callbacks:
@@ -836,6 +880,9 @@ def _check_launchable(trainer, samples, callbacks, optimizers):
         trainer.config.training.num_processes, model=given.model, callbacks=given.callbacks or callbacks or None,
         compute_metrics=given.compute_metrics, samples=samples,
         optimizers=next((o for o in optimizers if o is not None), None))
+    if trainer._model is not None and (frozen := frozen_facts(trainer._model)):
+        raise ConfigError(f"model: frozen adapter weights: {frozen['frozen weights'].rpartition(' ')[0]}, which the processes of "
+                          'training.num_processes would train; set num_processes=1')
 
 def _launch_spec(trainer, run, resume, machines):
     "What the processes of a run are told."
@@ -873,23 +920,102 @@ def _check_idle(trainer):
                           'call trainer.stop() or trainer.wait() first')
 
 # %% ../nbs/75_train.ipynb #48213259
-_READ_LATE = ('learning_rate', 'weight_decay', 'max_grad_norm', 'max_steps', 'gradient_accumulation_steps', 'optim',
-              'lr_scheduler_type',
-              'warmup_steps', 'adam_beta1', 'adam_beta2', 'adam_epsilon', 'logging_steps', 'save_steps', 'eval_steps',
-              'seed')
+_MAY_CHANGE = ('args', 'optimizer', 'lr_scheduler', 'compute_metrics', 'preprocess_logits_for_metrics') # of a loop: yours to set
+_MOVES = ('callback_handler', 'control', 'state', 'phase', 'window', 'first_groups', 'is_in_train', 'saved_step',
+          'save_seconds', 'made', 'made_schedule', 'flops_per_token', 'current_flos', 'run_facts', 'optimizer_cls_and_kwargs')
+_OF_CALLBACKS = ('metric_for_best_model', 'greater_is_better') # arguments that only callbacks of yours read
 
-def _named_arguments(args):
-    "`TrainingArguments` that have a setting of the same name, and that the loop reads when it starts."
-    return {name: getattr(value := getattr(args, name), 'value', value) for name in _READ_LATE}
+def _held(trainer, hf):
+    "What a prepared loop is made of: its arguments, objects and rows, and the settings; to see what was changed since."
+    found = {f'args.{f.name}': copy.deepcopy(getattr(v := getattr(hf.args, f.name), 'value', v)) for f in fields(hf.args)}
+    found |= {k: v for k,v in vars(hf).items() if not k.startswith('_') and k not in _MAY_CHANGE + _MOVES}
+    sets = hf.eval_dataset if isinstance(hf.eval_dataset, dict) else {'': hf.eval_dataset}
+    for name,rows in {'train_dataset': hf.train_dataset, **{f'eval_dataset {k}'.strip(): v for k,v in sets.items()}}.items():
+        found[f'{name} rows'] = (rows, tuple(map(tuple, getattr(rows, 'members', ()))))
+    return found | {f'config.{name}': getattr(trainer.config, name) for name in ('model', 'lora', 'data', 'training')}
+
+def _is_same(a, b):
+    "Whether two values are equal, or two objects the same one."
+    if isinstance(a, tuple) and isinstance(b, tuple): return len(a) == len(b) and all(map(_is_same, a, b))
+    by_value = isinstance(a, (str, int, float, dict, list, type(None), torch.dtype)) or is_dataclass(a)
+    return a is b or (by_value and type(a) is type(b) and a == b)
+
+def _changed(before, now):
+    "Names of what was changed, added or removed."
+    return [name for name in {**before, **now} if name not in before or name not in now
+            or not _is_same(before[name], now[name])]
+
+# %% ../nbs/75_train.ipynb #f735d7a4
+_INSTEAD = {'train_dataset': 'give the data to LLAMATrainer(data=...)', 'model': 'give it to LLAMATrainer(model=...)',
+            'eval_dataset': 'give the data to LLAMATrainer(validation=...)',
+            'label_smoothing_factor': 'set training.label_smoothing', 'label_smoother': 'set training.label_smoothing',
+            'config': 'make a LLAMATrainer of them'}
+
+def _not_taken(name):
+    "The `ConfigError` for something that was changed on `trainer.hf_trainer` and that no setting would record."
+    where = f"trainer.{'' if name.startswith('config.') else 'hf_trainer.'}{name.partition(' ')[0]}"
+    key = 'config' if name.startswith('config.') else name.removeprefix('args.').partition(' ')[0]
+    default = f'set training.{key}' if key in TrainingConfig.__dataclass_fields__ else 'leave it as it is'
+    return ConfigError(f'{where}: changed after the run was prepared, which would not read or not record it; '
+                       f'the run is removed again; {_INSTEAD.get(key, default)}')
 
 def _discard_prepared(trainer, prepared):
     "Remove a run that was prepared and will not be trained; the trainer is as it was before."
     prepared.lock.close()
     if is_main(): shutil.rmtree(prepared.run.folder, ignore_errors=True)
+    trainer._refused = prepared.hf, _held(trainer, prepared.hf)
     trainer._prepared = trainer._hf_trainer = None
     trainer.run = prepared.last_run
 
+def _check_not_refused(trainer):
+    "Raise `ConfigError` if something was set on a loop whose run was refused: no run would get it."
+    (hf, before), trainer._refused = trainer._refused or (None, {}), None
+    changed = [] if hf is None else [name for name in _changed(before, _held(trainer, hf)) if not name.startswith('config.')]
+    if changed:
+        raise ConfigError(f'hf_trainer.{changed[0]}: set on the loop of a run that was refused and is gone; '
+                          'ask for trainer.hf_trainer again, which prepares a new one, and set it there')
+
 # %% ../nbs/75_train.ipynb #add0175c
+def _asked_late(trainer, prepared):
+    "The training settings with what was set on `trainer.hf_trainer`. Raises `ConfigError` for what no setting records."
+    now, t = _held(trainer, prepared.hf), trainer.config.training
+    late, asked = late_arguments(t, prepared.total, True), {}
+    started = {n: p for n,p in trainer.model.named_parameters() if n in trainer._start}
+    if not all(torch.equal(p, trainer._start[n]) for n,p in started.items()): raise _not_taken('model')
+    for name in _changed(prepared.held, now):
+        key = name.removeprefix('args.')
+        if not name.startswith('args.') or key not in (*late, *_OF_CALLBACKS): raise _not_taken(name)
+        if key in late: asked[key] = now[name]
+    return replace(t, **asked), asked
+
+def _check_late(trainer, prepared, training, asked):
+    "The checks of `_prepare` for the settings that were changed since; the number of steps now."
+    hf = prepared.hf
+    size = hf.run_facts['settings']['training.per_device_train_batch_size']
+    steps = num_steps(len(trainer.rows().train), size, training) if asked else prepared.total
+    check_all_saved(trainer.model)
+    hf.forget_made()
+    _check_unused(hf.optimizer, hf.lr_scheduler)
+    _check_own_optimizer(trainer, hf.optimizer, hf.lr_scheduler)
+    if asked:
+        if hf.optimizer is None: check_optimizer(training, trainer.device)
+        if hf.lr_scheduler is None: check_schedule(training, steps)
+        check_validation(training, len(trainer.encoded.validation.examples), hf.compute_metrics)
+        check_disk(training, trainer.model)
+    return steps
+
+def _set_late_(hf, training, steps):
+    "Give a loop the settings that it has not read yet."
+    hf.config = training
+    for name,value in late_arguments(training, steps, bool(hf.eval_dataset)).items():
+        old = getattr(hf.args, name)
+        was = type(old) if isinstance(old, Enum) else None
+        setattr(hf.args, name, value if was is None else was(value))
+    for guard in hf.guards:
+        if isinstance(guard, SaveGuard) and (training.save_steps != 'auto' or training.save_strategy != 'steps'):
+            hf.remove_callback(guard)
+        if isinstance(guard, Mirror): guard.keep = training.save_total_limit
+
 def _take_over(trainer, prepared, resume, optimizers, samples, progress):
     "Check what `train` was asked for beside a run that `hf_trainer` has prepared, and keep what was set there."
     given = {'resume': resume, 'optimizers': any(o is not None for o in optimizers), 'samples': samples}
@@ -897,19 +1023,24 @@ def _take_over(trainer, prepared, resume, optimizers, samples, progress):
     try:
         if asked: raise ConfigError(f'{asked}: trainer.hf_trainer has prepared the new run {prepared.run.name}, which is removed again; '
                                     f'call train({asked}=...) once more, without asking for hf_trainer before')
-        _check_own_optimizer(trainer, hf.optimizer, hf.lr_scheduler)
-    except ConfigError:
+        training, changed = _asked_late(trainer, prepared)
+        steps = _check_late(trainer, prepared, training, changed)
+    except LlamaNbError:
         _discard_prepared(trainer, prepared)
         raise
     if progress is False:
         for guard in [guard for guard in hf.guards if guard.shows_progress]: hf.remove_callback(guard)
-    changed = {k: v for k,v in _named_arguments(hf.args).items() if v != prepared.arguments[k]}
-    facts = {f'training.{k}': v for k,v in changed.items()}
-    hf.run_facts['settings'] |= own_facts(hf.optimizer, hf.lr_scheduler) | facts
-    if not is_main(): return
-    config = replace(trainer.config, training=replace(trainer.config.training, **changed))
-    save_config(absolute_paths(config), prepared.run.folder/'config.yaml') # what the run is trained with
-    write_json(prepared.run.folder/'run.json', hf.run_facts)
+    if changed: _set_late_(hf, training, steps)
+    config = replace(trainer.config, training=training)
+    facts, names = run_facts(config)['settings'], [f'training.{name}' for name in changed]
+    hf.run_facts['settings'].pop('frozen weights', None)
+    hf.run_facts['settings'] |= ({k: facts[k] for k in names if k in facts} | frozen_facts(trainer.model)
+                                 | own_facts(hf.optimizer, hf.lr_scheduler))
+    if is_main():
+        save_config(absolute_paths(config), prepared.run.folder/'config.yaml') # what the run is trained with
+        write_json(prepared.run.folder/'run.json', hf.run_facts)
+        if steps != prepared.total: prepared.run.log('start', step=0, total_steps=steps, rows=len(trainer.rows().train))
+    return prepared._replace(total=steps)
 
 # %% ../nbs/75_train.ipynb #b7eb902e
 def train_run(
@@ -930,16 +1061,21 @@ def train_run(
     the settings differ from those of the run to resume; `CheckpointError` if its checkpoint cannot be read;
     `ResourceError` if memory or disk space does not suffice; `DataError` for bad rows."""
     _check_idle(trainer)
-    check_objects(None, callbacks, optimizers)
+    check_objects(None, callbacks, optimizers, samples=samples)
     if background and progress is None: progress = False
     if trainer.config.training.num_processes > 1 and not is_launched():
-        if trainer._prepared is not None: _discard_prepared(trainer, trainer._prepared)
+        if trainer._prepared is not None:
+            _discard_prepared(trainer, trainer._prepared)
+            raise ConfigError('num_processes: trainer.hf_trainer has prepared a run of this process alone, which is removed again; '
+                              'call train() once more, without asking for hf_trainer before')
         _check_launchable(trainer, samples, callbacks, optimizers)
         return _train_launched(trainer, resume, progress, background, machines or Machines())
     prepared, trainer._prepared = trainer._prepared, None
-    if prepared is not None: _take_over(trainer, prepared, resume, optimizers, samples, progress)
-    if prepared is None: prepared = _prepare(trainer, resume, progress, samples, callbacks, optimizers, into)
+    if prepared is None:
+        _check_not_refused(trainer)
+        prepared = _prepare(trainer, resume, progress, samples, callbacks, optimizers, into)
     else:
+        prepared = _take_over(trainer, prepared, resume, optimizers, samples, progress)
         for callback in callbacks: prepared.hf.add_callback(callback)
     views = [c for c in prepared.hf.callback_handler.callbacks if isinstance(c, LiveView)]
     def work():
@@ -964,11 +1100,13 @@ def _in_background(trainer, work, run):
 # %% ../nbs/75_train.ipynb #91488cd6
 def evaluate_run(
     trainer:LLAMATrainer, # Whose model and validation set
-    name:str='validation', # Folder below `eval/`
+    name:str='validation', # Folder below `eval/`; not one that the run keeps other scores under
     by=None, # Slices, as in `EvaluationFramework.evaluate`
 ): # An `EvaluationReport`
-    "Score base and tuned on the held-out conversations. Raises `DataError` if none were held out."
+    "Score base and tuned on the held-out conversations. Raises `DataError` if none were held out, `ConfigError` for a name."
     from llama_nb.evaluation import evaluate_held_out
+    name = scores_name(trainer.config, trainer.config, name)
+    check_model(trainer.model)
     encoded = trainer._encoded # by training
     examples = None if encoded is None else encoded.examples_for(trainer.config)
     return evaluate_held_out(trainer.model, trainer.tokenizer, trainer.config, trainer.data.validation, trainer.run,

@@ -16,11 +16,11 @@ from tiny_run import ENV
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from llama_nb.attention import plain_attention
-from llama_nb.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig, load_config
+from llama_nb.config import DataConfig, EvaluationConfig, LoRAConfig, ModelConfig, TrainingConfig, load_config
 from llama_nb.data import load_data
-from llama_nb.errors import CheckpointError, ConfigError, DataError
+from llama_nb.errors import CheckpointError, ConfigError, DataError, LlamaNbError
 from llama_nb.lora import adapted_linears, adapter_tensors
-from llama_nb.model import load_tuned
+from llama_nb.model import load_tokenizer, load_tuned
 from llama_nb.train import LLAMATrainer
 
 IDS = torch.arange(20, 60)[None]
@@ -649,6 +649,155 @@ def test_a_wrong_object_is_refused_by_name(name):
 @pytest.mark.parametrize('place', [None, 5, ['run-1']])
 def test_load_tuned_wants_a_place(place):
     with pytest.raises(ConfigError, match=f'found {type(place).__name__}; give a run, its folder'): load_tuned(place)
+
+
+@pytest.mark.parametrize('samples, told', [
+    (5, 'samples: found int'), (0, 'samples: found int'), ('heron', 'samples: found str'), (lambda prompt: [], 'making sample replies failed'),
+    (lambda: 7, 'making sample replies failed'), (lambda: ['a reply'], 'found str; return dictionaries')])
+def test_samples_that_cannot_be_made_leave_no_run(place, samples, told):
+    made = trainer(place, 'unsampled', max_steps=1)
+    with pytest.raises(LlamaNbError, match=told): made.train(progress=False, samples=samples)
+    assert made.run is None and not (place/'runs'/'unsampled').exists()
+
+
+def missing_key(p): return {'score': {}['wings']}
+
+
+@pytest.mark.parametrize('strategy', ['steps', 'epoch'])
+@pytest.mark.parametrize('measured, told', [
+    (lambda p: None, 'compute_metrics: found None; return a dictionary of numbers'), (lambda p: {'name': 'heron'}, 'compute_metrics: found .*heron'),
+    (lambda p: .5, 'compute_metrics: found 0.5'), (lambda p: {'each': p.label_ids}, 'compute_metrics: found'), (missing_key, 'compute_metrics: your function raised KeyError')])
+def test_metrics_that_cannot_work_are_found_before_the_first_step(place, measured, told, strategy):
+    Watch.steps = 0
+    made = trainer(place, 'unmeasurable', compute_metrics=measured, callbacks=[Watch()], eval_strategy=strategy, max_steps=4)
+    with pytest.raises(ConfigError, match=told): made.train(progress=False)
+    assert Watch.steps == 0 and made.run is None and not (place/'runs'/'unmeasurable').exists()
+
+
+def test_metrics_that_need_more_than_one_batch_are_not_refused(place):
+    "The trial hands over one batch first, and all rows if that is not enough; the run itself sees all rows."
+    seen = []
+    def counted(p):
+        seen.append(p.predictions.shape[1])
+        if seen[-1] < max(200, *seen[:-1], 0): raise ValueError('too few tokens')
+        return {'tokens': seen[-1]}
+    run = trainer(place, 'measured', split=dict(val_size=.4), compute_metrics=counted, max_steps=2, per_device_train_batch_size=1).train(progress=False)
+    assert seen[0] < 200 < seen[1] == seen[-1], seen
+    assert [value for _, value in run.metrics('eval_tokens')] == [seen[-1]]*len(run.metrics('eval_tokens')) != []
+
+
+def test_a_run_that_a_later_check_refuses_leaves_no_folder(place):
+    "The loop has begun, the trial has not."
+    made = trainer(place, 'unmeasured', max_steps=1, split=dict(val_size=0), callbacks=[EarlyStoppingCallback(1)])
+    with pytest.raises(ConfigError, match='EarlyStoppingCallback needs a validation loss'): made.train(progress=False)
+    assert made.run is None and not (place/'runs'/'unmeasured').exists()
+
+
+class Falls(TrainerCallback):
+    "Ends the process, as it were, after a step."
+    def __init__(self, step): self.step = step
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step: raise InterruptedError('fell')
+
+
+def fallen(made, step):
+    with pytest.raises(InterruptedError): made.train(progress=False, callbacks=[Falls(step)])
+    return made.run
+
+
+def gone_on_with(run, **objects): return LLAMATrainer.from_config(load_config(run.folder/'config.yaml'), device='cpu', **objects).train(resume=run, progress=False)
+
+
+@pytest.mark.parametrize('step', [1, 3])
+def test_validation_sets_that_were_renamed_or_cut_elsewhere_are_refused(place, step):
+    "The rows are the same; killed before a checkpoint and after one."
+    near, far = chats(5, 'egret'), chats(4, 'stork')
+    run = fallen(trainer(place, 'sets', data=chats(12), validation={'near': near, 'far': far}, max_steps=4, save_steps=2), step)
+    for sets in ({'near': near, 'distant': far}, {'near': near[:4], 'far': near[4:] + far}, near + far):
+        with pytest.raises(ConfigError, match='validation sets: near 5, far 4 → .*; give the same sets, under the same names, again with validation='):
+            gone_on_with(run, data=chats(12), validation=sets)
+    again = gone_on_with(run, data=chats(12), validation={'near': near, 'far': far})
+    assert again.status == 'finished' and again.metrics('eval_near_loss') and again.metrics('eval_far_loss')
+
+
+def test_validation_that_had_no_names_gets_none(place):
+    run = fallen(trainer(place, 'unnamed-sets', data=chats(12), validation=chats(6, 'egret'), max_steps=4, save_steps=2), 3)
+    with pytest.raises(ConfigError, match='validation sets: None → near 6'): gone_on_with(run, data=chats(12), validation={'near': chats(6, 'egret')})
+    assert gone_on_with(run, data=chats(12), validation=chats(6, 'egret')).status == 'finished'
+
+
+@pytest.mark.parametrize('step', [1, 3])
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_a_run_with_a_tokenizer_of_its_own_asks_for_it_again(place, step, in_memory):
+    def own():
+        made = load_tokenizer(place/'tiny')
+        made.chat_template = made.chat_template.replace("+ '\\n' +", "+ '\\n~' +").replace('assistant\\n', 'assistant\\n~')
+        return made
+    data = dict(data=chats(12)) if in_memory else {}
+    run = fallen(trainer(place, 'own-template', tokenizer=own(), max_steps=4, save_steps=2, **data), step)
+    with pytest.raises(ConfigError, match='template: .* → .*; give the same tokenizer, .* tokenizer=') as told: gone_on_with(run, **data)
+    assert 'data.rows' not in str(told.value) and 'data=' not in str(told.value)
+    assert gone_on_with(run, tokenizer=own(), **data).status == 'finished'
+    plain = fallen(trainer(place, 'plain-template', max_steps=4, save_steps=2, **data), step)
+    with pytest.raises(ConfigError, match='none, if the run had none'): gone_on_with(plain, tokenizer=own(), **data)
+    assert gone_on_with(plain, **data).status == 'finished'
+
+
+def test_a_run_with_a_changed_model_asks_for_it_again(place):
+    def changed():
+        made = AutoModelForCausalLM.from_pretrained(place/'tiny', dtype=torch.float32)
+        made.model.norm.weight.data *= 1.25
+        return made
+    run = fallen(trainer(place, 'changed-model', model=changed(), max_steps=4, save_steps=2), 3)
+    with pytest.raises(ConfigError, match='base weights: .*give the same model again with model='): gone_on_with(run)
+    assert gone_on_with(run, model=changed()).status == 'finished'
+
+
+@pytest.mark.parametrize('lose', ['merge_and_unload', 'unload', 'delete_adapter'])
+def test_a_trainer_whose_adapter_is_gone_says_so(place, lose):
+    "Before training, after it, and for the evaluation and the model given to another trainer."
+    made = trainer(place, 'gone', max_steps=1)
+    made.train(progress=False)
+    getattr(made.model, lose)(*['default']*(lose == 'delete_adapter'))
+    before = files_below(place/'runs')
+    for use in (lambda: made.train(progress=False), lambda: made.hf_trainer and made.train(progress=False), made.evaluate,
+                lambda: trainer(place, 'gone-too', model=made.model, tokenizer=made.tokenizer, max_steps=1).train(progress=False)):
+        with pytest.raises(ConfigError, match='model: it has no adapter any more'): use()
+    assert files_below(place/'runs') == before
+
+
+@pytest.mark.parametrize('tokens', [{'lm_head': [5]}, {'embed_tokens': [5], 'lm_head': [6]}])
+def test_an_adapter_with_settings_we_cannot_train_is_named_as_such(place, tmp_path, tokens):
+    base = AutoModelForCausalLM.from_pretrained(place/'tiny', dtype=torch.float32)
+    get_peft_model(base, LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM', trainable_token_indices=tokens)).save_pretrained(tmp_path/'tokens')
+    with pytest.raises(ConfigError, match='^adapter: its trainable_token_indices: .*merge it into its base') as told: trainer(place, adapter=tmp_path/'tokens')
+    assert len(str(told.value)) <= 200 and 'lora.' not in str(told.value)
+
+
+def files_below(folder): return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+@pytest.mark.parametrize('name', ['../heron', '..', '.', '', 'a/b', 'checkpoint-3', 'checkpoint-70-16bit', 'validation-16bit', 'VALIDATION', 5, b'test', 'n'*300])
+def test_scores_stay_in_their_run_and_under_names_of_their_own(place, name, monkeypatch):
+    "Refused before anything is scored, with a run or without."
+    def scoring(*args, **kwargs): raise AssertionError('scored before the name was checked')
+    monkeypatch.setattr('llama_nb.evaluation.EvaluationFramework.evaluate', scoring)
+    made = trainer(place, 'scored', max_steps=1)
+    for name_given in (name, str(place/'elsewhere')):
+        with pytest.raises(ConfigError, match='^name .*choose another name') as told: made.evaluate(name=name_given)
+        assert len(str(told.value)) <= 200
+    if name != 5: return
+    made.train(progress=False)
+    before = files_below(place)
+    with pytest.raises(ConfigError, match='^name 5'): made.evaluate(name=5)
+    assert files_below(place) == before
+
+
+def test_scores_under_a_name_that_is_free(place):
+    made = trainer(place, 'named-scores', max_steps=1, eval_config=EvaluationConfig(metrics=('perplexity',), num_bootstrap=100, sample_prompts=0))
+    run = made.train(progress=False)
+    for name in (None, 'validation', 'by-hand'): made.evaluate(name=name)
+    assert sorted(p.name for p in (run.folder/'eval').iterdir()) == ['by-hand', 'validation']
 
 
 def test_wandb_keeps_one_run_over_a_resume(place, caplog):

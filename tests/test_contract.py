@@ -102,6 +102,11 @@ TABLE = [
     Row('transformers.BitsAndBytesConfig', ('load_in_4bit', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant', 'bnb_4bit_compute_dtype'), 'quantization'),
     *_rows('model', ' '.join('transformers.utils.logging.' + n for n in
            'get_verbosity set_verbosity set_verbosity_error is_progress_bar_enabled disable_progress_bar enable_progress_bar'.split())),
+    # datasets
+    Row('datasets.utils.metadata.MetadataConfigs.from_dataset_card_data', ('dataset_card_data',), 'data', starts=True),
+    Row('datasets.utils.metadata.MetadataConfigs', (), 'data'),
+    Row('datasets.data_files.resolve_pattern', ('pattern', 'base_path'), 'data', starts=True),
+    Row('datasets.data_files.sanitize_patterns', ('patterns',), 'data', starts=True),
     # peft
     Row('peft.PeftModel.save_pretrained', ('save_directory', 'save_embedding_layers'), 'guards'),
     Row('peft.PeftModel.from_pretrained', ('model', 'model_id'), 'lora, doctor', starts=True),
@@ -229,6 +234,11 @@ def tuned(use_4bit=True):
 def llama(): return tuned().get_base_model()
 def decoder_layer(): return llama().model.layers[0]
 def adapted(): return decoder_layer().self_attn.q_proj
+def streamed():
+    from datasets import Dataset
+    return Dataset.from_list([{'prompt': 'Hi'}]).to_iterable_dataset()
+
+
 def dynamic_cache():
     import torch
     from transformers.cache_utils import DynamicCache
@@ -277,6 +287,7 @@ OBJECTS = [  # what makes it, what to call it, the attributes we read or set, wh
     (lambda: decoder_layer().input_layernorm, 'LlamaRMSNorm', 'weight variance_epsilon', 'layers'),
     (dynamic_cache, 'DynamicCache', 'layers', 'generate'),
     (lambda: dynamic_cache().layers[0], 'DynamicLayer', 'keys values is_initialized', 'generate'),
+    (streamed, 'a datasets.IterableDataset', '_formatting with_format', 'files'),
     (tuned, 'peft.PeftModel', 'peft_config active_adapter', 'fastpath, losses'),
     (adapted, "peft's LoRA linear", '_disable_adapters active_adapters merged_adapters disable_adapters merged lora_A lora_B lora_dropout scaling base_layer lora_variant lora_bias fan_in_fan_out _forward_hooks _forward_pre_hooks', 'linears, generate'),
     (lambda: adapted().base_layer, 'bitsandbytes.nn.Linear4bit', 'compute_dtype weight in_features', 'linears, doctor'),

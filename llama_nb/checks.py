@@ -203,18 +203,20 @@ def check_same_step(
 # %% ../nbs/73_checks.ipynb #078c40be
 _OBJECTS = ( # what may have been given, and the facts that tell
     ('put the base back, or give the same model again with model=...', {'base weights', 'base settings'}),
-    ('give the same tokenizer, with its template, again with tokenizer=... (none, if the run had none)', {'template', 'tokenizer'}),
-    ('give the same data again with data=... (and validation=...) in the same order', {'data.rows', 'data.conversations'}),
+    ('give the same tokenizer and template again with tokenizer=... (none, if the run had none)',
+     {'template', 'tokenizer'}),
+    ('give the same data again with data=... (and validation=...) in the same order',
+     {'data.rows', 'data.conversations'}),
     ('give the same sets, under the same names, again with validation=...', {'validation sets'}))
 
 def _with_objects(told, config):
     "The `ConfigError` of `check_settings`; with the object to give again if no setting of data or model explains the change."
-    told, found, _ = told.partition('; put them back')
+    told, found, rest = told.partition('; put them back')
     names = set(re.findall(r'(?:settings: |; )([\w. ]+): ', told))
     again, explained = next(((again, facts) for again,facts in _OBJECTS if names & facts), ('', set()))
     settings = {name for name in names if name.startswith(('data.', 'model.'))} - {'data.rows', 'data.conversations'}
     in_file = 'data.rows' in explained and config.data.dataset_name != IN_MEMORY
-    if not found or not again or settings or in_file: return ConfigError(told + found + _)
+    if not found or not again or settings or in_file: return ConfigError(told + found + rest)
     if 'tokenizer' in explained: told = re.sub(r'data\.rows: [^;]+; ', '', told)
     return ConfigError(f'{told}; {again}, or start a new run')
 

@@ -245,7 +245,8 @@ def check_model(
     name, active = model.active_adapter, sorted({name for m in layers for name in m.active_adapters})
     if not active: raise ConfigError(_GONE)
     if any(m.merged for m in layers):
-        raise ConfigError('model: its adapter is merged into the weights, so it cannot be trained or measured beside its base; call model.unmerge_adapter() first')
+        raise ConfigError('model: its adapter is merged into the weights, so it cannot be trained or measured beside '
+                          'its base; call model.unmerge_adapter() first')
     if any(m.disable_adapters for m in layers):
         raise ConfigError('model: its adapter is switched off; call model.base_model.enable_adapter_layers() first')
     if active != [name]:

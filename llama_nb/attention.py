@@ -356,6 +356,7 @@ class _BlockAttention(torch.autograd.Function):
         dq, dk, dv = _backward_tiles(grad_blocks, query, key, value, ctx.tiles, ctx.scaling, saved)
         return _by_tokens(dq, len(grad)).transpose(0, 1), dk, dv, None, None
 
+# %% ../nbs/40_attention.ipynb #e6a7884d
 def _block_attention(
     query:Tensor, # `(H, T, D)`
     key:Tensor, # `(Hkv, T, D)`
@@ -559,7 +560,8 @@ def _attend(kernel, query, key, value, cu_seqlens, max_seqlen, scaling, dropout,
     "Packed attention by one of the kernels; `(T, H, D)`."
     scale = query.shape[-1]**-0.5 if scaling is None else scaling
     if kernel in ('varlen_attn', 'memory-efficient') and max_seqlen is None: max_seqlen = int(cu_seqlens.diff().max())
-    if kernel == 'blocks': return _block_attention(*(t.squeeze(0) for t in (query, key, value)), cu_seqlens, scale, shared)
+    if kernel == 'blocks':
+        return _block_attention(*(t.squeeze(0) for t in (query, key, value)), cu_seqlens, scale, shared)
     if kernel == 'varlen_attn': return _flash(query, key, value, cu_seqlens, max_seqlen, scaling)
     if kernel == 'memory-efficient':
         return _memory_efficient(query, key, value, cu_seqlens, max_seqlen, scale, with_grad)
@@ -568,6 +570,7 @@ def _attend(kernel, query, key, value, cu_seqlens, max_seqlen, scaling, dropout,
             return _flex(query, key, value, cu_seqlens, scaling)
     return _sdpa_per_conversation(query, key, value, cu_seqlens.tolist(), scaling, dropout).squeeze(0).transpose(0, 1)
 
+# %% ../nbs/40_attention.ipynb #52bbe83b
 def packed_attention(
     module:nn.Module, # The attention layer that calls
     query:Tensor, # `(1, H, T, D)`, rotary positions applied

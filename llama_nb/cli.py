@@ -907,6 +907,7 @@ def _way_words(kind, between):
     "The settings that ask for a way to share the base, without `training.parallel=`."
     return f'fsdp{between}fsdp_cpu_offload=true' if kind == 'fsdp_cpu_offload' else kind
 
+# %% ../nbs/93_cli.ipynb #cddd97d7
 def _on_card(planned, card, way):
     "Verdict for a card: what a script gets, and the lines that say it."
     from llama_nb.memory import GiB, cheapest_changes
@@ -916,7 +917,6 @@ def _on_card(planned, card, way):
     if found['changes']: verdict += '; what would help, cheapest first:'
     lines = [f"  {c['setting']}: saves {c['saves_bytes']/GiB:.1f} GiB ({c['cost']})" for c in found['changes']]
     return found, [verdict, *lines]
-
 
 # %% ../nbs/93_cli.ipynb #73c59d9c
 @app.command('plan', epilog=_examples("llama-nb plan huggyllama/llama-13b --card 24"))

@@ -37,6 +37,7 @@ class ToolCall(NamedTuple):
         return {**({'id': self.id} if self.id else {}), 'type': 'function',
                 'function': {'name': self.name, 'arguments': self.arguments}}
 
+# %% ../nbs/20_conversation.ipynb #f0d94712
 @dataclass(frozen=True, slots=True)
 class Message:
     "One turn. Raises `DataError` on an unknown role, content that is no text, or contradicting flags."
@@ -100,6 +101,7 @@ def _check_json(m:Message):
     if isinstance(value, str) or value is None: raise DataError('is_json: the content is a text; give it as it is')
     object.__setattr__(m, 'content', json.dumps(value, ensure_ascii=False))
 
+# %% ../nbs/20_conversation.ipynb #9ec2e867
 def _check_parts(m:Message):
     "Raises `DataError` if the taught stretches of a message are not in order, or the message is not taught."
     parts = tuple(map(tuple, m.train_parts))

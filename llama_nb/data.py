@@ -30,7 +30,8 @@ from .conversation import Conversation, is_missing, ROLE_KEYS, Source
 from .data_report import conversation_key, count_of, data_report, DataReport
 from .errors import ConfigError, DataError, did_you_mean, one_line, path_problem, redact, shorten
 from .files import (
-    BadRow, can_read, data_border, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections, look_into,
+    BadRow, can_read, data_border, data_files, data_folder, file_name, files_rows, is_dataframe, json_sections,
+    look_into,
     MAX_ROW_BYTES, part_of, read_beside, ROW_LISTS, save_bad_rows, sheet_names, source_problem, source_rows)
 from .formats import check_columns, check_rows, Conversations, FIELDS, role_map
 from .network import offline_if_unreachable
@@ -229,6 +230,7 @@ def _file_parts(path, folder, by_name):
     if not lists: yield own, path, name
     for section in lists: yield _list_part(section, lists) or own, (path, section), f'{name}[{section}]'
 
+# %% ../nbs/33_data.ipynb #ef951a06
 def _list_part(name, names):
     "The part that a list of a document means; of several for training, the one called `train`, or none."
     part = part_of(name)
@@ -324,6 +326,7 @@ def _subsets(folder):
         raise DataError(f'{shorten(folder.name, 40)}: the configs in README.md cannot be read: {shorten(one_line(e), 60)} '
                         '(correct them, or give the data files)') from None
 
+# %% ../nbs/33_data.ipynb #e1b28ab4
 def _declared(folder, settings):
     "The files of each split of a declared subset."
     from datasets.data_files import resolve_pattern, sanitize_patterns
@@ -350,7 +353,8 @@ def _saved_splits(folder):
 class _PlaceLoader(DatasetLoader):
     "A loader whose rows come from the sample, a path or the Hub."
     hub_id = sample = None
-    declared, by_name = None, () # split -> files of the declared subset; splits whose files may be held out by their names
+    # split -> files of the declared subset; splits whose files may be held out by their names
+    declared, by_name = None, ()
 
     @property
     def source(self): return f'{self.name} ({self.hub_id})' if self.data_path is None else super().source

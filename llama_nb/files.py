@@ -388,6 +388,7 @@ def _members(doc):
         elif doc.peek() != '}': raise RowFault('', 'broken JSON', _MISSING.replace(']', '}'), doc.pos)
     doc.pos += 1
 
+# %% ../nbs/30_files.ipynb #60bb2cac
 def _holds_rows(doc, name):
     "Read the value that starts here; whether it is a list of rows."
     if doc.peek() != '[':
@@ -480,6 +481,7 @@ def json_messages(
     fits = all(isinstance(m, dict) and m.keys() & {*ROLE_KEYS} and m.keys() & {*_CONTENTS} for m in items)
     return CellList(items) if fits else None
 
+# %% ../nbs/30_files.ipynb #ba6e6e18
 def _guessed(text):
     "The value of a cell without a type. Raises `RowFault` for messages whose JSON is broken."
     if (items := json_messages(text)) is not None: return items
@@ -583,6 +585,7 @@ def _table_row(here, names, cells):
     row = {k: v for k,v in zip(names, cells) if v or not k.startswith('Unnamed: ')}
     return _from_cells(here, row, _guessed_cells)
 
+# %% ../nbs/30_files.ipynb #d5ed1070
 def _csv_rows(f, path, name):
     "Rows of a table with a header, as CSV, TSV or with semicolons."
     lines = _table_lines(f, path, name)
@@ -642,6 +645,7 @@ def _parquet_rows(f, path, name):
     import pyarrow.parquet as pq
     return _batch_rows(lambda: pq.ParquetFile(f).iter_batches(batch_size=256), name)
 
+# %% ../nbs/30_files.ipynb #cbec513b
 def _arrow_rows(f, path, name):
     "Rows of an Arrow file or stream, as `datasets` and pyarrow write them."
     import pyarrow as pa
@@ -685,6 +689,7 @@ def _cell_text(value)->str:
     if isinstance(value, datetime) and value.time() == time(): value = value.date()
     return value.isoformat(' ') if isinstance(value, datetime) else str(value)
 
+# %% ../nbs/30_files.ipynb #314a5594
 def _workbook_rows(f, path, name, section=None):
     "Rows of one sheet of a workbook: of the first one, or of the sheet with this name."
     with _workbook(f, name) as book:
@@ -692,7 +697,8 @@ def _workbook_rows(f, path, name, section=None):
         if not sheets: raise _file_fault(name, 'the workbook has no sheet with cells', 'save it again')
         sheet, others = sheets[section] if section else book.worksheets[0], [*sheets][1:]
         if others and not section:
-            logger.warning('%s: read the sheet %s; not read: %s', name, quoted(sheet.title), ', '.join(map(quoted, others)))
+            logger.warning('%s: read the sheet %s; not read: %s', name, quoted(sheet.title),
+                           ', '.join(map(quoted, others)))
         sheet.reset_dimensions() # some programs write a wrong size
         names, place, formulas = None, f'{name}[{section}]' if section else name, _formulas(f, name, sheet.title)
         for number,row in enumerate(sheet.iter_rows(), 1):
@@ -707,6 +713,7 @@ def _workbook_rows(f, path, name, section=None):
             failed = _failed_cell(here, names, row, unknown)
             yield (here, failed) if failed else _table_row(here, names, cells + ['']*(len(names) - len(cells)))
 
+# %% ../nbs/30_files.ipynb #8b0a5baf
 def _sheet_header(cells, name, number):
     "The column names of a sheet."
     names = [cell.strip() or f'Unnamed: {i}' for i,cell in enumerate(cells)]
@@ -791,6 +798,7 @@ def _stored(path):
     target = (path.parent/text.strip()).resolve() if _LINK_TEXT.fullmatch(text) else path
     return target if target.is_file() and target.is_relative_to(data_border(path.parent)) else path
 
+# %% ../nbs/30_files.ipynb #fd3b4b2c
 def data_folder(
     folder, # A folder, or a file
 )->Path: # Where its data files are
@@ -849,6 +857,7 @@ def look_into(
         elif inner: aside[p] = 'folder'
     return (files, {**aside, **dict.fromkeys(metadata, 'metadata')}) if files else (metadata, aside)
 
+# %% ../nbs/30_files.ipynb #579b08c4
 def data_files(
     path, # A data file, or a folder of them
 )->list[Path]: # The file, or the folder's data files in order of their names

@@ -14,8 +14,10 @@ from itertools import islice
 from typing import Iterable, NamedTuple, Sequence
 
 from llama_nb.conversation import (
-    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, is_rejected, may_be_mask, Message, MESSAGE_LISTS,
-    MessageFault, plain_key, plain_value, read_message, ROLE_KEYS, ROLES, says_origin, Source, THOUGHTS, train_flag, TRAIN_FLAGS,
+    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, is_rejected, may_be_mask, Message,
+    MESSAGE_LISTS,
+    MessageFault, plain_key, plain_value, read_message, ROLE_KEYS, ROLES, says_origin, Source, THOUGHTS, train_flag,
+    TRAIN_FLAGS,
     unused_note)
 from .errors import ConfigError, DataError, did_you_mean, logger, shorten
 from .files import (
@@ -478,7 +480,8 @@ def _chatgpt(row, field='mapping', options=None):
 _EXPORT_ROW = frozenset((
     'title', 'create_time', 'update_time', 'moderation_results', 'plugin_ids', 'gizmo_id', 'gizmo_type', 'is_archived',
     'is_starred', 'safe_urls', 'blocked_urls', 'default_model_slug', 'conversation_origin', 'voice', 'async_status',
-    'disabled_tool_ids', 'is_do_not_remember', 'memory_scope', 'context_scopes', 'is_read_only', 'is_study_mode', 'owner'))
+    'disabled_tool_ids', 'is_do_not_remember', 'memory_scope', 'context_scopes', 'is_read_only', 'is_study_mode',
+    'owner'))
 _EXPORT_MESSAGE = frozenset(('id', 'author', 'create_time', 'update_time', 'content', 'status', 'end_turn', 'metadata',
                              'recipient', 'channel', 'message', 'parent', 'children'))
 _EXPORT_CONTENT = frozenset(('content_type', 'parts', 'text', 'result', 'thoughts', 'user_profile', 'user_instructions',
@@ -494,7 +497,8 @@ def _aside(content):
     "Notes about texts in the content of an exported message that are not read."
     thoughts = content.get('thoughts')
     parts = [t for t in thoughts if isinstance(t, dict)] if isinstance(thoughts, list) else []
-    lost = [k for k,v in content.items() if k not in _EXPORT_CONTENT and carries_meaning(v) and not says_origin(plain_key(k))]
+    lost = [k for k,v in content.items() if k not in _EXPORT_CONTENT and carries_meaning(v)
+            and not says_origin(plain_key(k))]
     lost += [f'thoughts.{k}' for t in parts for k,v in t.items() if k != 'content' and carries_meaning(v)]
     return [f'content field {shorten(k, 30)!r} not used' for k in lost]
 
@@ -518,6 +522,7 @@ def _add_thoughts(content, marks, at, thoughts, notes):
     else: thoughts += texts
     notes += more
 
+# %% ../nbs/31_formats.ipynb #ff45afcc
 def _add_node(node, at, turns, notes, thoughts):
     "Add what one node of an export says to `turns`, its thoughts to `thoughts`, and what is left out to `notes`."
     message = node.get('message')

@@ -305,11 +305,13 @@ _SAYS_NOTHING = ( # of a trained adapter, or checked by its value
 
 def _is_pattern(value): return isinstance(value, str) and value != 'all-linear'
 
+# %% ../nbs/68_inputs.ipynb #bdf3375f
 def _check_named(settings):
     "Raise `ConfigError` for a setting of peft that we have no name for: a run would not record it."
     from peft import LoraConfig
     plain = LoraConfig().to_dict() | {'layers_pattern': 'layers', 'trainable_token_indices': None}
-    found = {k: v for k,v in settings.items() if k not in _TAKEN + _SAYS_NOTHING and v and v != plain.get(k) and v != [plain.get(k)]}
+    found = {k: v for k,v in settings.items() if k not in _TAKEN + _SAYS_NOTHING and v and v != plain.get(k)
+             and v != [plain.get(k)]}
     start = settings.get('init_lora_weights')
     if isinstance(start, str) and start.lower() not in INIT_METHODS and start.lower() != 'eva' or start == 'loftq':
         found['init_lora_weights'] = start # changes the base, in a way that we cannot repeat
@@ -319,6 +321,7 @@ def _check_named(settings):
         raise ConfigError(f'adapter: found {name}={shorten(repr(value), 40)}, which no setting of ours describes; train it on with peft, '
                           'or merge it into its base, save that and begin a new one')
 
+# %% ../nbs/68_inputs.ipynb #4a90319c
 def _settings_found(settings, adapter):
     "Ours by name, as far as peft's say more than the defaults."
     found = {k: settings[k] for k in _TAKEN if settings.get(k) not in (None, {}, [], ())}
@@ -330,6 +333,7 @@ def _settings_found(settings, adapter):
         if not any(name.endswith('.bias') for name in adapter_tensors(adapter)): del found['bias'] # its base has none
     return {k: sorted(v) if isinstance(v, (set, list, tuple)) else v for k,v in found.items()}
 
+# %% ../nbs/68_inputs.ipynb #055eb1c9
 def lora_settings(
     settings:dict, # peft's settings, as in `adapter_config.json`
     adapter=None, # The PEFT model or the folder they belong to: its layers are named where the settings are a pattern
@@ -341,7 +345,6 @@ def lora_settings(
     if adapter is not None and any(_is_pattern(settings.get(k)) for k in ('target_modules', 'exclude_modules')):
         settings = settings | {'target_modules': adapted_linears(adapter), 'exclude_modules': None}
     return _as_settings(_settings_found(settings, adapter))
-
 
 # %% ../nbs/68_inputs.ipynb #f2f34914
 def read_adapter(

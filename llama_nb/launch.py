@@ -98,7 +98,8 @@ def read_splits(
     parts = {}
     for part in ('train', 'validation'):
         with open(Path(folder)/f'{part}.jsonl', encoding='utf-8') as f:
-            parts[part] = Conversations(map(_conversation, f), report.source, report.format, bad, report.num_rows, report.notes)
+            parts[part] = Conversations(map(_conversation, f), report.source, report.format, bad, report.num_rows,
+                                        report.notes)
     return DataSplits(parts['train'], parts['validation'], report)
 
 # %% ../nbs/57_launch.ipynb #7d4b85de

@@ -270,7 +270,8 @@ class _Layout(NamedTuple):
     "How a template writes the conversations of one form."
     items:list # `LayoutText`s and `LayoutValue`s in order
     left_out:tuple # `_Leaf`s that the template does not write
-    looks:str # What it looks into, or may look into unseen, so that every conversation is compared with the template's own rendering
+    # What it looks into, or may look into unseen, so that every conversation is compared with the template's own rendering
+    looks:str
 
 # %% ../nbs/23_layouts.ipynb #b6f3db26
 def _places(enc:TemplateWriter, probe:_Probe)->tuple[list,tuple]:
@@ -378,6 +379,7 @@ def _refuse_opening(name:str, header:str, text:str, message:int):
     raise DataError(f"template '{name}' writes messages[{message}] of the assistant as another role's; "
                     'change the order of the messages')
 
+# %% ../nbs/23_layouts.ipynb #9e8d500d
 class _LayoutMaker:
     "Collects the items of a layout."
     def __init__(self, enc:TemplateWriter, roles:tuple): self.enc, self.roles, self.items = enc, roles, []
@@ -467,7 +469,8 @@ def _made_layout(enc:TemplateWriter, conv:Conversation, fixed:bool)->_Layout:
     try: probe, spaced = _Probe(enc, conv, fixed=fixed), _Probe(enc, conv, spaced=True, fixed=fixed)
     except TemplateError as e:
         what = f"refuses the roles {shorten(', '.join(conv.roles), 60)}"
-        if conv.tools and 'has no attribute' in str(e): what = 'looks into the parameters of tools, which cannot be followed'
+        if conv.tools and 'has no attribute' in str(e):
+            what = 'looks into the parameters of tools, which cannot be followed'
         said = re.sub(r"'?llama_nb\.template\.Watched\w+ object'?", 'the object', str(e))
         raise DataError(f"template '{enc.template.name}' {what}: {shorten(said, 90)}") from None
     pieces, values, missing = _values(enc, probe, spaced)
@@ -558,6 +561,7 @@ def _takes_values(enc:TemplateWriter, conv:Conversation, fixed:bool)->bool:
     def is_whole(m): return m.content in text or str(m.value) in text or all(w in text for w in _words(m.value))
     return all(map(is_whole, data)) and (not fixed or all(t.get('function', t)['name'] in text for t in conv.tools))
 
+# %% ../nbs/23_layouts.ipynb #887685d3
 def _control_in(enc:TemplateWriter, text:str)->str:
     "The first control token in a text that must stay a text; empty if there is none."
     return next((token for token in enc.tokens.control.values() if token in text), '')

@@ -340,11 +340,13 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         self.same_bits, self.is_pending = same_bits, False # an evaluation of the last step that is made up for
         self.locked = False # whether only the trainer that made it may start it
         self.made = self.made_schedule = None # optimizer with its facts, and scheduler, if made of the settings
-        self.config, self.first_groups = config or TrainingConfig(), [] # rate and decay of each group, as this run sets them
+        # rate and decay of each group, as this run sets them
+        self.config, self.first_groups = config or TrainingConfig(), []
         super().__init__(*args, **kwargs)
         if num_ranks() > 1: set_seed(self.args.seed + rank()) # each rank draws its own dropout
         if dtype == torch.float16: self.scaler = _scaler_for(self)
-        self.accelerator.gradient_accumulation_steps = 1 # in transformers 5.3 accelerate would divide the loss once more
+        # in transformers 5.3 accelerate would divide the loss once more
+        self.accelerator.gradient_accumulation_steps = 1
         self.mixed = dtype != torch.float32 and (not fast_path or uses_autocast(self.model))
         fused = fast_path and self.config.kernels and dtype != torch.float32
         self.adapter_copies = AdapterCopies(self.model, dtype) if fused else nullcontext()
@@ -357,7 +359,8 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         smoothing = self.config.label_smoothing if model.training else 0.
         with self.autocast(), noisy_embeddings(model, inputs, self.config.neftune_noise_alpha):
             share = self.config.neftune_noise_alpha is None # noise differs for each copy of a token
-            if self.fast_path: loss = batch_loss(model, inputs, num_items_in_batch, label_smoothing=smoothing, share=share)[0]
+            if self.fast_path:
+                loss = batch_loss(model, inputs, num_items_in_batch, label_smoothing=smoothing, share=share)[0]
             else: loss = _stock_loss(model, inputs, num_items_in_batch, smoothing)
         if inputs.get('filler'): loss = loss*0
         if self.scaler is not None: loss = self.scaler.scaled(loss)
@@ -396,10 +399,12 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         own = self.optimizer is not None
         if self.optimizer is None and (self.config.optim_args or self.config.loraplus_lr_ratio):
             self.optimizer_cls_and_kwargs = optimizer_kind(self.args, self.config)
-            if self.config.loraplus_lr_ratio: self.optimizer = _loraplus(self.model, self.args, self.config, self.optimizer_cls_and_kwargs)
+            if self.config.loraplus_lr_ratio:
+                self.optimizer = _loraplus(self.model, self.args, self.config, self.optimizer_cls_and_kwargs)
         made = super().create_optimizer(*args, **kwargs)
         if not own: self.made = self.optimizer, own_facts(self.optimizer)
-        self.first_groups = [(g.get('initial_lr', g['lr']), g.get('weight_decay', 0)) for g in self.optimizer.param_groups]
+        self.first_groups = [(g.get('initial_lr', g['lr']), g.get('weight_decay', 0))
+                             for g in self.optimizer.param_groups]
         return made
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -426,7 +431,8 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         with torch.no_grad(), self.autocast():
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only: return loss, None, None
-            kept = {k: inputs[k] for k in ('input_ids', 'position_ids', 'cu_seqlens') if self.fast_path or k != 'cu_seqlens'}
+            kept = {k: inputs[k] for k in ('input_ids', 'position_ids', 'cu_seqlens') if self.fast_path
+                    or k != 'cu_seqlens'}
             return loss, model(**kept, use_cache=False).logits.float(), inputs['labels']
 
     @torch.no_grad()
@@ -445,7 +451,8 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
             given = EvalPrediction(*(torch.cat(t, 1).cpu().numpy() for t in zip(*outputs)))
             metrics |= _own_metrics(_measured_by(self.compute_metrics, given), metric_key_prefix)
         if not (self.is_in_train or self.is_pending): return metrics # asked for by you: nothing of the run is changed
-        if eval_dataset is None: save_conversation_losses(self.run, self.state.global_step, [e for f in found.values() for e in f[2]])
+        if eval_dataset is None:
+            save_conversation_losses(self.run, self.state.global_step, [e for f in found.values() for e in f[2]])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -607,6 +614,7 @@ def late_arguments(
         'save_steps': every(config.save_steps, 5), 'eval_strategy': config.eval_strategy if evaluates else 'no',
         'eval_steps': every(config.eval_steps, 8) if evaluates else None}
 
+# %% ../nbs/71_loop.ipynb #d72e2fe6
 def training_arguments(
     config:TrainingConfig, # Our settings
     folder, # The run's folder

@@ -51,7 +51,8 @@ def peft_config(
     with _quiet(): from peft import LoraConfig
     as_list = lambda names: list(names) if isinstance(names, tuple) else names
     start, targets = lora_config.init_lora_weights, lora_config.target_modules
-    if lora_config.layers_to_transform and targets == 'all-linear': targets = LINEARS # peft takes layers with names only
+    if lora_config.layers_to_transform and targets == 'all-linear':
+        targets = LINEARS # peft takes layers with names only
     try:
         return LoraConfig(
             **{name: getattr(lora_config, name) for name in _SAME_NAME},

@@ -129,6 +129,7 @@ def _shared_tokens(ids, spans):
         if len(differ): count = int(differ[0])
     return count
 
+# %% ../nbs/43_loss.ipynb #8e348600
 def share_beginning(
     batch:dict, # A flat batch from `PackedCollator`, on a CPU
     where:Tensor, # `(N,)` its taught positions

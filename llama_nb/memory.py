@@ -286,6 +286,7 @@ def _host_weight_bytes(shape, s, num_processes):
     "Pinned host memory for the parts of the base that one process holds; 0 if they stay on the device."
     return cut_bytes(shape, num_processes, pinned=True, **_cut_settings(s)) if s['offloaded_weights'] else 0
 
+# %% ../nbs/45_memory.ipynb #c8db34dc
 def _shared_parts(parts, shape, s, num_processes):
     "The parts of a plan on one of several processes that share the base; of a layer in host memory, the own part arrives first."
     args = _cut_settings(s)
@@ -328,7 +329,8 @@ class MemoryPlan:
 
     def to_dict(self)->dict:
         "Everything as plain values, for `--json`."
-        return {'total_bytes': self.total, 'total_gib': round(self.total/GiB, 2), 'host_bytes': self.host_bytes, 'parts': dict(self.parts),
+        return {'total_bytes': self.total, 'total_gib': round(self.total/GiB, 2), 'host_bytes': self.host_bytes,
+                'parts': dict(self.parts),
                 'settings': dict(self.settings), 'counts': dict(self.counts), 'verdicts': self.verdicts}
 
     def view(self)->View:
@@ -368,7 +370,8 @@ def plan(
         from llama_nb.sources import model_shape
         shape = model_shape(model_config)
     counts = {**parameter_counts(shape), 'trained': trained_numbers(shape, lora_config)}
-    settings = _assumed_settings(model_config, training_config, shape, checkpointed_layers, dequantised_copy, offloaded_inputs)
+    settings = _assumed_settings(model_config, training_config, shape, checkpointed_layers, dequantised_copy,
+                                 offloaded_inputs)
     settings.update(decoded_scales=decoded_scales, recomputed_norms=recomputed_norms)
     settings['offloaded_weights'] &= context_bytes > 0 # a CPU's own memory is host memory
     settings.update(pinned_host_bytes=_pinned_bytes(shape, settings),
@@ -522,7 +525,8 @@ def parallel_plans(
     planned = plan if memory_bytes is None else functools.partial(decide, memory_bytes=memory_bytes)
     def settings(kind):
         return dataclasses.replace(t, parallel=kind.partition('_')[0], fsdp_cpu_offload=kind == 'fsdp_cpu_offload')
-    return {kind: planned(model_config, training_config=settings(kind), lora_config=lora_config, **kwargs) for kind in kinds}
+    return {kind: planned(model_config, training_config=settings(kind), lora_config=lora_config, **kwargs)
+            for kind in kinds}
 
 # %% ../nbs/45_memory.ipynb #366b9452
 def _gib(size, host_bytes, unit=''):

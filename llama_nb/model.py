@@ -185,7 +185,8 @@ def pick_device(
             raise ResourceError(f"device '{device}': there is no CUDA device here; use device='cpu'")
         return found
     if torch.cuda.is_available(): return torch.device('cuda')
-    if unused := _unused_gpu(): tell(f'training on the CPU: this machine has a GPU by {unused}, which llama_nb does not use')
+    if unused := _unused_gpu():
+        tell(f'training on the CPU: this machine has a GPU by {unused}, which llama_nb does not use')
     return torch.device('cpu')
 
 # %% ../nbs/14_model.ipynb #b8f7d0b5

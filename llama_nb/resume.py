@@ -68,12 +68,15 @@ def data_fingerprint(
 _FREE = { # settings that do not affect the weights
     'model.model_name', 'model.revision', 'data.data_path', 'training.output_dir', 'training.run_name',
     'training.logging_steps', 'training.save_steps', 'training.eval_steps', 'training.save_total_limit',
-    'training.gradient_checkpointing', 'training.activation_offloading', 'training.allow_changes', 'training.report_to', 'training.save_strategy',
+    'training.gradient_checkpointing', 'training.activation_offloading', 'training.allow_changes', 'training.report_to',
+    'training.save_strategy',
     'training.eval_strategy', 'training.per_device_eval_batch_size', 'training.dataloader_num_workers',
     'training.save_only_model', 'training.load_best_model_at_end', 'training.early_stopping',
-    'training.early_stopping_delta', 'training.mirror', 'training.ddp_timeout', 'training.parallel', 'training.fsdp_cpu_offload',
+    'training.early_stopping_delta', 'training.mirror', 'training.ddp_timeout', 'training.parallel',
+    'training.fsdp_cpu_offload',
     'training.push_to_hub', 'training.hub_model_id', 'training.hub_private_repo'}
-_NUMERIC = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'numpy', 'tokenizers') # can change results
+# can change results
+_NUMERIC = ('llama_nb', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'numpy', 'tokenizers')
 
 def run_facts(
     config:RunConfig, # The resolved configuration

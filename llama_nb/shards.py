@@ -62,6 +62,7 @@ def shard_base_(
     left = [name for name,p in frozen.items() if cpu_offload and p.to_local().device.type != 'cpu']
     if left: raise LlamaNbError(f'training.fsdp_cpu_offload: {left[0]} stayed on the device; set it to false')
 
+# %% ../nbs/48_shards.ipynb #f4a664ef
 def is_shard(
     p:Tensor, # A parameter
 )->bool: # Whether this process holds only a part of it

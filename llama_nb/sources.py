@@ -372,7 +372,8 @@ def find_model(
 
     Raises `ResourceError` if a path does not exist or contains no model."""
     name = os.fspath(name)
-    if problem := path_problem(name): raise ResourceError(f'model {shorten(repr(redact(name)), 60)}: {problem}; use a folder, a .gguf file or a Hub id')
+    if problem := path_problem(name):
+        raise ResourceError(f'model {shorten(repr(redact(name)), 60)}: {problem}; use a folder, a .gguf file or a Hub id')
     path = Path(name).expanduser()
     if name == 'demo' and not path.is_dir(): return str(demo_model())
     if name.endswith('.gguf') and not path.is_dir(): return _converted_gguf(_gguf_file(name))

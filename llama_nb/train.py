@@ -56,7 +56,8 @@ from .publishing import load_chosen, load_published_, publish, upload_asked, was
 from .quantization import compute_dtype
 from .ranks import all_values, from_main, is_launched, is_main, meet, rank_device, start_ranks
 from .resume import (
-    exclusive, find_checkpoint, first_facts, forget_adapter, frozen_facts, hash_parts, keep_start, known_start, load_start_,
+    exclusive, find_checkpoint, first_facts, forget_adapter, frozen_facts, hash_parts, keep_start, known_start,
+    load_start_,
     open_run, own_facts, run_facts, settled, START, start_fingerprint, sweep, weights_fingerprint)
 from .runs import environment, Run, save_config, save_trained_rows, scores_name, trained_rows
 from .safe_trainer import SilentRun
@@ -132,6 +133,7 @@ class Given(NamedTuple):
 def _num_layers(given, model_config):
     return (model_shape(model_config) if given.model is None else given.model.config).num_hidden_layers
 
+# %% ../nbs/75_train.ipynb #6346b723
 def _object_settings(given, model_config, lora_config):
     "Settings of model and adapter that describe the objects given."
     if given.adapter is not None and isinstance(given.model, PeftModel):
@@ -153,7 +155,8 @@ def _object_settings(given, model_config, lora_config):
         check_stored(given.model, model_config.model_name)
         if isinstance(given.model, PeftModel):
             own = lora_settings(given.model.peft_config[given.model.active_adapter].to_dict(), given.model)
-    if own is not None and lora_config is not None and not is_same_lora(lora_config, own, _num_layers(given, model_config)):
+    if own is not None and lora_config is not None and not is_same_lora(lora_config, own,
+                                                                        _num_layers(given, model_config)):
         named = [f'{k} {shorten(repr(getattr(own, k)), 40)}' for k in vars(own) if not k.startswith('_')
                  and getattr(own, k) != getattr(lora_config, k)]
         raise ConfigError(f"lora: the adapter has {', '.join(named)}; leave lora_config out, or make it the same")
@@ -233,7 +236,8 @@ class LLAMATrainer:
         if data is not None: self._data, self.validation_names = as_splits(data, validation, self.config.data)
         self._start = None # the adapter's initial values
         self._before = rows_before(adapter, model) # what the adapter given was trained on
-        self.way = None # how several ranks share the base, where `auto` decides it: the name of a plan of `parallel_plans`
+        # how several ranks share the base, where `auto` decides it: the name of a plan of `parallel_plans`
+        self.way = None
         self.trained_in = None # the `Run` that other processes trained, whose adapter the model gets
         self._chat = None # the `ChatSession`
         self._thread = self._error = None # of a training in the background
@@ -409,6 +413,7 @@ def _is_in_parts(trainer):
     "Whether the ranks share the base, each with a part of it."
     return _way(trainer) != 'ddp'
 
+# %% ../nbs/75_train.ipynb #1612956f
 def _choose_way(trainer):
     "Decide before the model is loaded, from its shape; the main process decides for all. Says which and why."
     c, room = trainer.config, room_bytes(trainer.device)
@@ -426,13 +431,15 @@ def _as_planned(trainer):
     if t.num_processes == 1: return t
     return replace(t, parallel='ddp' if way == 'ddp' else 'fsdp', fsdp_cpu_offload=way == 'fsdp_cpu_offload')
 
+# %% ../nbs/75_train.ipynb #e00429a1
 def _share_base(trainer, run):
     "Cut the base into parts, and say how much of it each rank holds."
     whole, on_host = frozen_layer_bytes(trainer.model)[1], _way(trainer) == 'fsdp_cpu_offload'
     shard_base_(trainer.model, trainer.device, after_layer=meet, cpu_offload=on_host)
     held = [here for here,_ in all_values(frozen_layer_bytes(trainer.model))]
     c, exact = trainer.config, compute_dtype(trainer.config.model.bnb_4bit_compute_dtype, trainer.device) == torch.float32
-    planned = cut_bytes(trainer.model.get_base_model().config, c.training.num_processes, c.model.use_4bit, 4 if exact else 2)
+    planned = cut_bytes(trainer.model.get_base_model().config, c.training.num_processes, c.model.use_4bit,
+                        4 if exact else 2)
     run.log('shards', step=0, bytes=held, whole_bytes=whole, planned_bytes=planned, on_host=on_host)
     tell(f'fsdp: each process holds at most {max(held)/whole:.0%} of the {whole/1e6:,.1f} MB of the layers' + ', in host memory'*on_host)
 
@@ -531,12 +538,12 @@ def _base_facts(trainer):
     stored = stored_fingerprint(trainer.config.model.model_name) if trainer.given.model is None else {}
     return stored | base_fingerprint(trainer.model)
 
+# %% ../nbs/75_train.ipynb #0f5bde34
 @torch.no_grad()
 def _reset_adapter_(trainer):
     "Put the adapter's initial values back: a second `train()` starts like the first one."
     for n,p in trainer.model.named_parameters():
         if n in trainer._start: p.copy_(trainer._start[n])
-
 
 # %% ../nbs/75_train.ipynb #5a4a69ee
 def _reply_sampler(trainer):
@@ -920,14 +927,17 @@ def _check_idle(trainer):
                           'call trainer.stop() or trainer.wait() first')
 
 # %% ../nbs/75_train.ipynb #48213259
-_MAY_CHANGE = ('args', 'optimizer', 'lr_scheduler', 'compute_metrics', 'preprocess_logits_for_metrics') # of a loop: yours to set
+# of a loop: yours to set
+_MAY_CHANGE = ('args', 'optimizer', 'lr_scheduler', 'compute_metrics', 'preprocess_logits_for_metrics')
 _MOVES = ('callback_handler', 'control', 'state', 'phase', 'window', 'first_groups', 'is_in_train', 'saved_step',
-          'save_seconds', 'made', 'made_schedule', 'flops_per_token', 'current_flos', 'run_facts', 'optimizer_cls_and_kwargs')
+          'save_seconds', 'made', 'made_schedule', 'flops_per_token', 'current_flos', 'run_facts',
+          'optimizer_cls_and_kwargs')
 _OF_CALLBACKS = ('metric_for_best_model', 'greater_is_better') # arguments that only callbacks of yours read
 
 def _held(trainer, hf):
     "What a prepared loop is made of: its arguments, objects and rows, and the settings; to see what was changed since."
-    found = {f'args.{f.name}': copy.deepcopy(getattr(v := getattr(hf.args, f.name), 'value', v)) for f in fields(hf.args)}
+    found = {f'args.{f.name}': copy.deepcopy(getattr(v := getattr(hf.args, f.name), 'value', v))
+             for f in fields(hf.args)}
     found |= {k: v for k,v in vars(hf).items() if not k.startswith('_') and k not in _MAY_CHANGE + _MOVES}
     sets = hf.eval_dataset if isinstance(hf.eval_dataset, dict) else {'': hf.eval_dataset}
     for name,rows in {'train_dataset': hf.train_dataset, **{f'eval_dataset {k}'.strip(): v for k,v in sets.items()}}.items():
@@ -940,6 +950,7 @@ def _is_same(a, b):
     by_value = isinstance(a, (str, int, float, dict, list, type(None), torch.dtype)) or is_dataclass(a)
     return a is b or (by_value and type(a) is type(b) and a == b)
 
+# %% ../nbs/75_train.ipynb #8f371286
 def _changed(before, now):
     "Names of what was changed, added or removed."
     return [name for name in {**before, **now} if name not in before or name not in now
@@ -967,10 +978,12 @@ def _discard_prepared(trainer, prepared):
     trainer._prepared = trainer._hf_trainer = None
     trainer.run = prepared.last_run
 
+# %% ../nbs/75_train.ipynb #278baa7a
 def _check_not_refused(trainer):
     "Raise `ConfigError` if something was set on a loop whose run was refused: no run would get it."
     (hf, before), trainer._refused = trainer._refused or (None, {}), None
-    changed = [] if hf is None else [name for name in _changed(before, _held(trainer, hf)) if not name.startswith('config.')]
+    changed = [] if hf is None else [name for name in _changed(before, _held(trainer, hf))
+                                     if not name.startswith('config.')]
     if changed:
         raise ConfigError(f'hf_trainer.{changed[0]}: set on the loop of a run that was refused and is gone; '
                           'ask for trainer.hf_trainer again, which prepares a new one, and set it there')
@@ -988,6 +1001,7 @@ def _asked_late(trainer, prepared):
         if key in late: asked[key] = now[name]
     return replace(t, **asked), asked
 
+# %% ../nbs/75_train.ipynb #22a13783
 def _check_late(trainer, prepared, training, asked):
     "The checks of `_prepare` for the settings that were changed since; the number of steps now."
     hf = prepared.hf
@@ -1004,6 +1018,7 @@ def _check_late(trainer, prepared, training, asked):
         check_disk(training, trainer.model)
     return steps
 
+# %% ../nbs/75_train.ipynb #c6ce7cec
 def _set_late_(hf, training, steps):
     "Give a loop the settings that it has not read yet."
     hf.config = training
@@ -1016,6 +1031,7 @@ def _set_late_(hf, training, steps):
             hf.remove_callback(guard)
         if isinstance(guard, Mirror): guard.keep = training.save_total_limit
 
+# %% ../nbs/75_train.ipynb #e7d9e6aa
 def _take_over(trainer, prepared, resume, optimizers, samples, progress):
     "Check what `train` was asked for beside a run that `hf_trainer` has prepared, and keep what was set there."
     given = {'resume': resume, 'optimizers': any(o is not None for o in optimizers), 'samples': samples}

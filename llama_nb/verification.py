@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 from .conversation import as_conversation, Conversation, Example, IGNORE_INDEX, Message, Span, ToolCall, unique_keys
 from .dialogue import (
-    message_texts, has_fixed_parts, part_of_item, taught_messages, taught_parts, check_train_on, encode, encode_to_length,
+    message_texts, has_fixed_parts, part_of_item, taught_messages, taught_parts, check_train_on, encode,
+    encode_to_length,
     label_runs, prepared_conversation)
 from .errors import ConfigError, DataError, did_you_mean, one_line, shorten
 from .layouts import (
-    call_opening, calls_as_text, data_as_text, LayoutText, LayoutValue, official_text, written_by_template, WrittenConversation)
+    call_opening, calls_as_text, data_as_text, LayoutText, LayoutValue, official_text, written_by_template,
+    WrittenConversation)
 from .segments import ContentSlot, FixedPart, get_encoder, TemplateEncoder
 from .template import ChatTemplate
 from .tokens import TokenizerCopies

@@ -523,7 +523,6 @@ def _checkpoint_of_main(run, name):
 def _facts(trainer, batch_size, compiled, optimizers=(None, None)):
     "What each checkpoint keeps for comparison when it is resumed, see `run_facts`."
     data = trainer.rows().facts
-    sets = {'validation sets': dict(trainer.validation_names)} if trainer.validation_names else {}
     return run_facts(trainer.config, **own_facts(*optimizers), **{
         'training.per_device_train_batch_size': batch_size, 'training.compile': compiled,
         'validation sets': ', '.join(f'{name} {n}' for name,n in trainer.validation_names.items()) or None,
@@ -531,7 +530,7 @@ def _facts(trainer, batch_size, compiled, optimizers=(None, None)):
         'template': data['template']['hash'][:16],
         'tokenizer': hash_parts(trainer.tokenizer.backend_tokenizer.to_str()),
         'base weights': weights_fingerprint(trainer.model), 'base settings': settings_fingerprint(trainer.model.config),
-        'device': trainer.device.type, **sets, **frozen_facts(trainer.model)}) | {'base': _base_facts(trainer)}
+        'device': trainer.device.type, **frozen_facts(trainer.model)}) | {'base': _base_facts(trainer)}
 
 def _base_facts(trainer):
     "What recognises the base in each form that it may be held in."

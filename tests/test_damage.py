@@ -206,6 +206,6 @@ def test_no_room_is_said_before_training(tiny, small_disk, tmp_path):
     "What will not fit is said before the first step, with need and have."
     with open(small_disk/'ballast', 'wb') as f: f.write(bytes(shutil.disk_usage(small_disk).free - 10_000))
     code = wait(fork(train(tiny[1], 'no-room', output_dir=str(small_disk/'runs')), tmp_path/'log'))
-    assert code == 3 and 'the checkpoints of this run needs' in (tmp_path/'log').read_text()
+    assert code == 3 and 'disk full: the checkpoints of this run in' in (tmp_path/'log').read_text()
     assert latest_valid(small_disk) is None
     record('no room before training', told_before_the_first_step=True)

@@ -202,7 +202,7 @@ def check_same_step(
 
 # %% ../nbs/73_checks.ipynb #078c40be
 _OBJECTS = ( # what may have been given, and the facts that tell
-    ('put the base back, or give the same model again with model=...', {'base weights', 'base settings'}),
+    ('give the same model again with model=...', {'base weights', 'base settings'}),
     ('give the same tokenizer and template again with tokenizer=... (none, if the run had none)',
      {'template', 'tokenizer'}),
     ('give the same data again with data=... (and validation=...) in the same order',
@@ -218,6 +218,8 @@ def _with_objects(told, config):
     in_file = 'data.rows' in explained and config.data.dataset_name != IN_MEMORY
     if not found or not again or settings or in_file: return ConfigError(told + found + rest)
     if 'tokenizer' in explained: told = re.sub(r'data\.rows: [^;]+; ', '', told)
+    if explained & {'tokenizer', 'base weights'}: # a folder of other files may be named as before
+        return ConfigError(f'{told}{found}{rest}; if the run had an object, {again}')
     return ConfigError(f'{told}; {again}, or start a new run')
 
 # %% ../nbs/73_checks.ipynb #3938eeda

@@ -735,7 +735,7 @@ def test_a_run_with_a_tokenizer_of_its_own_asks_for_it_again(place, step, in_mem
         return made
     data = dict(data=chats(12)) if in_memory else {}
     run = fallen(trainer(place, 'own-template', tokenizer=own(), max_steps=4, save_steps=2, **data), step)
-    with pytest.raises(ConfigError, match='template: .* → .*; give the same tokenizer and template again with tokenizer=') as told: gone_on_with(run, **data)
+    with pytest.raises(ConfigError, match='template: .* → .*give the same tokenizer and template again with tokenizer=') as told: gone_on_with(run, **data)
     assert 'data.rows' not in str(told.value) and 'data=' not in str(told.value)
     assert gone_on_with(run, tokenizer=own(), **data).status == 'finished'
     plain = fallen(trainer(place, 'plain-template', max_steps=4, save_steps=2, **data), step)

@@ -11,8 +11,8 @@ from bench.common import RESULTS, save
 
 COUNT, MEDIAN, MAX_LENGTH, R = 320, 85, 1024, 16
 STEPS, WARM_UP, ROWS = 8, 2, 4  # steps of a run; the first ones left out; micro-batches of a step on all processes together
-LIMIT = ('two processes share the cores and the memory bandwidth that one process uses with all its threads, so the best that can be expected here is the speed of one; '
-         'what the row shows is the cost of working in two processes, not what a second GPU brings')
+LIMIT = ('two processes share the cores and the memory bandwidth of one machine, so the rows show what working in two processes costs or gains there, '
+         'not what a second GPU brings')
 
 
 def row(num_processes, steps=STEPS):

@@ -434,7 +434,6 @@ def _text_of_parts(parts, key):
 def _text_of(value, key, role):
     "The text of a message."
     if isinstance(value, str): return value
-    if hasattr(value, 'tolist'): value = value.tolist()
     items = value if isinstance(value, (list, tuple)) else ()
     parts = bool(items) and all(isinstance(p, (str, Mapping)) for p in items)
     if role == 'tool' and not (parts and all(isinstance(p, Mapping) and 'type' in p for p in items)):
@@ -539,7 +538,7 @@ def _part_flag(part, place, role):
 def _part_flags(m, names, role):
     "The flags of the parts of a content as a `train_detail`, empty if they say nothing; and notes."
     key = next((names[k] for k in _CONTENT_KEYS if k in names and not isinstance(m[names[k]], str)), None)
-    items = m[key].tolist() if hasattr(m.get(key), 'tolist') else m.get(key)
+    items = m.get(key)
     if not isinstance(items, (list, tuple)): return [], []
     if role == 'tool' and not all(isinstance(p, Mapping) and 'type' in p for p in items): return [], [] # its JSON
     details, notes, start, found = [], [], 0, False
@@ -601,7 +600,6 @@ def _train_of(m, names, role, text, details=()):
 def _is_data(m, names)->bool:
     "Whether the content of a message is an object, a list or a number, and no list of text parts."
     value = next((m[names[k]] for k in _CONTENT_KEYS if k in names), '')
-    value = value.tolist() if hasattr(value, 'tolist') else value
     parts = isinstance(value, (list, tuple)) and value and all(isinstance(p, Mapping) and 'type' in p for p in value)
     return not isinstance(value, str) and not parts
 

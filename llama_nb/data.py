@@ -221,7 +221,7 @@ def _file_parts(path, folder, by_name):
     "Yield the part, the rows and the name of a file, or of each of its lists of rows."
     name = file_name(path, folder)
     words = [*reversed(Path(name).parts)] if by_name else []
-    own = next(filter(None, map(part_of, words)), 'train')
+    own = next((part for part in map(part_of, words) if part not in (None, 'train')), 'train')
     try: lists, sheets = json_sections(path, name)[0], sheet_names(path, name)
     except DataError: lists, sheets = (), () # the reader will say why
     for k,sheet in enumerate(sheets):
@@ -313,27 +313,32 @@ _CARDS = ('README.md', '.huggingface.yaml')
 
 def _subsets(folder):
     "The subsets that a data repository declares, with their settings, and the default (`None`: one must be chosen)."
-    texts = [p.read_text('utf-8', 'replace') if (p := folder/name).is_file() else '' for name in _CARDS]
-    if not any(re.search('^configs *:', text, re.M) for text in texts): return {}, None
+    card, more = (p.read_text('utf-8-sig', 'replace') if (p := folder/name).is_file() else '' for name in _CARDS)
+    if not re.match(r'\s*---\s*\n.*?^---', card, re.S | re.M): card = '' # without a block of settings
+    if 'configs' not in card + more: return {}, None
     import yaml
+    from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
     try:
-        said = DatasetCard(texts[0], ignore_metadata_errors=True).data.to_dict() | (yaml.safe_load(texts[1]) or {})
-        found = MetadataConfigs.from_dataset_card_data(said)
-        return found, found.get_default_config_name()
+        said = DatasetCard(card, ignore_metadata_errors=True).data.to_dict() if card else {}
+        found = MetadataConfigs.from_dataset_card_data(said | (yaml.safe_load(more) or {}))
+        default = found.get_default_config_name()
+        for settings in found.values(): sanitize_patterns(settings.get('data_files') or {})
+        return {str(name): settings for name,settings in found.items()}, None if default is None else str(default)
     except Exception as e: # of yaml, huggingface_hub and datasets; each means that the declaration is broken
         raise DataError(f'{shorten(folder.name, 40)}: the configs in README.md cannot be read: {shorten(one_line(e), 60)} '
                         '(correct them, or give the data files)') from None
 
 # %% ../nbs/33_data.ipynb #e1b28ab4
 def _declared(folder, settings):
-    "The files of each split of a declared subset."
+    "The files of each split of a declared subset; their patterns are relative to its `data_dir`."
+    place = folder/(settings.get('data_dir') or '')
     from datasets.data_files import resolve_pattern, sanitize_patterns
     splits = {}
     for split,patterns in sanitize_patterns(settings['data_files']).items():
         for pattern in patterns:
-            try: found = sorted(resolve_pattern(pattern, str(folder))) if '://' not in pattern else []
+            try: found = sorted(resolve_pattern(pattern, str(place))) if '://' not in pattern else []
             except (OSError, ValueError): found = []
             inside = [p for p in map(Path, found) if p.resolve().is_relative_to(data_border(folder))]
             splits.setdefault(split, []).extend(inside)
@@ -396,12 +401,13 @@ class _PlaceLoader(DatasetLoader):
         if name is None:
             found = f'README.md declares several subsets: {shorten(", ".join(declared), 100)}'
             raise DataError(f'{self.name}: {found} (choose one with subset=<name>)')
-        files = declared[name].get('data_files')
+        files, inner = declared[name].get('data_files'), data_folder(path)/(declared[name].get('data_dir') or '')
+        if not (inner.is_dir() and inner.resolve().is_relative_to(data_border(data_folder(path)))):
+            problem = f'{name}: no folder {shorten(repr(str(declared[name]["data_dir"])), 60)} in {shorten(path.name, 40)}'
+            raise DataError(f'{self.name}: {problem}, which README.md declares (restore it, or give the data files)')
         if files: self.declared = _declared(data_folder(path), declared[name])
         if isinstance(files, str) or files and isinstance(files[0], str): self.by_name = ('train',)
-        inner = data_folder(path)/(declared[name].get('data_dir') or '')
-        is_inside = inner.is_dir() and inner.resolve().is_relative_to(data_border(data_folder(path)))
-        return inner if is_inside and not self.declared else path
+        return path if self.declared else inner
 
     def _parts_of(self, names):
         "Part -> split, with the chosen split as train."

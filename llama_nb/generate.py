@@ -492,20 +492,19 @@ def _question(conversation):
 def reply_sampler(
     model:nn.Module, # The model in training
     tokenizer, # Its tokenizer
-    conversations, # Held-out conversations; the first `num` are answered
-    train=(), # The training conversations, which must not contain any of the prompts
+    conversations, # Held-out conversations; the first `num` are answered whose prompt is not trained on
+    train=(), # The training conversations
     num:int=3, # Number of prompts
     template='auto', # As in `get_template`
     max_new_tokens:int=48, # Maximum length of a reply, in tokens
 )->Callable[[],list[dict]]: # Each call: `row`, `prompt` (the last question), `reply`, `ended` for each
-    "Make the function that `SampleGuard` calls. Raises `DataError` for no prompt, or one that is trained on."
-    chosen = [as_conversation(c) for c in islice(conversations, num)]
-    if not chosen: raise DataError('no held-out conversation to ask; set data.val_size above 0')
-    asked = {_question(c): c for c in chosen}
-    for t in map(as_conversation, train):
-        if (c := asked.get(_question(t))) is None: continue
-        place = t.row or 'a training conversation'
-        raise DataError(f'{c.row or "a sample prompt"} is also trained on ({place}); its reply would show memory')
+    "Make the function that `SampleGuard` calls. Raises `DataError` if no prompt is left that is not trained on."
+    if not conversations: raise DataError('no held-out conversation to ask; set data.val_size above 0')
+    known = {hash(_question(as_conversation(t))) for t in train}
+    unseen = (c for c in map(as_conversation, conversations) if hash(_question(c)) not in known)
+    chosen = [*islice(unseen, num)]
+    if not chosen: raise DataError('the questions of all held-out conversations are also trained on, so that sample '
+                                   'replies would show memory; set evaluation.sample_prompts=0, or hold out others')
     def sample(c, reply):
         row = str(c.row) if c.row else None
         return dict(row=row, prompt=_question(c)[-1][1], reply=reply.text, ended=reply.ended)

@@ -418,7 +418,9 @@ def plot_run(
 )->View: # Loss, evaluation loss and learning rate over steps, as a picture with a text beside it
     "Draw a run from its events."
     fig, text = _curves(run), summary_line(run)
-    return View(f"<p>{escape(text)}</p>{picture(fig, 'loss and learning rate over the steps')}", text, fig)
+    has_curves = run.metrics('loss') or run.metrics('eval_loss')
+    curves = picture(fig, 'loss and learning rate over the steps') if has_curves else '' # not empty axes
+    return View(f'<p>{escape(text)}</p>{curves}', text, fig)
 
 # %% ../nbs/51_runs.ipynb #304b1723
 def spoken_time(

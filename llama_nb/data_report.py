@@ -34,6 +34,7 @@ def conversation_key(
     "A key that groups equal conversations."
     def words(m): return ' '.join(' '.join((m.content, *_beyond_content(m))).casefold().split())
     text = '\n'.join(f'{m.role}:{words(m)}' for m in conversation.messages)
+    if conversation.tools: text += json.dumps(conversation.tools, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/32_data_report.ipynb #dd486ed8

@@ -126,9 +126,9 @@ def _calls(conversation):
     return [(c.name, c.arguments) for m in conversation.messages for c in m.tool_calls or ()]
 
 def _call_hash(conversation)->int:
-    "A 64-bit number for the calls; 0 if there are none."
-    if not (calls := _calls(conversation)): return 0
-    return int.from_bytes(hashlib.sha256(repr(calls).encode()).digest()[:8], 'big')
+    "A 64-bit number for the calls and the tools; 0 if there are none."
+    if not (beside := [*_calls(conversation), *conversation.tools]): return 0
+    return int.from_bytes(hashlib.sha256(repr(beside).encode()).digest()[:8], 'big')
 
 # %% ../nbs/34_quality.ipynb #95c54822
 _BANDS = 32 # of 4 numbers each

@@ -400,12 +400,13 @@ def _curves(run):
     fig = Figure(figsize=(6, 4), layout='constrained')
     top, low = fig.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     loss, held, rate = run.metrics('loss'), run.metrics('eval_loss'), run.metrics('learning_rate')
+    dot = 'o-' if len(loss) == 1 else '-' # one step is no line yet
     if loss:
         steps, values = zip(*loss)
         top.plot(steps, values, lw=.8, alpha=.4, color='C0', label='training, each log')
-        top.plot(steps, smooth(values), color='C0', label='training, smoothed')
+        top.plot(steps, smooth(values), dot, color='C0', label='training, smoothed')
     if held: top.plot(*zip(*held), 'o-', ms=3, color='C1', label='validation')
-    if rate: low.plot(*zip(*rate), color='C2')
+    if rate: low.plot(*zip(*rate), dot, color='C2')
     if loss or held: top.legend()
     top.set(ylabel='loss (nats per taught token)', title=f'{run.name}: {run.status}')
     low.set(xlabel='optimizer step', ylabel='learning rate')

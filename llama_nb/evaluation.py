@@ -25,7 +25,7 @@ from .attention import causal_lm, plain_attention
 from .card import write_card
 from .config import EvaluationConfig, load_config, name_problem, RunConfig
 from .conversation import as_conversation, Conversation, conversation_hash, Example
-from .data import load_data
+from .data import DatasetLoader, DataSplits, load_data, selected
 from .dialogue import encode_prompt
 from .errors import ConfigError, DataError, did_you_mean, exit_code, import_extra, logger, one_line, redact, shorten
 from .generate import generate_replies, Reply
@@ -40,7 +40,7 @@ from .checkpoints import MANIFEST
 from .runs import last_step, Run, run_of, scores_name, trained_rows, UNKNOWN_ROWS
 from .segments import get_template
 from .views import stage, tell
-from .store import changed
+from .store import changed, joined
 
 # %% ../nbs/65_evaluation.ipynb #dc2b55f2
 def _with_reference(conversation):
@@ -417,8 +417,11 @@ def _to_measure(config:RunConfig, data, num_samples:int|None)->tuple[RunConfig,S
     if is_file: # where this file is and how it is split: nothing of the training's data holds for it
         own = dict.fromkeys(('data_path', 'mix_weights', 'max_samples', 'datasets', 'subset', 'revision', 'split'))
         found = replace(found, dataset_name=str(data), val_size=0., **own)
-    splits = load_data(found) if data is None or is_file else load_data(data, val_size=0.)
-    chosen = splits.validation if data is None else splits.train
+    if callable(data) and not isinstance(data, DatasetLoader): data = data()
+    if isinstance(data, DataSplits): splits = data
+    else: splits = load_data(found) if data is None or is_file else load_data(data, val_size=0.)
+    chosen = splits.validation
+    if data is not None: chosen = selected(splits.train, joined(splits.train, splits.validation))
     if data is not None: num_samples = num_samples or len(chosen)
     if num_samples: config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
     return config, chosen, splits.train
@@ -469,7 +472,7 @@ def evaluate_saved(
     name:str|None=None, # Folder below `eval/`; `None`: `validation`, and e.g. `validation-16bit` for another precision, `conversations` for yours
     by:str|Callable|None=None, # As in `evaluate_held_out`
     data_text:bool=True, # As in `evaluate_held_out`
-    data=None, # Your own to measure on, whole: a file, folder or Hub id, or rows in memory; it needs a `name`
+    data=None, # Your own to measure on, whole: a file, folder or Hub id, or what `LLAMATrainer` takes; it needs a `name`
     num_samples:int|None=None, # Conversations to measure; `None`: all of `data`, else as in the settings
     allow_trained:bool=False, # Measure on `data` although the run was trained on some of it; the scores say so
 )->EvaluationReport: # As `evaluate_held_out`

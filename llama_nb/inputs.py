@@ -7,6 +7,7 @@ __all__ = ['data_or_settings', 'as_splits', 'check_objects', 'describe_model', '
            'check_stored', 'check_all_saved', 'lora_settings', 'read_adapter', 'is_same_lora', 'rows_before']
 
 # %% ../nbs/68_inputs.ipynb #2455bfdd
+import inspect
 import json
 import os
 from dataclasses import fields, replace
@@ -121,6 +122,9 @@ def check_objects(
                                                      and issubclass(callback, TrainerCallback)):
             continue
         raise ConfigError(f'callbacks: found {type(callback).__name__}; give TrainerCallbacks of transformers')
+    for kind in (c for c in callbacks if isinstance(c, type)):
+        try: inspect.signature(kind).bind()
+        except TypeError as e: raise ConfigError(f'callbacks: {kind.__name__} needs arguments ({e}); give an object of it') from None
     if compute_metrics is not None and not callable(compute_metrics):
         raise ConfigError(f'compute_metrics: found {type(compute_metrics).__name__}; give a function of an EvalPrediction')
     if samples is not None and not callable(samples):

@@ -449,7 +449,11 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
         if self.compute_metrics:
             outputs = [part for *_,more in found.values() for part in more]
             given = EvalPrediction(*(torch.cat(t, 1).cpu().numpy() for t in zip(*outputs)))
-            metrics |= _own_metrics(_measured_by(self.compute_metrics, given), metric_key_prefix)
+            own = _own_metrics(_measured_by(self.compute_metrics, given), metric_key_prefix)
+            if taken := {*own} & {*metrics}:
+                name = min(taken).removeprefix(f'{metric_key_prefix}_')
+                raise ConfigError(f'compute_metrics: returned {shorten(name, 60)}, a name of the run itself; choose another')
+            metrics |= own
         if not (self.is_in_train or self.is_pending): return metrics # asked for by you: nothing of the run is changed
         if eval_dataset is None:
             save_conversation_losses(self.run, self.state.global_step, [e for f in found.values() for e in f[2]])

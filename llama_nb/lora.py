@@ -313,14 +313,23 @@ def check_adapter(
     return AdapterReport(len(A), size, tuple(sorted({len(t) for t in A})), largest)
 
 # %% ../nbs/11_lora.ipynb #98e9c4e5
+def _unrepeatable(folder):
+    "The `init_lora_weights` of a saved adapter whose base was changed by chance or by data; empty for another start."
+    start = json.loads((Path(folder)/'adapter_config.json').read_text('utf-8')).get('init_lora_weights')
+    return start if isinstance(start, str) and start.lower().startswith(('pissa_niter', 'corda', 'lora_ga')) else ''
+
 def load_adapter(
     model:nn.Module, # The base the adapter was trained on
     folder, # Folder with `adapter_model.safetensors` and `adapter_config.json`
 ): # A `peft.PeftModel` in eval mode
     """Load a saved adapter on its base.
 
-    Raises `CheckpointError` as `check_adapter` does, or if the adapter's shapes do not fit this base."""
+    Raises `CheckpointError` as `check_adapter` does, or if the adapter's shapes do not fit this base, or if its start
+    changed the base in a way that cannot be repeated."""
     check_adapter(folder)
+    if start := _unrepeatable(folder):
+        raise CheckpointError(f'{redact(folder)}: began with init_lora_weights={start!r}, which changed its base in a way that cannot be '
+                              'repeated; merge it where it was trained, or convert it with path_initial_model_for_weight_conversion')
     with _quiet():
         from peft import PeftModel
         with warnings.catch_warnings():

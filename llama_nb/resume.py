@@ -148,9 +148,14 @@ def own_facts(
     optimizer=None, # An optimizer that you made; `None`: the one of the settings
     scheduler=None, # A scheduler that you made; `None`: the one of the settings
 )->dict: # Texts by name; `{}` without either
-    "What a checkpoint keeps of an optimizer and a scheduler of your own."
+    """What a checkpoint keeps of an optimizer and a scheduler of your own.
+
+    Raises `ConfigError` for an optimizer without a learning rate."""
     found = {}
     if optimizer is not None:
+        if any(g.get('initial_lr', g['lr']) is None for g in optimizer.param_groups):
+            raise ConfigError(f'optimizers: {type(optimizer).__name__} has no learning rate, lr=None, which a scheduler of the settings '
+                              'would change; give its own scheduler beside it, such as AdafactorSchedule, or a rate')
         groups = [{k: _as_facts(v) for k,v in g.items() if k not in ('params', 'lr', 'initial_lr')} |
                   {'lr': float(g.get('initial_lr', g['lr'])), 'number': len(g['params'])}
                   for g in optimizer.param_groups]

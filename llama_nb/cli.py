@@ -196,6 +196,7 @@ def _resolve(config=None, preset=None, overrides=None, needed='')->RunConfig:
     if words := [w for w in overrides or [] if '=' not in w and (Path(w).is_file() or w in PRESETS)]:
         raise ConfigError(f'{words[0]}: write --{"preset" if words[0] in PRESETS else "config"} {words[0]}')
     if needed and config is None and preset is None:
+        load_config(None, overrides or []) # a word that is no setting is told first
         raise ConfigError(f'nothing to {needed}: name a file (--config FILE) or a preset (--preset NAME); '
                           f'known presets: {", ".join(PRESETS)}')
     return load_config(config, [*([f'preset={preset}'] if preset else []), *(overrides or [])])
@@ -609,7 +610,7 @@ _System = _option(Optional[str], '--system',
                   help="System message; '' for none. Default for a run: that of its training data.")
 _MaxNewTokens = Annotated[int, typer.Option('--max-new-tokens', min=1, help='Maximum length of a reply, in tokens.')]
 _Sample = _option(bool, '--sample', help='Sample the reply instead of greedy decoding.')
-_Temperature = _option(Optional[float], '--temperature', min=1e-3, help='Sampling temperature; samples. Default: 0.7.')
+_Temperature = _option(Optional[float], '--temperature', help='Sampling temperature; samples. Default: 0.7.')
 _TopP = _option(Optional[float], '--top-p', min=1e-3, max=1.0,
                 help='Sample among the most likely tokens with this total probability; samples. Default: 0.9.')
 _ChatSeed = _option(Optional[int], '--seed', min=0, max=2**32 - 1, help='Random seed of sampling. Default: 42.')
@@ -625,6 +626,8 @@ def _chat(model:_Model, overrides:_Overrides=None, prompt:_Prompt=None, system:_
     "Chat with a run, a checkpoint, an adapter or a base model."
     if prompt is None and as_json: raise ConfigError('--json gives one answer: add --prompt TEXT')
     samples = sample or temperature is not None or top_p is not None
+    if temperature is not None and not temperature >= 1e-3:
+        raise ConfigError(f'--temperature {temperature:g}: use a value above 0, or leave it out for greedy decoding')
     if seed is not None and not samples:
         raise ConfigError('--seed has no effect on greedy decoding: add --sample or --temperature, or leave it out')
     overrides = [*(overrides or []), *(['model.use_4bit=false'] if in_16bit else [])]

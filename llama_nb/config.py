@@ -999,7 +999,7 @@ def _read_file(path):
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f'config file: found {type(path).__name__}; name a YAML file, or give sections in memory to RunConfig(**sections)')
     if problem := path_problem(path): raise ConfigError(f'config file {shorten(repr(str(path)), 60)}: {problem}')
-    path = Path(path)
+    path = Path(path).expanduser()
     where = f'config file {redact(path)}'
     try: text = path.read_text(encoding='utf-8')
     except FileNotFoundError:

@@ -502,8 +502,8 @@ def base_fingerprint(
     "Recognise a base model by values of its weights; forms that two models share can be compared."
     version, parts = metadata.version('bitsandbytes'), {}
     for name,p in model.named_parameters():
-        if 'lora_' in name or 'modules_to_save' in name: continue
-        for part in ('base_model.model.', '.base_layer', '.original_module'): name = name.replace(part, '')
+        if any(part in name for part in ('lora_', 'modules_to_save', 'trainable_tokens_delta')): continue
+        for part in ('base_model.model.', '.base_layer', '.original_module', '.token_adapter'): name = name.replace(part, '')
         rounded = p if getattr(p, 'quant_state', None) is not None or p.dtype in (torch.float16, torch.int8) else p.bfloat16()
         parts.setdefault(_held(name, p, version), []).append(name.encode() + sampled_bytes(rounded))
     found = {held: hashlib.sha256(b''.join(sorted(found))).hexdigest()[:16] for held,found in sorted(parts.items())}

@@ -66,13 +66,13 @@ TABLE = [
     Row('transformers.trainer_callback.ExportableState', (), 'safe_trainer'),
     Row('transformers.training_args.OptimizerNames', (), 'checks'),
     Row('peft.tuners.tuners_utils.BaseTunerLayer', (), 'inputs'),
-    Row('torch.optim.lr_scheduler.ReduceLROnPlateau', ('optimizer',), 'train', starts=True),
+    Row('torch.optim.lr_scheduler.ReduceLROnPlateau', ('optimizer',), 'overrides', starts=True),
     Row('torch._dynamo.config.patch', (), 'linears'),
     Row(TRAINER + 'floating_point_ops', ('inputs',), 'loop', starts=True),
     Row(TRAINER + 'evaluate', ('eval_dataset', 'ignore_keys', 'metric_key_prefix'), 'guards, loop', starts=True),
     Row(TRAINER + 'log', ('logs',), 'guards, loop', starts=True),
     Row(TRAINER + 'add_callback', ('callback',), 'guards', starts=True),
-    Row(TRAINER + 'remove_callback', ('callback',), 'train', starts=True),
+    Row(TRAINER + 'remove_callback', ('callback',), 'overrides, train', starts=True),
     Row(TRAINER + 'train', ('resume_from_checkpoint',), 'train'),
     *_rows('guards', ' '.join(f'transformers.TrainerCallback.{event}' for event in EVENTS.split()), ('args', 'state', 'control'), starts=True, takes_more=True),
     Row('transformers.TrainerState.load_from_json', ('json_path',), 'train', starts=True),
@@ -152,7 +152,7 @@ TABLE = [
     Row('huggingface_hub.get_token', (), 'checks, doctor'),
     Row('transformers.activations.ACT2FN', (), 'sources'),
     Row('transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS', (), 'sources'),
-    Row('transformers.PreTrainedTokenizerFast.backend_tokenizer', (), 'tokens, train'),
+    Row('transformers.PreTrainedTokenizerFast.backend_tokenizer', (), 'tokens, starting'),
 ]
 
 
@@ -275,7 +275,7 @@ OBJECTS = [  # what makes it, what to call it, the attributes we read or set, wh
     (lambda: trainer().args, 'transformers.TrainingArguments', '_n_gpu n_gpu world_size eval_strategy save_total_limit device per_device_eval_batch_size', 'loop, guards'),
     (lambda: trainer().state, 'transformers.TrainerState', 'global_step max_steps epoch log_history', 'guards, publishing, train'),
     (lambda: trainer().control, 'transformers.TrainerControl', 'should_save should_evaluate should_log should_training_stop', 'guards'),
-    (lambda: trainer().callback_handler, "the trainer's callback handler", 'callbacks on_evaluate', 'guards, loop, train'),
+    (lambda: trainer().callback_handler, "the trainer's callback handler", 'callbacks on_evaluate', 'guards, loop, overrides, train'),
     (lambda: trainer().accelerator, 'accelerate.Accelerator', 'unwrap_model gradient_accumulation_steps', 'loop, guards'),
     (lambda: llama().config, 'transformers.LlamaConfig', '_attn_implementation _name_or_path use_cache max_position_embeddings num_key_value_heads tie_word_embeddings hidden_act', 'attention, evaluation, model'),
     (llama, 'transformers.LlamaForCausalLM', 'model lm_head generation_config', 'fastpath, generate'),

@@ -186,14 +186,14 @@ def keep_shares(trainer, number):
     keep_gradients(trainer, number)
     from llama_nb import train
     from llama_nb.shards import frozen_layer_bytes, is_shard
-    plain = train._share_base
+    plain = train.share_base_
     def share(trainer, run):
         plain(trainer, run)
         layers = trainer.model.get_base_model().model.layers
         frozen = [p for p in layers.parameters() if not p.requires_grad]
         here, whole = frozen_layer_bytes(trainer.model)
         os.write(1, f'SHARE {all(map(is_shard, frozen))} {len(frozen)} {here/whole}\n'.encode())
-    train._share_base = share
+    train.share_base_ = share
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
@@ -226,7 +226,7 @@ def keep_moved(trainer, number):
     "As `keep_shares`; then nothing may move the model any more, and it says where the frozen weights are, and what moves with them."
     keep_shares(trainer, number)
     from llama_nb import train
-    plain = train._share_base
+    plain = train.share_base_
     def share(trainer, run):
         plain(trainer, run)
         model = trainer.model
@@ -236,7 +236,7 @@ def keep_moved(trainer, number):
         places = {(p.to_local().device.type, p.device_mesh.device_type) for p in model.get_base_model().model.layers.parameters() if not p.requires_grad}
         assert not any('lora_' in n and hasattr(p, 'to_local') for n, p in model.named_parameters())  # the adapter stays on the device, whole
         os.write(1, f'PLACE {policies} {places}\n'.encode())
-    train._share_base = share
+    train.share_base_ = share
 
 
 @pytest.mark.parametrize('bits', [4, 32])

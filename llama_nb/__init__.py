@@ -2,11 +2,15 @@
 
 Importing this package loads nothing heavy: each name below is fetched from its module when it is first used. That holds
 for `from llama_nb import *` too, see the chapter on lazy names."""
+import logging
 import sys
 
 from .lazy import hold, is_existence_check, lazy_name, namespace_of_star
 
 __version__ = "0.1.0"
+
+# on a CPU the import of bitsandbytes, by peft too, asks for an optional kernel that is not used here
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 
 _MODULES = {
     'errors': 'LlamaNbError ConfigError DataError ResourceError CheckpointError NonFiniteError DivergenceError OutOfMemoryError ThresholdError RunInterrupted',

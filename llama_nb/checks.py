@@ -54,7 +54,7 @@ def check_supported(
     if training.compute == 'fp8': check_fp8(device)
     if training.compute == 'fp16' and device.type == 'cpu':
         logger.warning('training.compute: a CPU multiplies float16 slowly; bf16 is faster')
-    if training.push_to_hub: check_upload()
+    if training.push_to_hub: check_upload(training.hub_model_id)
     if training.mirror: check_address(training.mirror)
     if not resume: check_name(training.run_name)
 
@@ -151,9 +151,15 @@ def check_schedule(
         raise ConfigError(f'{where}, which gives every step a learning rate of 0, so nothing would be learned')
 
 # %% ../nbs/73_checks.ipynb #36ccea48
-def check_upload():
+def check_upload(
+    name:str, # Of the repository, as in `hub_model_id`
+):
     "Raise `ConfigError` if a finished run could not be uploaded to the Hub."
     from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try: validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(f'training.hub_model_id: {shorten(repr(name), 60)} is no name of a repository; write one such as name/model') from None
     if constants.is_offline_mode():
         raise ConfigError('training.push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or set push_to_hub=false')
     if get_token() is None: raise ConfigError('training.push_to_hub: you are not logged in to the Hub; run `hf auth login` first')

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['data_or_settings', 'as_splits', 'check_objects', 'describe_model', 'agreed_settings', 'adopt_model', 'check_model',
-           'check_stored', 'check_all_saved', 'lora_settings', 'read_adapter', 'is_same_lora', 'rows_before']
+           'check_stored', 'check_all_saved', 'check_numbers', 'lora_settings', 'read_adapter', 'is_same_lora',
+           'rows_before']
 
 # %% ../nbs/68_inputs.ipynb #2455bfdd
 import inspect
 import json
+import math
 import os
 from dataclasses import fields, replace
 from pathlib import Path
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -289,6 +292,30 @@ def check_all_saved(
     if lost := [name for name,p in trained if p.data_ptr() not in saved]:
         raise ConfigError(f'model: {len(lost)} trained weights are not in the adapter, so they would not be saved (first: '
                           f'{shorten(lost[0], 80)}); name their modules in modules_to_save, or freeze them')
+
+# %% ../nbs/68_inputs.ipynb #d4434d2d
+def _numbers(model, settings):
+    "Yield setting, number that a layer computes with, and number that its files say."
+    name = model.active_adapter
+    for m in model.modules():
+        if isinstance(m, LoraLayer) and name in m.scaling:
+            r, alpha = m.r[name], m.lora_alpha[name]
+            yield 'lora_alpha', m.scaling[name], alpha/(math.sqrt(r) if settings.use_rslora else r)
+            if name in m.lora_dropout: yield 'lora_dropout', getattr(m.lora_dropout[name], 'p', 0.), settings.lora_dropout
+        elif hasattr(m, 'variance_epsilon'): yield 'rms_norm_eps', m.variance_epsilon, model.config.rms_norm_eps
+
+def check_numbers(
+    model:nn.Module, # A `PeftModel`, ready to train
+    lora:LoRAConfig, # Its settings
+):
+    "Raise `ConfigError` if scaling, dropout or norm of a layer was changed in memory, which no file of the run would say."
+    settings = model.peft_config[model.active_adapter]
+    held = [(key, getattr(settings, key), getattr(lora, key)) for key in ('r', 'lora_alpha', 'lora_dropout', 'use_rslora')]
+    for key,found,wanted in [*held, *_numbers(model, settings)]:
+        if math.isclose(found, wanted): continue
+        where = 'its config' if key == 'rms_norm_eps' else f'lora.{key}'
+        raise ConfigError(f'model: {key} was changed in memory (computes with {found:g}, its settings say {wanted:g}), which the run '
+                          f'would not record; set it in {where} before the model is loaded')
 
 # %% ../nbs/68_inputs.ipynb #c1af7be0
 def _as_settings(found):

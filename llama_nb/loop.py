@@ -421,6 +421,7 @@ class PackedTrainer(_RankedLoop, SafeTrainer, Trainer):
     def forget_made(self):
         "Let `train` make optimizer and scheduler of the settings again, unless you gave or changed them."
         if self.lr_scheduler is self.made_schedule: self.lr_scheduler = None
+        self._created_lr_scheduler = False # else the stock loop would leave out a scheduler that you put there
         optimizer, facts = self.made or (None, None)
         is_as_made = self.optimizer is optimizer and optimizer is not None and own_facts(optimizer) == facts
         if is_as_made and self.lr_scheduler is None: self.optimizer = None

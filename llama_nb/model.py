@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from .config import INIT_METHODS, InitMethod, load_config, LoRAConfig, ModelConfig, RunConfig
 from .errors import CheckpointError, ConfigError, did_you_mean, path_problem, redact, ResourceError, shorten
 from .lora import add_lora, check_adapter, LINEARS, load_adapter
-from .quantization import bnb_config, compute_dtype, import_bitsandbytes
+from .quantization import bnb_config, compute_dtype
 from .shapes import matrix_shapes
 from .sources import (
     check_llama, chosen_rope, drop_rowless_pad_, find_model, from_source, model_shape, quiet_transformers, ROPE_FILE, scale_rope_)
@@ -267,7 +267,6 @@ def _load_base(model_config, device, use_4bit, weights=None):
                           'put one on the other; move the adapter (adapter_*) into a folder of its own')
     stored = _stored_4bit(shape, model_config, use_4bit)
     if stored: tell(f'{shorten(redact(model_config.model_name))} is stored in 4 bits already, and used as it is')
-    import_bitsandbytes() # before transformers and peft import it, which would log more
     wanted = dict(device_map={'': device}, output_loading_info=True, attn_implementation=attention,
                   dtype=compute_dtype(model_config.bnb_4bit_compute_dtype, device))
     packing = {'quantization_config': bnb_config(model_config, device)} if use_4bit and not stored else {}

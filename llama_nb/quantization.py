@@ -9,9 +9,7 @@ __all__ = ['FP8', 'nf4_levels', 'fp4_levels', 'import_bitsandbytes', 'QuantizedW
 
 # %% ../nbs/10_quantization.ipynb #bb48b93d
 import functools
-import logging
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -47,25 +45,11 @@ def _levels(quant_type):
     if quant_type not in _LEVELS: raise ConfigError(f"quant_type {quant_type!r} is unknown; use 'nf4' or 'fp4'")
     return _LEVELS[quant_type]()
 
-# %% ../nbs/10_quantization.ipynb #b59dc7e4
-@contextmanager
-def _calm(
-    *names, # Names of the loggers
-):
-    "Context manager: set these loggers to `ERROR`, and restore their levels afterwards."
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [muted.level for muted in loggers]
-    for muted in loggers: muted.setLevel(logging.ERROR)
-    try: yield
-    finally:
-        for muted, level in zip(loggers, levels): muted.setLevel(level)
-
 # %% ../nbs/10_quantization.ipynb #643dcde6
 def import_bitsandbytes()->ModuleType: # The package
-    "Import bitsandbytes without its log line about the optional CPU kernel."
-    with _calm('bitsandbytes.backends.cpu.ops'):
-        import bitsandbytes
-        import bitsandbytes.functional
+    "Import bitsandbytes and its functions where they are needed."
+    import bitsandbytes
+    import bitsandbytes.functional
     return bitsandbytes
 
 # %% ../nbs/10_quantization.ipynb #c9fecfc7

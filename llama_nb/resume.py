@@ -50,7 +50,7 @@ def weights_fingerprint(
     "Recognise frozen weights by values at even distances; adapters are not included."
     parts = []
     for name,p in sorted(model.named_parameters()):
-        if p.requires_grad or 'lora_' in name or 'modules_to_save' in name: continue
+        if p.requires_grad or any(k in name for k in ('lora_', 'modules_to_save', 'trainable_tokens_delta')): continue
         plain_name = name.replace('base_model.model.', '').replace('.base_layer', '')
         parts += [plain_name, tuple(p.shape), p.dtype, sampled_bytes(p, samples)]
     return hash_parts(*parts)

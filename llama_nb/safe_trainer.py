@@ -6,12 +6,6 @@
 __all__ = ['KEEP_LOGS', 'new_window', 'EndedBeforeStep', 'Guard', 'save_adapter', 'SilentRun', 'take_over_decisions_',
            'SafeTrainer', 'toy_trainer', 'same_random_state']
 
-# %% ../nbs/53_safe_trainer.ipynb #ef9e5b09
-from .quantization import import_bitsandbytes
-
-# %% ../nbs/53_safe_trainer.ipynb #2d1e2877
-_bnb = import_bitsandbytes() # before transformers' trainer, which imports it too: this suppresses its message about a missing kernel
-
 # %% ../nbs/53_safe_trainer.ipynb #0986499a
 import base64
 import random
@@ -29,7 +23,6 @@ from transformers.trainer_callback import ExportableState
 
 from .checkpoints import rotate_checkpoints, stage_checkpoint
 from .errors import CheckpointError, LlamaNbError, logger, one_line
-from .quantization import import_bitsandbytes
 from .ranks import all_values, is_main, meet, num_ranks, summed
 from .runs import Run
 from .sources import ROPE_FILE

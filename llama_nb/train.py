@@ -6,6 +6,7 @@
 __all__ = ['LLAMATrainer', 'train_run', 'evaluate_run', 'chat_turn']
 
 # %% ../nbs/78_train.ipynb #e0d5edb3
+import os
 import shutil
 import threading
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from .checks import (
     check_as_loaded, check_devices, check_disk, check_exact, check_launchable, check_optimizer, check_same,
     check_scaled, check_schedule, check_supported, check_validation, discard_if_refused)
 from .config import (
-    DataConfig, EvaluationConfig, IN_MEMORY, LoRAConfig, ModelConfig, RunConfig, TrainingConfig)
+    DataConfig, EvaluationConfig, IN_MEMORY, load_config, LoRAConfig, ModelConfig, RunConfig, TrainingConfig)
 from .conversation import conversation_hash
 from .data import DataSplits, read_data
 from .errors import (
@@ -31,16 +32,18 @@ from .errors import (
 from .fastpath import apply_fast_path_, keep_freed_memory_
 from .guards import InterruptGuard, SaveGuard
 from .inputs import (
-    as_splits, check_all_saved, check_model, check_objects, data_or_settings, rows_before)
+    as_splits, check_all_saved, check_model, check_numbers, check_objects, data_or_settings, rows_before)
 from .launch import launch_training, LaunchSpec, Machines, stop_launched
 from .layers import recompute_norms_
 from .linears import uncompile_layers_, unpack_copies_, unpack_scales_
+from .lora import adapter_tensors
 from .loop import (
     batch_collator, PackedTrainer, set_checkpointing_, start_compiled_, start_fp8_, training_arguments)
 from .mirror import Mirror
 from .model import load_model, pick_device, run_tokenizer
-from .overrides import (
-    check_not_refused, check_overrides, check_own_optimizer, check_unused, set_metric_, snapshot, take_over_)
+from llama_nb.overrides import (
+    check_not_refused, check_overrides, check_own_optimizer, check_unused, set_metric_, snapshot, take_over_,
+    tokenizer_text)
 from .own_objects import Given, make_model, object_settings
 from .publishing import load_chosen, load_published_, publish, upload_asked, was_stopped
 from .quantization import compute_dtype
@@ -106,6 +109,7 @@ class LLAMATrainer:
         self._refused = None # a loop whose run was refused, and what it held then
         self.planned = None # its `MemoryPlan`
         self._model = self._data = self._encoded = None # loaded on first use
+        self._encoded_by = None # `tokenizer_text` at that time
         # `None`: as the config says
         self._rows = None if model is None else model.get_input_embeddings().weight.shape[0]
         self._tokenizer = tokenizer if tokenizer is None else run_tokenizer(self.config, tokenizer, self._rows)
@@ -121,12 +125,13 @@ class LLAMATrainer:
 
     @classmethod
     def from_config(cls,
-        config:RunConfig, # All sections in one
+        config:RunConfig|str|os.PathLike|dict, # All sections in one, as an object, a YAML file or a dictionary
         device=None, # `None`: CUDA if available
         data=None, # The result of `load_data(config.data)`, to save reading it again; or data of your own; `None`: read when needed
         **objects, # `validation`, `model`, `tokenizer`, `adapter`, `callbacks`, `compute_metrics`
     ): # A `LLAMATrainer`
-        "The same trainer from a `RunConfig`, e.g. of `load_config`."
+        "The same trainer from a `RunConfig`, or what `load_config` or `RunConfig` make one of."
+        if not isinstance(config, RunConfig): config = RunConfig(**config) if isinstance(config, dict) else load_config(config)
         is_read = isinstance(data, DataSplits) and not objects.get('validation') and config.data.dataset_name != IN_MEMORY
         made = cls(config.model, config.lora, config.data, config.training, config.evaluation, device,
                    data=None if is_read else data, **objects)
@@ -181,8 +186,9 @@ class LLAMATrainer:
     @property
     def encoded(self)->EncodedData:
         "The conversations, encoded and packed on first use. Raises `DataError` if none is left to train on."
-        if self._encoded is None:
-            data = self.data
+        text = tokenizer_text(self.tokenizer)
+        if self._encoded is None or text != self._encoded_by: # another template or other tokens give other ids
+            data, self._encoded_by = self.data, text
             if self.given.model is None: self.config = replace(self.config, model=settle_rope(self.config.model))
             shape = self._shape
             self._encoded = encode_data(data, self.tokenizer, self.config, shape)
@@ -291,6 +297,7 @@ def _check_all(trainer, resume, optimizers):
     check_validation(t, len(trainer.encoded.validation.examples), trainer.given.compute_metrics)
     check_model(trainer.model)
     check_all_saved(trainer.model)
+    check_numbers(trainer.model, c.lora)
     check_disk(t, trainer.model)
     check_own_optimizer(*optimizers, trainer.model, t)
     if not resume: check_unused(*optimizers)
@@ -364,7 +371,8 @@ def _prepare(trainer, resume, progress, samples, more_callbacks=(), optimizers=(
         run.log('resume' if resume else 'start', step=checkpoint_step(checkpoint) if checkpoint else 0, total_steps=steps,
                 rows=len(rows), batch_size=size, checkpoint=checkpoint and checkpoint.name)
         interrupt = next(g for g in callbacks if isinstance(g, InterruptGuard))
-        return Prepared(run, hf, interrupt, checkpoint, steps, lock.pop_all(), last_run, snapshot(hf, trainer.config))
+        return Prepared(run, hf, interrupt, checkpoint, steps, lock.pop_all(), last_run,
+                        snapshot(hf, trainer.config, trainer.tokenizer))
 
 # %% ../nbs/78_train.ipynb #46e871c6
 def _warm_up(trainer, p):
@@ -603,11 +611,22 @@ def evaluate_run(
     from llama_nb.evaluation import evaluate_held_out
     name = scores_name(trainer.config, trainer.config, name)
     check_model(trainer.model)
+    check_numbers(trainer.model, trainer.config.lora)
+    _check_published(trainer)
     encoded = trainer._encoded # by training
     examples = None if encoded is None else encoded.examples_for(trainer.config)
     return evaluate_held_out(trainer.model, trainer.tokenizer, trainer.config, trainer.data.validation, trainer.run,
                              name, by, examples=examples,
                              trained=_rows_seen(trainer))
+
+def _check_published(trainer):
+    "Raise `ConfigError` if the adapter in memory is not the one that the run has published: its scores would be."
+    if trainer.run is None or not (trainer.run.folder/'adapter_model.safetensors').is_file(): return
+    held, published = adapter_tensors(trainer.model), adapter_tensors(trainer.run.folder)
+    for name in published:
+        if name in held and torch.equal(held[name].to(published[name]), published[name]): continue
+        raise ConfigError(f'{trainer.run.name}: the adapter in memory is not the published one any more ({shorten(name, 80)} differs), so '
+                          'its scores are not those of the run; use evaluate_saved, or evaluate_held_out without a run')
 
 def _rows_seen(trainer):
     "Hashes of all conversations that the adapter was trained on."

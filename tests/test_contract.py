@@ -150,6 +150,8 @@ TABLE = [
     Row('accelerate.Accelerator.unwrap_model', ('model',), 'guards', starts=True),
     Row('huggingface_hub.constants.HF_HUB_OFFLINE', (), 'doctor'),
     Row('huggingface_hub.get_token', (), 'checks, doctor'),
+    Row('huggingface_hub.utils.validate_repo_id', ('repo_id',), 'checks', starts=True),
+    Row('huggingface_hub.utils.HFValidationError', (), 'checks'),
     Row('transformers.activations.ACT2FN', (), 'sources'),
     Row('transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS', (), 'sources'),
     Row('transformers.PreTrainedTokenizerFast.backend_tokenizer', (), 'tokens, starting'),
@@ -270,7 +272,7 @@ def scheduler():
 
 OBJECTS = [  # what makes it, what to call it, the attributes we read or set, where
     (lambda: sys, 'sys', '_getframe', '__init__'),
-    (trainer, 'a transformers.Trainer', 'args state control callback_handler optimizer lr_scheduler accelerator model data_collator train_dataset eval_dataset model_accepts_loss_kwargs _train_batch_size current_flos', 'guards, loop'),
+    (trainer, 'a transformers.Trainer', 'args state control callback_handler optimizer lr_scheduler accelerator model data_collator train_dataset eval_dataset model_accepts_loss_kwargs _train_batch_size current_flos _created_lr_scheduler', 'guards, loop'),
     (scheduler, 'a LambdaLR', '_last_lr lr_lambdas base_lrs last_epoch', 'loop'),
     (lambda: trainer().args, 'transformers.TrainingArguments', '_n_gpu n_gpu world_size eval_strategy save_total_limit device per_device_eval_batch_size', 'loop, guards'),
     (lambda: trainer().state, 'transformers.TrainerState', 'global_step max_steps epoch log_history', 'guards, publishing, train'),
@@ -289,7 +291,7 @@ OBJECTS = [  # what makes it, what to call it, the attributes we read or set, wh
     (lambda: dynamic_cache().layers[0], 'DynamicLayer', 'keys values is_initialized', 'generate'),
     (streamed, 'a datasets.IterableDataset', '_formatting with_format', 'files'),
     (tuned, 'peft.PeftModel', 'peft_config active_adapter', 'fastpath, losses'),
-    (adapted, "peft's LoRA linear", '_disable_adapters active_adapters merged_adapters disable_adapters merged lora_A lora_B lora_dropout scaling base_layer lora_variant lora_bias fan_in_fan_out _forward_hooks _forward_pre_hooks', 'linears, generate'),
+    (adapted, "peft's LoRA linear", '_disable_adapters active_adapters merged_adapters disable_adapters merged lora_A lora_B lora_dropout scaling base_layer lora_variant lora_bias fan_in_fan_out r lora_alpha _forward_hooks _forward_pre_hooks', 'inputs, linears, generate'),
     (lambda: adapted().base_layer, 'bitsandbytes.nn.Linear4bit', 'compute_dtype weight in_features', 'linears, doctor'),
     (lambda: adapted().base_layer.weight.quant_state, 'bitsandbytes.functional.QuantState', 'nested absmax shape blocksize quant_type state2 offset', 'linears'),
     (lambda: adapted().base_layer.weight.quant_state.state2, "the QuantState of nested scales", 'absmax code blocksize', 'linears'),

@@ -379,8 +379,9 @@ FLASH_CAPABILITY = (8, 0) # compute capability that FlashAttention needs
 
 @torch.compiler.assume_constant_result # a compiler calls it and does not look inside
 def _capability(device):
-    "Compute capability of a GPU. Without a GPU: the least that FlashAttention needs."
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else FLASH_CAPABILITY
+    "Compute capability of a GPU. Without one, and for a CPU: the least that FlashAttention needs."
+    if torch.device(device).type != 'cuda' or not torch.cuda.is_available(): return FLASH_CAPABILITY
+    return torch.cuda.get_device_capability(device)
 
 # found once, at import: a compiler warns of caches in the functions it traces
 try: from torch.nn.attention.varlen import varlen_attn as _varlen_attn
@@ -430,14 +431,27 @@ def _memory_efficient(
         *flat, None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0., _CAUSAL, with_grad, scale=scaling)[0]
     return out.squeeze(0)[..., :D]
 
-# %% ../nbs/40_attention.ipynb #d1d215b6
+# %% ../nbs/40_attention.ipynb #3d69c7ac
+_FLEX_BLOCK = 128 # queries and keys of a block that flex_attention skips, computes by the rule, or computes whole
+
+def _in_order(blocks):
+    "How many blocks each row of queries needs, and which, as `BlockMask` wants them."
+    blocks = blocks.int()[None, None]
+    return blocks.sum(-1).int(), blocks.argsort(dim=-1, descending=True, stable=True).int()
+
 def _block_mask(cu_seqlens:Tensor, T:int):
     "The rule 'same conversation, not later' as a block mask."
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
     doc = torch.bucketize(torch.arange(T, device=cu_seqlens.device), cu_seqlens[1:], right=True)
     rule = lambda b, h, i, j: (doc[i] == doc[j]) & (i >= j)
-    return create_block_mask(rule, None, None, T, T, device=str(cu_seqlens.device))
+    at = torch.arange(0, T, _FLEX_BLOCK, device=doc.device)
+    first, last = doc[at], doc[(at + _FLEX_BLOCK - 1).clamp(max=T - 1)]
+    seen = (first[:, None] <= last) & (at[:, None] >= at)
+    whole = (last[:, None] == first) & (at[:, None] > at) & (at[:, None] + _FLEX_BLOCK <= T)
+    return BlockMask.from_kv_blocks(*_in_order(seen & ~whole), *_in_order(whole), _FLEX_BLOCK, rule, (T, T))
 
+
+# %% ../nbs/40_attention.ipynb #d1d215b6
 _flex_mask = functools.lru_cache(maxsize=1)(_block_mask) # once per batch, for all layers
 
 @functools.cache

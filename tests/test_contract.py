@@ -123,7 +123,7 @@ TABLE = [
     # torch
     *_rows('fastpath, layers, linears', 'torch.nn.Module._call_impl torch.nn.Module._compiled_call_impl torch.nn.Module.compile'),
     Row('torch.Tensor._version', (), 'generate'),
-    *_rows('attention', 'torch.nn.attention.flex_attention.create_block_mask torch.nn.attention.flex_attention.flex_attention'),
+    *_rows('attention', 'torch.nn.attention.flex_attention.BlockMask.from_kv_blocks torch.nn.attention.flex_attention.flex_attention'),
     *_rows('attention', 'torch.nn.attention.varlen.varlen_attn', ('query', 'key', 'value', 'cu_seq_q', 'cu_seq_k', 'max_q', 'max_k'), starts=True),
     *_rows('attention, linears', 'torch.library.custom_op', ('name',), starts=True),
     *_rows('guards', 'torch.nn.utils.get_total_norm', ('tensors',), starts=True),

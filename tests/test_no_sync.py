@@ -84,7 +84,7 @@ def trainer_of(place, name, device, logging_steps=3, **training):
                         TrainingConfig(output_dir=str(place/'runs'), run_name=name, max_steps=9, gradient_accumulation_steps=2, save_steps=1000, logging_steps=logging_steps, **training), device=device)
 
 
-@pytest.mark.parametrize('compute', ['bf16', 'fp8'])
+@pytest.mark.parametrize('compute', ['bf16', 'fp16', 'fp8'])
 def test_no_question_between_logs(place, compute):
     import llama_nb.attention as attention
     import llama_nb.loss as loss
@@ -112,7 +112,9 @@ def test_no_question_between_logs(place, compute):
         if not logs: assert set(step) <= {'guards.take: tolist'} and sum(step.values()) <= 1, (i + 1, step)  # the guard's read of the step before, sent off a step ago
     asks = found[2]
     assert asks.get('trainer._maybe_log_save_evaluate: _local_scalar_dense') == 2, asks  # the stock loop's own: loss and gradient norm of a log line
-    assert set(asks) <= {'trainer._maybe_log_save_evaluate: _local_scalar_dense', 'guards.take: tolist', 'trackers.on_log: _local_scalar_dense'}, asks
+    scale = 'scaling.scale: _local_scalar_dense'  # told in a log line of float16 only
+    assert (scale in asks) == (compute == 'fp16'), asks
+    assert set(asks) <= {'trainer._maybe_log_save_evaluate: _local_scalar_dense', 'guards.take: tolist', 'trackers.on_log: _local_scalar_dense', scale}, asks
 
 
 def test_counter_sees_questions():
@@ -175,10 +177,14 @@ def test_shapes_of_the_gpu_path():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('compute', ['bf16', 'fp8'])
+@pytest.mark.parametrize('compute', ['bf16', 'fp16', 'fp8'])
 def test_no_wait_on_a_gpu(place, compute):
     "The same on a GPU, where torch itself raises at any operation that waits."
+    from llama_nb.errors import ConfigError
     from llama_nb.loop import PackedTrainer
+    if compute == 'fp8' and torch.cuda.get_device_capability() < (8, 9):
+        with pytest.raises(ConfigError, match='compute capability 8.9'): trainer_of(place, 'gpu-fp8', 'cuda', compute=compute).train(progress=False)
+        return
 
     class Strict(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

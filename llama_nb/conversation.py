@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'ROLES', 'TRAIN_FLAGS', 'TRAIN_ON', 'TRAIN_PARTS', 'ROLE_NAMES', 'CALL_ROLES', 'THOUGHTS', 'ROLE_KEYS',
-           'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'is_missing',
+           'LABELS', 'MESSAGE_KEYS', 'MESSAGE_LISTS', 'ToolCall', 'Message', 'as_calls', 'unique_keys', 'is_missing',
            'plain_value', 'detail_parts', 'train_flag', 'is_rejected', 'Source', 'as_train_on', 'Conversation',
            'as_tools', 'MessageFault', 'as_fault', 'plain_key', 'carries_meaning', 'may_be_mask', 'read_message',
            'says_origin', 'unused_note', 'as_conversation', 'conversation_hash', 'Span', 'Example']
@@ -144,9 +144,15 @@ def _json_value(text:str, where:str):
 # %% ../nbs/20_conversation.ipynb #00a3f5d9
 _ATOMS = (str, int, bool, float, type(None))
 
+def _says_null(schema, key)->bool:
+    "Whether null is the default of a property that may be null, as Pydantic writes it."
+    if key != 'default': return False
+    kinds = [schema.get('type'), *(s.get('type') for s in schema.get('anyOf') or () if isinstance(s, Mapping))]
+    return any(kind == 'null' or isinstance(kind, (list, tuple)) and 'null' in kind for kind in kinds)
+
 def _without_nulls(x):
     "A value without the empty fields that a table adds to each of its objects."
-    if isinstance(x, Mapping): return {k: _without_nulls(v) for k,v in x.items() if v is not None}
+    if isinstance(x, Mapping): return {k: _without_nulls(v) for k,v in x.items() if v is not None or _says_null(x, k)}
     if isinstance(x, (list, tuple)): return [_without_nulls(v) for v in x]
     return x if type(x) in _ATOMS else plain_value(x)
 
@@ -155,6 +161,31 @@ def _json_text(x, where:str)->str:
     "JSON as a template writes it. Raises `DataError`."
     try: return json.dumps(x, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e: raise DataError(f'{where}: not valid JSON ({shorten(e, 60)})') from None
+
+# %% ../nbs/20_conversation.ipynb #15688940
+_ARGUMENTS = ('arguments', 'parameters', 'args', 'input', 'kwargs', 'params')
+
+def _is_of_call(key)->bool:
+    "Whether a key of a call is known, or an id."
+    key = str(key).strip().lower()
+    return key in (*_ARGUMENTS, 'name', 'function', 'type', 'index') or key.endswith('id')
+
+def _parts_of_call(c)->list:
+    "A call, and what its key `function` holds."
+    return [inner, c] if isinstance(inner := c.get('function'), Mapping) else [c]
+
+def _arguments(parts:list, where:str)->tuple:
+    "The key and the value of a call's arguments. Raises `DataError` if it is not clear which they are."
+    pairs = [(k, v) for part in parts for k,v in part.items() if v is not None]
+    given = [(k, v) for k,v in pairs if str(k).strip().lower() in _ARGUMENTS]
+    full = [(k, v) for k,v in given if not (isinstance(v, (str, Mapping)) and v in ('', '{}', {}))] or given[:1]
+    said = [(_json_value(v, f'{where}.{k}') if isinstance(v, str) and v else v) for k,v in full[:2]]
+    if len(said) > 1 and said[0] != said[1]:
+        raise DataError(f'{where}: two sets of arguments, {full[0][0]} and {full[1][0]}; keep one of them')
+    other = next((k for k,v in pairs if isinstance(v, Mapping) and v and not _is_of_call(k)), None)
+    if other is not None and not full:
+        raise DataError(f'{where}.{other}: an object beside a call without arguments; name it arguments, or remove it')
+    return full[0] if full else ('arguments', {})
 
 # %% ../nbs/20_conversation.ipynb #7c476d49
 def _call(c, where:str, clean)->ToolCall:
@@ -169,12 +200,12 @@ def _call(c, where:str, clean)->ToolCall:
     if not isinstance(name := found.get('name'), str) or not name.strip():
         raise DataError(f"{where}.name: expected the name of a function; found "
                         f"{shorten(repr(name) if 'name' in found else ', '.join(map(str, found)) or 'nothing', 60)}")
-    key = next((k for k in ('arguments', 'parameters', 'args') if k in found), 'arguments')
-    value, place = found.get(key, {}), f'{where}.{key}'
-    value = _json_value(value or '{}', place) if isinstance(value, str) else value
+    key, value = _arguments(_parts_of_call(c), where)
+    place, is_text = f'{where}.{key}', isinstance(value, str)
+    value = _json_value(value or '{}', place) if is_text else value
     if not isinstance(value, Mapping):
         raise DataError(f'{place}: expected a JSON object, got {type(value).__name__}')
-    if not isinstance(found.get(key), str): value = clean(value)
+    if not is_text: value = clean(value)
     return ToolCall(name, _json_text(value, place), None if call_id is None else str(call_id))
 
 # %% ../nbs/20_conversation.ipynb #b5e8f36b
@@ -353,7 +384,7 @@ def as_tools(
     tools, # A list of tools, one tool, or their JSON text
 )->tuple[dict,...]: # Each as `{"type": "function", "function": {"name", "description", "parameters"}}`, or as given
     "Read the definitions of tools. Raises `DataError` that names the field."
-    clean = _without_nulls
+    clean = dict if isinstance(tools, tuple) else _without_nulls # a tuple was read before
     if isinstance(tools, str): tools, clean = _json_value(tools, 'tools') if tools.strip() else (), dict
     if tools is None: tools = ()
     if isinstance(tools, Mapping): tools = [tools]
@@ -425,6 +456,9 @@ def _text_of_parts(parts, key):
     for i,part in enumerate(parts):
         text = part.get('text') if isinstance(part, Mapping) else part
         kind = part.get('type') if isinstance(part, Mapping) else None
+        if text is None and kind in _TEXT_PARTS[1:]:
+            problem = 'text is null' if 'text' in part else f"text is missing: found {shorten(', '.join(map(str, part)), 60)}"
+            raise MessageFault(f'{key}[{i}]', problem, 'write it under text, or remove this part')
         if not isinstance(text, str) or kind not in _TEXT_PARTS:
             raise MessageFault(f'{key}[{i}]', f'not a text: {_quoted(kind or part)}', 'text only: remove this part')
         out.append(text)
@@ -456,7 +490,8 @@ def plain_key(
 THOUGHTS = ('reasoning_content', 'thinking', 'reasoning', 'thought') # Names of what an assistant thought
 ROLE_KEYS = ('role', 'from', 'speaker') # Names of the role
 _CONTENT_KEYS, _CALL_KEYS = ('content', 'value', 'text'), ('tool_calls', 'function_call')
-MESSAGE_KEYS = (*ROLE_KEYS, *_CONTENT_KEYS, *_CALL_KEYS, *THOUGHTS, *TRAIN_FLAGS, 'label', 'name', 'tool_call_id')
+LABELS = ('label', 'kto_tag') # Thumbs up or down
+MESSAGE_KEYS = (*ROLE_KEYS, *_CONTENT_KEYS, *_CALL_KEYS, *THOUGHTS, *TRAIN_FLAGS, *LABELS, 'name', 'tool_call_id')
 
 def _names(m, keys=None):
     "Our name of each key -> as written; nulls are absent. `keys`: the caller's own names, which come first."
@@ -527,11 +562,12 @@ def _part_flag(part, place, role):
     "What the flags of one part of a content say, and notes about its other keys."
     if not isinstance(part, Mapping): return None, []
     said = {k: v for k,v in part.items() if v is not None and k not in ('type', 'text')}
-    flags = {k: said.pop(k) for k in (*TRAIN_FLAGS, 'label') if k in said}
+    flags = {k: said.pop(k) for k in (*TRAIN_FLAGS, *LABELS) if k in said}
     strange = next((k for k in (*flags, *said) if k == 'train_detail' or k in said and may_be_mask(k)), None)
     if strange is not None: raise MessageFault(place, f'unknown key: {_quoted(strange)}', 'write train: true or false')
     notes = [f'content part field {shorten(k, 30)!r} not used' for k,v in said.items() if carries_meaning(v)]
-    if is_rejected(flags.pop('label', None)): flags.setdefault('train', False) # thumbs down
+    labels = [flags.pop(k) for k in LABELS if k in flags]
+    if any(map(is_rejected, labels)): flags.setdefault('train', False) # thumbs down
     try: return train_flag(flags | dict(role=role)), notes
     except DataError as e: raise MessageFault(place, e.message.partition('; ')[0], 'correct this part') from None
 
@@ -557,25 +593,42 @@ def _calls_beside(calls, key, written, text):
     "The calls of `tool_calls` or `function_call`; a text that a role says to be a call must be the same one."
     try: read = as_calls(calls)
     except DataError as e: raise as_fault(e, key) from None
-    if written not in CALL_ROLES or not text.strip(): return read, text, []
+    notes = _call_notes(calls)
+    if written not in CALL_ROLES or not text.strip(): return read, text, notes
     try: same = _plain_calls(text) == _plain_calls(read)
-    except DataError: return read, text, []
+    except DataError: return read, text, notes
     if not same: raise MessageFault(key, f'two calls: {key} and the text of a {written} differ', 'keep one of them')
-    return read, '', []
+    return read, '', notes
+
+def _call_notes(calls):
+    "Notes about keys of calls that are not used, and about nulls that are left out, as Arrow adds them."
+    if isinstance(calls, str): calls = _json_value(calls, 'tool_calls')
+    notes = []
+    for c in [calls] if isinstance(calls, (Mapping, ToolCall)) else calls:
+        if not isinstance(c, Mapping): continue
+        pairs = [(k, v) for part in _parts_of_call(c) for k,v in part.items() if not _is_of_call(k)]
+        left = [k for k,v in pairs if carries_meaning(v)]
+        notes += [f'call field {shorten(str(k), 30)!r} not used' for k in left]
+        _, value = _arguments(_parts_of_call(c), '')
+        if isinstance(value, Mapping) and _without_nulls(value) != plain_value(value): notes.append(_NULLS)
+    return notes
+
+_NULLS = 'null arguments of a call left out, as a table adds them (write null in JSON text to keep it)'
 
 def _calls(m, names, written, text):
     "The calls of a message, its text, and notes; raises `MessageFault` if `tool_calls` holds no calls."
     key = next((names[k] for k in _CALL_KEYS if k in names and carries_meaning(m[names[k]])), None)
     if key is None and written not in CALL_ROLES: return None, text, []
     if key is not None: return _calls_beside(m[key], key, written, text)
-    try: return as_calls(text), '', []
+    try: return as_calls(text), '', _call_notes(text)
     except DataError: return None, text, [f'{written} without a name and arguments kept as text, not taught']
 
 # %% ../nbs/20_conversation.ipynb #32799faa
 def _train_of(m, names, role, text, details=()):
     "The `train` and `weight` of a message and notes, after the flags of all tools."
     flags = {k: m[names[k]] for k in TRAIN_FLAGS if k in names}
-    if 'label' in names and is_rejected(m[names['label']]): flags.setdefault('train', False) # thumbs down
+    labels = [k for k in LABELS if k in names]
+    if any(is_rejected(m[names[k]]) for k in labels): flags.setdefault('train', False) # thumbs down
     if details and flags.get('train_detail') is not None:
         raise MessageFault(names['train_detail'], 'parts of the content say what is taught too', 'keep one of them')
     if details: flags['train_detail'] = details
@@ -586,7 +639,7 @@ def _train_of(m, names, role, text, details=()):
     try: said = train_flag(dict(flags, role=role, content=text))
     except DataError as e:
         field = re.split(r'[:\[]', e.message)[0]
-        raise as_fault(e, names.get(field, 'label')) from None
+        raise as_fault(e, names.get(field) or next((names[k] for k in labels), field)) from None
     if flags.keys() == {'weight'}: return dict(train=None, weight=int(flags['weight'])), []
     parts = detail_parts(detail, text) if said and len(detail) else ()
     if details and said and not parts:
@@ -619,13 +672,20 @@ def _null_for_nan(value):
     if isinstance(value, list): return [_null_for_nan(v) for v in value]
     return None if isinstance(value, float) and value != value else value
 
-def _checked_data(m, names, role):
+def _has_nan(value)->bool:
+    "Whether data has a missing value of numpy or pandas inside; `None` is null as it is."
+    if isinstance(value, Mapping): return any(map(_has_nan, value.values()))
+    if hasattr(value, 'tolist'): value = value.tolist()
+    if isinstance(value, (list, tuple)): return any(map(_has_nan, value))
+    return value is not None and is_missing(value)
+
+def _checked_data(m, names, role, written):
     "A message whose tool's data is JSON, and notes: JSON has no NaN, and text parts are joined."
     key = next((names[k] for k in _CONTENT_KEYS if k in names), None)
     if role != 'tool' or key is None or isinstance(m[key], str): return m, []
     if not _is_data(m, names): return m, ["text parts of a tool's result joined"]
-    clean = _null_for_nan(m[key])
-    return (m, []) if repr(clean) == repr(m[key]) else (m | {key: clean}, ["NaN in a tool's data read as null"])
+    if not _has_nan(written[key]): return m, []
+    return m | {key: _null_for_nan(m[key])}, ["NaN in a tool's data read as null"]
 
 # %% ../nbs/20_conversation.ipynb #81b83125
 def _call_role(m, names, roles):
@@ -683,21 +743,22 @@ def read_message(
         found = 'null' if m is None else type(m).__name__
         raise MessageFault('', f'not an object: {found}', 'expected an object with role and content')
     if not (roles or keys) and (plain := _plain_message(m)): return plain, []
-    m = {k: None if type(v) is float and v != v else v for k,v in plain_value(m).items()}
+    original, m = m, {k: None if type(v) is float and v != v else v for k,v in plain_value(m).items()}
     names = _names(m, keys)
     role_key = _key_of(m, names, ROLE_KEYS, 'role')
     written, role = _role(m[role_key], role_key, roles)
     written = _call_role(m, names, roles) or written
     twins = _check_twins(m, names, role, role_key, roles)
-    m, odd_data = _checked_data(m, names, role)
+    m, odd_data = _checked_data(m, names, role, original)
     text = _written_text(m, names, role, role_key)
     calls, text, more = _calls(m, names, written, text)
     if calls and role != 'assistant':
         raise MessageFault('tool_calls', f'a call in a {role} message', 'only an assistant calls')
     details, odd = _part_flags(m, names, role)
     flags, said = _train_of(m, names, role, text, details)
-    if 'label' in names and _is_class(m[names['label']]): odd = [*odd, f"message field {names['label']!r} not used"]
-    if more and flags == dict(train=None, weight=None): flags['train'] = False
+    classes = [names[k] for k in LABELS if k in names and _is_class(m[names[k]])]
+    odd = [*odd, *(f'message field {k!r} not used' for k in classes)]
+    if more and not calls and flags == dict(train=None, weight=None): flags['train'] = False
     other = {k: str(m[names[k]]) for k in ('name', 'tool_call_id') if k in names}
     if role == 'tool' and _is_data(m, names): other['is_json'] = True
     thoughts = _thoughts(m, names, role)
@@ -733,10 +794,11 @@ def says_origin(
 def unused_note(
     key, # Name of a field of a row, as written
     value, # Its value
+    ours:str='', # Our name of it, if you mapped it
 )->str: # Empty if leaving it out cannot lose a text or a mask
     "A note about a field of a row that is not used."
-    ours = plain_key(key)
-    mask = ours in (*TRAIN_FLAGS, 'label', 'kto_tag') or may_be_mask(ours)
+    ours = plain_key(ours or key)
+    mask = ours in (*TRAIN_FLAGS, *LABELS) or may_be_mask(ours)
     is_empty = value is None or isinstance(value, str) and not value.strip() # as an empty cell
     lost = not is_empty and (mask or carries_meaning(value) and not says_origin(ours))
     return f'field {shorten(key, 30)!r} not used' if lost else ''
@@ -749,14 +811,14 @@ _READ_BY_FORMATS = ('system_prompt', 'system_message', 'context', 'history', 'fu
 def _is_acted_on(key, value)->bool:
     "Whether the reader would act on a field beside the messages that was left aside."
     ours = plain_key(key)
-    if ours in ('label', 'kto_tag'): return is_rejected(value)
+    if ours in LABELS: return is_rejected(value)
     if ours in MESSAGE_LISTS[1:]: return isinstance(value, (list, tuple)) and any(isinstance(m, Mapping) for m in value)
     return ours in ('messages', 'system', 'tools', 'train_on') or ours in _READ_BY_FORMATS
 
 def _is_read(ours:str, v)->bool:
     "Whether the reader of data files gives this field a meaning, under this plain key and with this value."
     if ours in ('system', 'tools', 'train_on'): return True
-    if ours in ('label', 'kto_tag'): return is_rejected(v)
+    if ours in LABELS: return is_rejected(v)
     if ours not in _READ_BY_FORMATS or isinstance(v, str) and not v: return False
     if ours in ('context', 'history', 'functions'): return carries_meaning(v) or not isinstance(v, (str, list, Mapping))
     if ours in ('system_prompt', 'system_message', 'masked'): return True

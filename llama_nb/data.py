@@ -234,8 +234,9 @@ def _file_parts(path, folder, by_name):
 def _list_part(name, names):
     "The part that a list of a document means; of several for training, the one called `train`, or none."
     part = part_of(name)
-    several = part == 'train' and name != 'train' and sum(part_of(n) == 'train' for n in names) > 1
-    return 'other' if several else part
+    for_train = sum(part_of(n) in ('train', part) for n in names) if part in (None, 'train') else 0
+    is_chosen = name == 'train' or part is None and name.lower() in ROW_LISTS
+    return 'other' if for_train > 1 and not is_chosen else part
 
 # %% ../nbs/33_data.ipynb #133ea74b
 _SAMPLE_OR_PATH = "data_path='sample' for the shipped sample, data_path=<file or folder>"
@@ -310,6 +311,8 @@ def _inner_folders(folder):
 
 # %% ../nbs/33_data.ipynb #804c176c
 _CARDS = ('README.md', '.huggingface.yaml')
+# what changes no row; other settings are for the builder of `datasets`
+_HARMLESS = ('config_name', 'data_files', 'data_dir', 'default', 'version', 'description', 'features')
 
 def _subsets(folder):
     "The subsets that a data repository declares, with their settings, and the default (`None`: one must be chosen)."
@@ -341,6 +344,8 @@ def _declared(folder, settings):
             try: found = sorted(resolve_pattern(pattern, str(place))) if '://' not in pattern else []
             except (OSError, ValueError): found = []
             inside = [p for p in map(Path, found) if p.resolve().is_relative_to(data_border(folder))]
+            links = [p for p in map(Path, found) if p.is_symlink() and p not in inside]
+            if links: raise DataError(f'{links[0].name}: a link that leads out of the data folder (copy the file)')
             splits.setdefault(split, []).extend(inside)
             if inside or re.search(r'[*?\[]', pattern): continue
             problem = f'no file {shorten(repr(pattern), 60)}, which README.md declares as {split}'
@@ -406,6 +411,8 @@ class _PlaceLoader(DatasetLoader):
             problem = f'{name}: no folder {shorten(repr(str(declared[name]["data_dir"])), 60)} in {shorten(path.name, 40)}'
             raise DataError(f'{self.name}: {problem}, which README.md declares (restore it, or give the data files)')
         if files: self.declared = _declared(data_folder(path), declared[name])
+        for k,v in declared[name].items():
+            if k not in _HARMLESS: self.notes[f'not used: {k}: {shorten(str(v), 30)} of README.md'] = 1
         if isinstance(files, str) or files and isinstance(files[0], str): self.by_name = ('train',)
         return path if self.declared else inner
 
@@ -426,9 +433,9 @@ class _PlaceLoader(DatasetLoader):
         "Parts, rows and names of the files of each split; a list in a file may be held out by its own name."
         found, base = [], os.path.abspath(folder)
         for part,split in self._parts_of([*splits]).items():
-            for p in splits[split]:
-                place = folder/os.path.relpath(p, base) if p.is_absolute() else p
-                items = [*_file_parts(place, folder, split in self.by_name)] if can_read(place) else []
+            places = [folder/os.path.relpath(p, base) if p.is_absolute() else p for p in splits[split]]
+            for place in [p for p in places if can_read(p)] or places: # if none can be read, the reader says why
+                items = [*_file_parts(place, folder, split in self.by_name)]
                 found += [(part if own == 'train' else own, rows, name) for own,rows,name in items]
         return found
 
@@ -442,6 +449,8 @@ class _PlaceLoader(DatasetLoader):
             chosen = self._chosen(found)
         for part,rows,name in chosen: parts.setdefault(part, []).append((rows, name))
         self.files = {part: [name for _,name in items] for part,items in parts.items()}
+        for name in {*self.files.get('train', ())} & {*self.files.get('test', ())}:
+            self.notes[f'in train and in test: {name}'] = 1
         inside, aside = look_into(folder) if path.is_dir() else ([], {})
         read = {row[0] if isinstance(row, tuple) else row for _,row,_ in found}
         if splits: aside |= {p: 'not in the chosen subset' for p in inside if p not in read}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_ROW_BYTES', 'SURROGATES', 'ROW_LISTS', 'RowFault', 'BadRow', 'quoted', 'save_bad_rows', 'strict_json', 'part_of',
-           'json_sections', 'CellList', 'json_messages', 'sheet_names', 'can_read', 'data_border', 'data_folder',
-           'look_into', 'data_files', 'read_beside', 'file_name', 'files_rows', 'is_dataframe', 'numbered_rows',
-           'source_problem', 'without_format', 'source_rows']
+           'json_sections', 'CellList', 'json_messages', 'sheet_names', 'FailedCell', 'can_read', 'data_border',
+           'data_folder', 'look_into', 'data_files', 'read_beside', 'file_name', 'files_rows', 'is_dataframe',
+           'numbered_rows', 'source_problem', 'without_format', 'source_rows']
 
 # %% ../nbs/30_files.ipynb #ff9243a8
 import codecs, csv, gzip, io, json, math, os, re, zlib
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
 from .errors import DataError, import_extra, logger, one_line, redact, shorten
-from .conversation import is_missing, plain_key, ROLE_KEYS, Source
+from .conversation import is_missing, MESSAGE_LISTS, plain_key, ROLE_KEYS, Source
 from .views import progress
 
 # %% ../nbs/30_files.ipynb #9af35ca9
@@ -389,15 +389,20 @@ def _members(doc):
     doc.pos += 1
 
 # %% ../nbs/30_files.ipynb #60bb2cac
+_ROW_FIELDS = frozenset((*MESSAGE_LISTS, 'prompt', 'instruction', 'question', 'query', 'input', 'text'))
+_INNER_LISTS = (*MESSAGE_LISTS, 'history', 'context', 'tools', 'functions') # of one row
+
 def _holds_rows(doc, name):
-    "Read the value that starts here; whether it is a list of rows."
+    "Read the value that starts here: 'named' for a list of rows by its name, 'looks' by its first item, else ''."
     if doc.peek() != '[':
         doc.value()
-        return False
+        return ''
     first = [value for i,(_,value,_) in enumerate(_items(doc)) if i == 0]
     is_message = any({'role', 'from'} & set(v) for v in first if isinstance(v, dict))
     named = part_of(name) or name.lower() in ROW_LISTS and not is_message
-    return bool(named and first and isinstance(first[0], (dict, list)))
+    if not first or not isinstance(first[0], (dict, list)): return ''
+    if named or is_message or isinstance(first[0], list) or plain_key(name) in _INNER_LISTS: return 'named'*bool(named)
+    return 'looks'*bool(_ROW_FIELDS & set(map(plain_key, first[0])))
 
 # %% ../nbs/30_files.ipynb #de045559
 def json_sections(
@@ -408,17 +413,27 @@ def json_sections(
     path, name = _stored(Path(path)), name or Path(path).name
     if not name.lower().removesuffix('.gz').endswith('.json'): return (), ()
     with _open(path, name) as f:
-        doc, lists, others = _Document(_pieces(f, path, name)), [], []
+        doc = _Document(_pieces(f, path, name))
         if doc.peek() != '{': return (), ()
         try:
-            for key in _members(doc): (lists if _holds_rows(doc, key) else others).append(key)
+            found = [(key, _holds_rows(doc, key)) for key in _members(doc)]
             is_alone = not doc.peek()
         except RowFault: return (), () # the reader reports it
+        only_lists = all(kind for _,kind in found) # else it may be one row, and this a list of its sources
+        lists = [key for key,kind in found if kind == 'named' or kind and only_lists]
+        others = [key for key,_ in found if key not in lists]
     is_table = 'columns' in others # as pandas writes with orient='split': its lists are no rows by themselves
     fits = lists and is_alone and not is_table and len({*lists}) == len(lists)
     return (tuple(lists), tuple(others)) if fits else ((), ())
 
 # %% ../nbs/30_files.ipynb #1d7f8522
+def _is_frame(value):
+    "Whether an object is a whole table: pandas writes its columns, its rows by number, or their names and cells."
+    if not isinstance(value, dict): return False
+    if {'columns', 'data'} <= value.keys(): return all(isinstance(value[k], list) for k in ('columns', 'data'))
+    if not value or not all(isinstance(v, dict) and v for v in value.values()): return False
+    return all(map(str.isdigit, value)) or all(k.isdigit() for v in value.values() for k in v)
+
 def _document_rows(doc, lists, section):
     "Yield line, value and first fault of the rows of a document: of its lists, of its array, or of its values."
     if lists:
@@ -427,7 +442,10 @@ def _document_rows(doc, lists, section):
             if name not in lists or section not in (None, name): _holds_rows(doc, name)
             else: yield from _items(doc)
     elif doc.peek() == '[': yield from _items(doc)
-    else: yield from _values(doc)
+    else:
+        for line,value,fault in _values(doc):
+            if _is_frame(value): raise RowFault('', "a table as pandas' to_json writes it", "use to_json(orient='records')")
+            yield line, value, fault
     if doc.peek(): raise RowFault('', 'text after the closing ]', 'one array per file', doc.pos)
 
 def _json_rows(f, path, name, section=None):
@@ -706,12 +724,13 @@ def _workbook_rows(f, path, name, section=None):
             here, unknown = Source(place, number), _without_value(formulas, number, row)
             if not any(c.strip() for c in cells) and not unknown: continue
             if names is None:
-                if unknown: raise _file_fault(name, _no_value(unknown), _NO_VALUE_FIX, number)
+                if unknown: raise _file_fault(name, _no_value(unknown[0]), _NO_VALUE_FIX, number)
                 names, above = _sheet_header(cells, name, number), number
                 continue
             if above: above = _refuse_title(names, cells, name, above)
-            failed = _failed_cell(here, names, row, unknown)
-            yield (here, failed) if failed else _table_row(here, names, cells + ['']*(len(names) - len(cells)))
+            failed = {i: c for i,c in _failed_cells(row, unknown).items() if i < len(names)}
+            cells += ['']*(len(names) - len(cells))
+            yield _table_row(here, names, [failed.get(i, c) for i,c in enumerate(cells)])
 
 # %% ../nbs/30_files.ipynb #8b0a5baf
 def _sheet_header(cells, name, number):
@@ -729,15 +748,20 @@ def _cell_value(cell):
     if not isinstance(cell.value, str): return cell.value
     return _ESCAPED.sub(lambda m: chr(int(m[1], 16)), cell.value)
 
-def _failed_cell(here, names, row, unknown=None):
-    "The `BadRow` for the first cell under a named column with an error of Excel, or for a formula without a value."
-    if unknown and unknown.column <= len(names):
-        return BadRow(here, names[unknown.column - 1], _no_value(unknown), _NO_VALUE_FIX)
-    for cell,column in zip(row, names):
+class FailedCell(str):
+    "The text of a cell of Excel that has no value; a row that needs it is refused by `problem` and `fix`."
+    problem = fix = ''
+
+def _failed_cells(row, unknown=()):
+    "The cells of a row with an error of Excel, or with a formula without a value, by their place."
+    found = {cell.column - 1: (_no_value(cell), _NO_VALUE_FIX) for cell in unknown}
+    for i,cell in enumerate(row):
         if cell.data_type != 'e' or cell.value is None: continue
         problem = f'an error of Excel in column {cell.column_letter}: {shorten(cell.value, 20)}'
-        return BadRow(here, column, problem, 'correct the formula, or remove the row')
-    return None
+        found[i] = problem, 'correct the formula, or remove the row'
+    failed = {i: FailedCell(problem) for i,(problem,_) in found.items()}
+    for i,cell in failed.items(): cell.problem, cell.fix = found[i]
+    return failed
 
 # %% ../nbs/30_files.ipynb #018fe46b
 _NO_VALUE_FIX = 'open and save it in Excel; if it is a text, format the cell as text, or use CSV'
@@ -752,11 +776,11 @@ def _formulas(f, name, title):
         yield from enumerate(book[title].iter_rows(), 1)
 
 def _without_value(formulas, number, row):
-    "The first cell of a row whose formula has no stored value; `None` if there is none."
+    "The cells of a row whose formula has no stored value."
     empty = {i for i,cell in enumerate(row) if cell.value is None and cell.data_type == 'n' and hasattr(cell, 'column')}
-    if not empty: return None
+    if not empty: return []
     written = next(cells for n,cells in formulas if n == number)
-    return next((cell for i,cell in enumerate(written) if i in empty and cell.data_type == 'f'), None)
+    return [cell for i,cell in enumerate(written) if i in empty and cell.data_type == 'f']
 
 # %% ../nbs/30_files.ipynb #00180c24
 _READERS = {'.jsonl': _jsonl_rows, '.ndjson': _jsonl_rows, '.json': _json_rows, '.csv': _csv_rows, '.tsv': _csv_rows,

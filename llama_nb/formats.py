@@ -10,18 +10,18 @@ __all__ = ['FIELDS', 'FORMATS', 'sniff_shape', 'check_columns', 'role_map', 'row
 import re
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Iterable, NamedTuple, Sequence
 
 from llama_nb.conversation import (
-    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, is_rejected, may_be_mask, Message,
+    as_fault, as_tools, as_train_on, CALL_ROLES, carries_meaning, Conversation, is_rejected, LABELS, may_be_mask, Message,
     MESSAGE_LISTS,
     MessageFault, plain_key, plain_value, read_message, ROLE_KEYS, ROLES, says_origin, Source, THOUGHTS, train_flag,
     TRAIN_FLAGS,
     unused_note)
 from .errors import ConfigError, DataError, did_you_mean, logger, shorten
 from .files import (
-    BadRow, CellList, json_messages, numbered_rows, quoted, RowFault, source_rows, strict_json, SURROGATES)
+    BadRow, CellList, FailedCell, json_messages, numbered_rows, quoted, RowFault, source_rows, strict_json, SURROGATES)
 from .store import LazySequence, select, StoredConversations
 
 # %% ../nbs/31_formats.ipynb #c1bf7b89
@@ -50,33 +50,47 @@ _PAIRS = { # question -> its answers, in order of preference
     'question': ('answer', 'response', 'output', 'completion'), 'input': ('output', 'response', 'answer', 'completion'),
     'human': ('assistant', 'gpt', 'bot'), 'user': ('assistant', 'gpt', 'bot')}
 _ANSWERS = tuple(dict.fromkeys(a for answers in _PAIRS.values() for a in answers))
-_LABELS = ('label', 'kto_tag')
 FIELDS = tuple(dict.fromkeys((*MESSAGE_LISTS, *_PAIRS, *_ANSWERS, *_SYSTEMS, 'text', 'context', 'history', 'tools',
-                              'functions', *THOUGHTS, 'mapping', 'current_node', *_LABELS, *TRAIN_FLAGS, 'train_on',
-                              'role', 'content')))
+                              'functions', *THOUGHTS, 'mapping', 'current_node', *LABELS, *TRAIN_FLAGS, 'train_on',
+                              'role', 'content', 'tool_calls', 'function_call', 'name', 'tool_call_id')))
 _INNER = ('role', 'content') # keys of a message, inside a list
-_KNOWN = frozenset(FIELDS) - {*_INNER}
+_KNOWN = frozenset(FIELDS) - {*_INNER, 'tool_calls', 'function_call', 'name', 'tool_call_id'}
+# the fields that a row must have if you map them
+_NEEDED = frozenset((*MESSAGE_LISTS, *_PAIRS, *_ANSWERS, 'text', 'mapping')) - {'input'}
 
 # fields whose value may be JSON text, and how it begins
 _AS_JSON = {**dict.fromkeys((*MESSAGE_LISTS[:6], 'history'), re.compile(r'\s*\[')),
             **dict.fromkeys(MESSAGE_LISTS[6:], re.compile(r'\s*\[\s*[{"\[]')), 'mapping': re.compile(r'\s*\{')}
 
+def _spelt_so(name, row):
+    "A key of a row as it is written; case and white space do not matter."
+    return name if name in row else next((k for k in row if plain_key(k) == plain_key(name)), None)
+
 class _Row:
     "The fields of a row under our names; remembers how each is written, and which were used."
     def __init__(self, row, columns=None):
         self.row, self.columns = row, {k: v for k,v in (columns or {}).items() if k not in _INNER}
-        self.inner = {v for k,v in (columns or {}).items() if k in _INNER}
-        self.names, self.nulls, self.used, self.quiet = {}, {}, set(), set()
-        taken = {*self.columns.values()}
+        self.inner = {v: k for k,v in (columns or {}).items() if k in _INNER} # in the lists: their name -> ours
+        self.names, self.nulls, self.used, self.quiet, missing = {}, {}, set(), set(), []
         for ours,theirs in self.columns.items():
-            if theirs not in row:
-                raise RowFault(theirs, f'{theirs} is missing: found {_keys(row)}', f'columns maps {ours} to it')
-            self._add(ours, theirs)
+            if (key := _spelt_so(theirs, row)) is None: missing.append((ours, theirs))
+            else: self.columns[ours] = key; self._add(ours, key)
+        taken = {*self.columns.values()}
         exact = [(k, k) for k in row if k in _KNOWN]
         for k,ours in (*exact, *((k, plain_key(k)) for k in row if k not in _KNOWN)):
             if ours in _KNOWN and k not in taken and ours not in self.columns: self._add(ours, k)
         for ours,key in self.names.items():
             if ours in _AS_JSON and isinstance(self.row[key], str): self._decode(ours, key)
+        for ours,theirs in missing: self._look_inside(ours, theirs)
+
+    def _look_inside(self, ours, theirs):
+        "Note a mapped name that stands in the objects of a list; raises `RowFault` if the row needs it and has none."
+        lists = chain.from_iterable(v for v in self.row.values() if isinstance(v, list))
+        if any(isinstance(m, dict) and theirs in m for m in lists): self.inner[theirs] = ours
+        elif ours in _NEEDED:
+            problem = f'{theirs} is missing: found {_keys(self.row)}'
+            raise RowFault(theirs, problem, f'columns maps {ours} to it')
+        del self.columns[ours]
 
     def _decode(self, ours, key):
         "Read a list of messages that is written as JSON. What is no JSON stays, and its reader names the fault."
@@ -88,6 +102,7 @@ class _Row:
 
     def _add(self, ours, key):
         value = self.row[key]
+        if isinstance(value, FailedCell): raise RowFault(key, value.problem, value.fix)
         if value is None or isinstance(value, str) and not value and ours in MESSAGE_LISTS:
             self.nulls.setdefault(ours, key)
         elif self.names.setdefault(ours, key) == key: self.nulls.pop(ours, None)
@@ -139,6 +154,7 @@ class _Options(NamedTuple):
     columns:dict={} # Our name of a field -> its name in the file
     roles:dict={} # A role as the file writes it, in lower case -> one of `ROLES`
     keys:dict={} # Our name of a key inside a message -> its name in the file
+    unseen:set=frozenset() # Our names of fields that are mapped, and that no row had so far
 
 # %% ../nbs/31_formats.ipynb #1c3b691c
 class _Turn(NamedTuple):
@@ -191,7 +207,7 @@ def _pair_flag(inner):
     said = {k: v for k in TRAIN_FLAGS[:-1] if (v := _truth(_flag_value(inner, k))) is not None}
     for k in said: inner.take(k)
     if _rejected(inner, ''): said.setdefault('train', False)
-    for k in _LABELS:
+    for k in LABELS:
         if k in inner and is_rejected(inner.row[inner.names[k]]): inner.take(k)
     try: return train_flag(said | dict(role='assistant'))
     except DataError as e: raise _row_fault(as_fault(e)) from None
@@ -209,7 +225,7 @@ def _exchanges(row, field='conversation', options=None):
     "A list of pairs, such as `human` and `assistant`."
     turns, notes, name = [], [], row.spelt(field)
     for i,m in enumerate(_list_of(row, field)):
-        inner = _Row(plain_value(m))
+        inner = _Row(m := plain_value(m), {ours: theirs for theirs,ours in row.inner.items() if theirs in m})
         pair = _find_pair(inner.names)
         if pair is None:
             raise RowFault(f'{name}[{i}]', f'not a pair: found {_keys(m)}', 'give a question and an answer')
@@ -303,7 +319,7 @@ def _question_answer(row, pair, options=None):
 
 # %% ../nbs/31_formats.ipynb #4b57cb4f
 _SPEAKERS = ('speakers', 'speaker', 'roles', 'role', 'from')
-_INSIDE = (*THOUGHTS, 'tool_calls', 'function_call', 'train_detail', 'label')
+_INSIDE = (*THOUGHTS, 'tool_calls', 'function_call', 'train_detail', *LABELS)
 _NOTES_OF_TURNS = re.compile('(?:dialog(?:ue)?_?)?(?:act|emotion|sentiment|intent|topic)(?:ion)?s?')
 
 def _each(row, k, count):
@@ -318,7 +334,7 @@ def _each(row, k, count):
 def _speaker_roles(row, count, options):
     "The role of each utterance where a list of speakers says it; `None`: two speakers in turn."
     for k in row.row:
-        if k not in row.inner and plain_key(k) not in _SPEAKERS or (said := _each(row, k, count)) is None: continue
+        if row.inner.get(k) != 'role' and plain_key(k) not in _SPEAKERS or (said := _each(row, k, count)) is None: continue
         try: roles = [read_message(dict(role=who, content='x'), options and options.roles)[0].role for who in said]
         except MessageFault as e:
             letters = all(isinstance(who, int) or len(str(who).strip()) == 1 for who in said)
@@ -335,7 +351,7 @@ def _lists_inside(row, count):
     for k in row.row:
         ours = next((o for o,theirs in row.columns.items() if theirs == k), plain_key(k))
         if ours not in _INSIDE or (said := _each(row, k, count)) is None: continue
-        if ours == 'label' and any(v is not None and _truth(v) is None for v in said): continue # classes
+        if ours in LABELS and any(v is not None and _truth(v) is None for v in said): continue # classes
         found[ours] = said
         row.used.add(k)
     return found
@@ -551,7 +567,7 @@ _READERS = dict(messages=_messages, sharegpt=_messages, exchanges=_exchanges, al
                 prompt_completion=_question_answer, utterances=_utterances, text=_text, chatgpt=_chatgpt)
 FORMATS = tuple(_READERS)
 
-def _kind_of_list(field, value, inner_names=frozenset()):
+def _kind_of_list(field, value, inner_names={}):
     "The format of a list of messages; `None` if the field holds something else."
     default = 'messages' if field == 'messages' else 'sharegpt' if field.startswith('conversation') else None
     if isinstance(value, str) and field in _TEXTS and _spoken(value, field, _TEXT_STYLES): return 'text'
@@ -561,8 +577,8 @@ def _kind_of_list(field, value, inner_names=frozenset()):
     if inner is None:
         has_texts = any(isinstance(m, str) for m in value)
         return 'utterances' if field in MESSAGE_LISTS[3:6] or has_texts and field not in MESSAGE_LISTS[:2] else default
-    if inner_names & inner.keys(): return 'messages'
-    keys = {plain_key(k) for k,v in inner.items() if v is not None}
+    if any(inner_names.get(k) in _INNER for k in inner): return 'messages'
+    keys = {inner_names.get(k) or plain_key(k) for k,v in inner.items() if v is not None}
     if keys & {'from', 'value'}: return 'sharegpt'
     if keys & {'role', 'content', 'speaker'}: return 'messages'
     return 'exchanges' if _find_pair(keys) else default
@@ -814,7 +830,7 @@ def _truth(value):
 
 def _rejected(row, shape):
     "The label that rejects a row, if there is one; the number beside a text is its class."
-    for k in _LABELS:
+    for k in LABELS:
         value = row.row[row.names[k]] if k in row else None
         if shape == 'text' and not isinstance(value, bool) and str(value).strip().lower() != 'false': continue
         if is_rejected(value): return f'{row.spelt(k)} is {quoted(value) if isinstance(value, str) else value}'
@@ -896,7 +912,8 @@ def _own_train_on(row):
 def _unused(row):
     "Notes about fields that are not used and hold a text, a list, a truth value or a mask."
     left = ((k, v) for k,v in row.row.items() if k not in row.used and k not in row.quiet)
-    return [note for k,v in left if (note := unused_note(k, v))]
+    ours = {theirs: k for k,theirs in row.columns.items()}
+    return [note for k,v in left if (note := unused_note(k, v, ours.get(k, '')))]
 
 # %% ../nbs/31_formats.ipynb #96925c0f
 def check_columns(
@@ -907,6 +924,9 @@ def check_columns(
         raise ConfigError(f'columns: expected our names and yours, got {type(columns).__name__}')
     for ours,theirs in (columns or {}).items():
         if ours in FIELDS and isinstance(theirs, str): continue
+        if ours in FIELDS:
+            found = shorten(repr(theirs), 40)
+            raise ConfigError(f'columns: {ours}: expected one name of your file, got {found}')
         hint = did_you_mean(ours, FIELDS) or "; write our name first, as in columns={'prompt': 'Frage'}"
         raise ConfigError(f'columns: {shorten(repr(ours), 40)} is unknown{hint}')
     return dict(columns or {})
@@ -929,13 +949,18 @@ def role_map(
 def _options(assistant_speaker, columns, roles):
     "The settings of a reader, checked."
     columns = check_columns(columns)
-    return _Options(assistant_speaker, columns, role_map(roles), {k: v for k,v in columns.items() if k in _INNER})
+    unseen = {k for k in columns if k not in (*_INNER, *_NEEDED)}
+    return _Options(assistant_speaker, columns, role_map(roles), unseen=unseen)
 
 # %% ../nbs/31_formats.ipynb #f71a0695
 def _convert(row, source, format, options):
     "One row as a checked conversation, its format and notes."
     row, itself = _as_dict(row)
-    fields = _Row(row, {itself: ''} if itself else options.columns)
+    inside = {k: v for k,v in options.columns.items() if k in FIELDS and k not in _NEEDED}
+    fields = _Row(row, {itself: '', **inside} if itself else options.columns)
+    if options.columns:
+        options.unseen.difference_update((*fields.columns, *fields.inner.values()))
+        options = options._replace(keys={ours: theirs for theirs,ours in fields.inner.items()})
     shape, field = _format_and_field(fields, format)
     if (name := _rejected(fields, shape)): return None, shape, [f'row left out: {name}, a rejected answer']
     turns, notes = _READERS[shape](fields, field, options)
@@ -968,6 +993,13 @@ def row_to_conversation(
 
 # %% ../nbs/31_formats.ipynb #8c8a3f4c
 _MAX_FAULTS = 20
+_QUOTED = 'every question or every answer is a JSON string: decode it (pandas and to_pylist keep a Json() column as text)'
+
+def _is_quoted(text):
+    "Whether a text is a JSON string, with its quotes."
+    if text[:1] != '"' or text[-1:] != '"': return False
+    try: return isinstance(strict_json(text), str)
+    except RowFault: return False
 
 class ConversationStream:
     """Checked conversations, one at a time; none is kept.
@@ -992,10 +1024,12 @@ class ConversationStream:
             raise ValueError(f'{what} must be one of {allowed}, got {value!r}{did_you_mean(value, choices[what])}')
         self.rows, self.shape, self.source = rows, format, name
         self.on_bad, self.assistant_speaker = on_bad, assistant_speaker
-        self.options = _options(assistant_speaker, columns, roles)
+        self.columns, self.roles = columns, roles
         self._begin()
 
-    def _begin(self): self.bad, self.notes, self.shapes, self.num_rows, self.count = [], Counter(), [], 0, 0
+    def _begin(self):
+        self.bad, self.notes, self.shapes, self.num_rows, self.count = [], Counter(), [], 0, 0
+        self.options = _options(self.assistant_speaker, self.columns, self.roles)
 
     @property
     def format(self)->str: # One of `FORMATS`; several are joined by '+'
@@ -1005,6 +1039,7 @@ class ConversationStream:
     def __iter__(self):
         self._begin()
         file = shape = None
+        quoted_roles = {'user', 'assistant'}
         for here,row in numbered_rows(self.rows(), self.source):
             self.num_rows += 1
             if here.file != file: file, shape = here.file, self.shape
@@ -1018,13 +1053,25 @@ class ConversationStream:
             self.notes.update(notes)
             if conversation and not (self.bad and self.on_bad == 'raise'):
                 self.count += 1
+                if quoted_roles:
+                    plain = {m.role for m in conversation.messages if not _is_quoted(m.content)}
+                    quoted_roles &= {*conversation.roles} - plain
                 yield conversation
+        if quoted_roles and self.count > 1: self.notes[_QUOTED] = self.count
         self._end()
 
     def _convert(self, here, row, shape):
         if isinstance(row, BadRow): raise RowFault(*row[1:])
-        if isinstance(row, Conversation): return row_to_conversation(row, here)
+        if isinstance(row, Conversation):
+            self.options.unseen.clear() # it has our names
+            return row_to_conversation(row, here)
         return _convert(row, here, shape, self.options)
+
+    def _refuse_unseen(self, n):
+        "Raise `DataError` for a mapped field that no row has."
+        ours = sorted(self.options.unseen)[0]
+        theirs = shorten(repr(self.columns[ours]), 40)
+        raise DataError(f'{self.source}: no row of {n} has {theirs} (columns maps {ours} to it; correct the name, or leave it out)')
 
     def _end(self):
         "Raise or log the faults."
@@ -1036,6 +1083,7 @@ class ConversationStream:
         if bad:
             reasons = '; '.join(f'{k} × {reason}' for reason,k in Counter(b.reason for b in bad).most_common())
             logger.warning('%s: skipped %d of %d rows: %s', name, len(bad), n, reasons)
+        if self.count and self.options.unseen: self._refuse_unseen(n)
         if self.count: return
         none = _why_none(n, len(bad), self.notes)
         raise DataError(f'{name}: {none}', bad)

@@ -306,10 +306,18 @@ def _kept(g:TurnGrammar, row:PreparedRow)->tuple[int,int]:
     masked = row.padding or [False]*size
     a, b = next((k for k in range(size) if not masked[k]), size), size
     while b > a and masked[b-1]: b -= 1
-    if g.pad is None or row.padding and any(row.padding): return a, b
+    if row.padding and any(row.padding): return a, b
     while b > a and ids[b-1] == g.pad: b -= 1
     while a < b and ids[a] == g.pad and g.pad != g.bos: a += 1
-    return a, b + (g.pad in g.stops and b < size) # where padding is written with the end token, the first one is an end
+    if b == size: return a, _before_run(g, ids, a, b)
+    return a, b + (g.pad in g.stops) # where padding is written with the end token, the first one is an end
+
+def _before_run(g:TurnGrammar, ids:list, a:int, b:int)->int:
+    "Where the padding begins if it is written with another token than the tokenizer says; an end token stays."
+    last = ids[b-1] if b > a else None
+    n = next((n for n in range(b - a) if ids[b-1-n] != last), b - a)
+    if last not in g.special or n <= 1 + (last in g.ends): return b # a second end may come from content
+    return b - n + (last in g.stops)
 
 # %% ../nbs/38_row_faults.ipynb #bcdc7d3c
 def _begins(g:TurnGrammar, ids:list, start:int, end:int)->list[int]:

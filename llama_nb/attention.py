@@ -392,6 +392,7 @@ def _varlen():
     "torch's variable-length attention and the names of its arguments, or `None` if this torch has none."
     return (_varlen_attn, _VARLEN_NAMES) if _varlen_attn is not None else None
 
+# %% ../nbs/40_attention.ipynb #549db95a
 def _flash(
     query:Tensor, # `(1, H, T, D)`, float16 or bfloat16
     key:Tensor, # `(1, Hkv, T, D)`
@@ -535,6 +536,7 @@ def _flash_works(device, head_size=128):
         return False
     return True
 
+# %% ../nbs/40_attention.ipynb #b2bdea70
 @contextmanager
 def newest_flash(
     device, # Where attention runs

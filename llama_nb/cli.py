@@ -396,6 +396,7 @@ _MachineRank = _option(int, '--machine-rank', min=0, help='Number of this machin
 _MainIp = _option(Optional[str], '--main-process-ip', help='Address of machine 0 that all machines can reach.')
 _MainPort = _option(int, '--main-process-port', min=1, max=65535, help='A free port of machine 0.')
 
+# %% ../nbs/93_cli.ipynb #3d3b57b3
 @app.command('train', epilog=_examples("llama-nb train --preset llama3-8b data.dataset_name=chats.jsonl", "llama-nb train --resume runs/run-1"))
 @_command
 def _train(overrides:_Overrides=None, config:_ConfigFile=None, preset:_Preset=None, resume:_Resume=None,

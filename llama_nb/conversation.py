@@ -600,6 +600,7 @@ def _calls_beside(calls, key, written, text):
     if not same: raise MessageFault(key, f'two calls: {key} and the text of a {written} differ', 'keep one of them')
     return read, '', notes
 
+# %% ../nbs/20_conversation.ipynb #ca8dafda
 def _call_notes(calls):
     "Notes about keys of calls that are not used, and about nulls that are left out, as Arrow adds them."
     if isinstance(calls, str): calls = _json_value(calls, 'tool_calls')

@@ -934,6 +934,7 @@ def file_name(
     path, folder = Path(path), Path(folder)
     return path.relative_to(folder).as_posix() if folder in path.parents else path.name
 
+# %% ../nbs/30_files.ipynb #a340c58c
 def files_rows(
     files:list, # Files, or pairs of a file and the name of one of its lists
     folder, # The folder that was given

@@ -66,6 +66,7 @@ def _spelt_so(name, row):
     "A key of a row as it is written; case and white space do not matter."
     return name if name in row else next((k for k in row if plain_key(k) == plain_key(name)), None)
 
+# %% ../nbs/31_formats.ipynb #9805969a
 class _Row:
     "The fields of a row under our names; remembers how each is written, and which were used."
     def __init__(self, row, columns=None):
@@ -404,6 +405,7 @@ _STYLES = _styles(_HH)
 _RUNNING = re.compile(r'(?:\A|(?<=[\s>]))(USER|HUMAN|ASSISTANT|AI|BOT|SYSTEM):') # one line, as Vicuna writes it
 _TEXT_STYLES = (*(style for names in _NAMES for style in _styles(names)), _RUNNING)
 
+# %% ../nbs/31_formats.ipynb #ff08f790
 def _turns_by(style, start, name):
     "The turns of a text by one style; `None` if it does not begin with a speaker, or only one of two speaks."
     marks = list(style.finditer(start))
@@ -703,6 +705,7 @@ def _is_lone_text(turns):
     asked = [t.message for t in turns if t.message.role != 'system']
     return len(asked) == 1 and asked[0].role == 'assistant' and asked[0].train is True
 
+# %% ../nbs/31_formats.ipynb #71b48879
 def _finish(turns, field='messages'):
     "Checked messages that end with the assistant, and notes about what was dropped or odd."
     turns, notes = _start(turns)
@@ -931,6 +934,7 @@ def check_columns(
         raise ConfigError(f'columns: {shorten(repr(ours), 40)} is unknown{hint}')
     return dict(columns or {})
 
+# %% ../nbs/31_formats.ipynb #2d18619f
 def role_map(
     roles:dict|None, # One of `ROLES` -> its name or names in the file, or the other way round
 )->dict: # Name in the file, in lower case -> one of `ROLES`
@@ -1001,6 +1005,7 @@ def _is_quoted(text):
     try: return isinstance(strict_json(text), str)
     except RowFault: return False
 
+# %% ../nbs/31_formats.ipynb #a9edc2de
 class ConversationStream:
     """Checked conversations, one at a time; none is kept.
 

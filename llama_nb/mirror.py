@@ -98,6 +98,7 @@ class Store(NamedTuple):
         if set(self.protocols) & set(_WITHOUT_FOLDERS): return
         self.fs.makedirs(f'{self.root}/{folder}'.rstrip('/'), exist_ok=True)
 
+# %% ../nbs/58_mirror.ipynb #2112137e
 def open_store(
     url:str, # E.g. `s3://bucket/runs`
     write:bool=False, # Whether something will be written: makes folders, and a private repository for `hf://`
@@ -364,6 +365,7 @@ def _is_known(member):
     "Whether an entry of an archive is a plain file with a name that copies have, within the folder."
     return member.isfile() and '..' not in member.name.split('/') and bool(_KNOWN.fullmatch(member.name))
 
+# %% ../nbs/58_mirror.ipynb #1fead3fe
 def _unpack(path, stage, copy):
     "Unpack a copy into a folder like that of a run; what is wrong with it, an empty text if nothing is."
     with tarfile.open(path) as archive:
@@ -413,6 +415,7 @@ def _settle(stage, here, output_dir, copy):
     shutil.rmtree(stage)
     return Run(here.folder)
 
+# %% ../nbs/58_mirror.ipynb #07aa54a2
 def _chooses_later(run):
     "Whether the end of a run chooses among its checkpoints, so that the older ones are needed too."
     training = run.config.get('training') or {}
@@ -454,6 +457,7 @@ def fetch_run(
     try: return _first_whole(store, mine, here, output_dir, stage, shown)
     finally: shutil.rmtree(stage, ignore_errors=True)
 
+# %% ../nbs/58_mirror.ipynb #252bd169
 def _first_whole(store, copies, here, output_dir, stage, shown):
     "Fetch the first copy that is whole."
     if here is not None and here.status == 'running': raise ConfigError(f'{here.name} is being trained here; stop it first')

@@ -108,6 +108,7 @@ def _equipped(tokenizer, special_tokens, additional_special_tokens, chat_templat
     if rowless: _replace_pad_(tokenizer, vocab_size)
     return tokenizer
 
+# %% ../nbs/14_model.ipynb #bfbb2f7d
 def _replace_pad_(tokenizer, vocab_size):
     "Choose a pad token that has an embedding, and say so. Raises `ConfigError` if there is none."
     old, pad = tokenizer.pad_token, _choose_pad(tokenizer, _stop_tokens(tokenizer), vocab_size)
@@ -588,6 +589,7 @@ def tuned_config(
                               'LLAMATrainer(ModelConfig(PATH), adapter=...)')
     return _with_stretched_rope(_foreign_config(str(name), use_4bit), folder)
 
+# %% ../nbs/14_model.ipynb #91b5a06a
 def _with_stretched_rope(config, folder):
     "The settings of a base, stretched as it was for an adapter that says so."
     path = folder/ROPE_FILE

@@ -106,6 +106,7 @@ def tokenizer_text(
     "Recognise what decides the ids of a conversation: the tokens and the chat template."
     if tokenizer is not None: return hash_parts(tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
 
+# %% ../nbs/77_overrides.ipynb #bc5e75c8
 def snapshot(
     hf:PackedTrainer, # A prepared loop
     config:RunConfig, # Of its trainer

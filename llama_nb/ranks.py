@@ -99,6 +99,7 @@ def all_values(
     _link.store.delete_key(f'llama_nb/{call - 1}/{mine}')
     return found
 
+# %% ../nbs/49_ranks.ipynb #2dfd7bcb
 def _leave_in_turn(call, poll_s, within_s=10):
     "Let rank 0 wait until the others have read everything, but at most `within_s` for one that is gone."
     if not is_main(): return _link.store.set(f'llama_nb/{call}/read/{rank()}', '')

@@ -502,6 +502,7 @@ def chosen_rope(
     factor = math.ceil(100*model_config.max_length/limit)/100
     return {'rope_type': 'yarn', 'factor': factor} if asked == 'auto' else dict(asked)
 
+# %% ../nbs/13_sources.ipynb #7cf0a0db
 def scale_rope_(
     shape:LlamaConfig, # Changed in place
     model_config:ModelConfig, # As in `chosen_rope`

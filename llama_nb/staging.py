@@ -81,6 +81,7 @@ def returning_freed_memory():
 
 def _is_cut(name): return re.fullmatch(r'model\.layers\.\d+\..*\.weight', name) is not None
 
+# %% ../nbs/56_staging.ipynb #bc40d612
 def _move_(found, common):
     "Write the tensors of a layer; a file of its own for what will be cut."
     own = SharedFile()

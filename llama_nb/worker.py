@@ -57,6 +57,7 @@ def agent_config(
                         run_id='llama_nb', max_restarts=0, monitor_interval=0.1, local_addr='localhost' if machines.num == 1 else None,
                         logs_specs=DefaultLogsSpecs(log_dir=str(folder/'logs'), redirects=Std.ALL), **own, **meeting)
 
+# %% ../nbs/79_worker.ipynb #ea842648
 def run_agent(
     folder:Path, # Of the launch
 )->int: # Exit code
@@ -87,6 +88,7 @@ class MessageFile(logging.Handler):
         line = json.dumps({'level': record.levelno, 'text': record.getMessage()}, ensure_ascii=False)
         with open(self.path, 'a', encoding='utf-8') as f: f.write(line + '\n')
 
+# %% ../nbs/79_worker.ipynb #ba305376
 def _trainer(spec, folder):
     "The trainer of this rank."
     import torch

@@ -52,6 +52,7 @@ def weights_fingerprint(
     for name,p in sorted(model.named_parameters()):
         if p.requires_grad or any(k in name for k in ('lora_', 'modules_to_save', 'trainable_tokens_delta')): continue
         plain_name = name.replace('base_model.model.', '').replace('.base_layer', '')
+        if hasattr(p, 'to_local'): p = p.to_local() # of a base in parts: what this rank holds
         parts += [plain_name, tuple(p.shape), p.dtype, sampled_bytes(p, samples)]
     return hash_parts(*parts)
 

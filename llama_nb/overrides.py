@@ -150,7 +150,7 @@ def _not_taken(name):
     where = f"trainer.{'hf_trainer.' if on_loop else ''}{name.partition(' ')[0]}"
     key = 'config' if name.startswith('config.') else name.removeprefix('args.').partition(' ')[0]
     default = f'set training.{key}' if key in TrainingConfig.__dataclass_fields__ else 'leave it as it is'
-    return ConfigError(f'{where}: changed after the run was prepared, so that the run would not use or not record it; '
+    return ConfigError(f'{where}: changed after the run was prepared, too late to be used and recorded; '
                        f'the run is removed again; {_INSTEAD.get(key, default)}')
 
 # %% ../nbs/77_overrides.ipynb #add0175c

@@ -22,7 +22,7 @@ PLAN = {  # what a test records -> its number in the plan
     'invariances': 'T8', 'ranks against one process': 'T8', 'data in memory on two processes': 'T8', 'parts of the base in host memory': 'T8', 'fsdp with an NF4 base against ddp': 'T8', 'two processes load a base and cut it': 'T8', 'two processes load a base, each for itself': 'T8',
     'hostile file': 'T13', 'trial of a template': 'T13', 'secret canaries': 'T15', 'imports': 'T16', 'static rule': 'T16', 'soak': 'T17',
     'interrupts': 'T18', 'interrupted twice': 'T18', 'interrupted, by the command line': 'T18', 'stopped from another process': 'T18', 'two processes on one run': 'T18', 'notebook kernel': 'T18',
-    'one of two ranks is asked to stop': 'T18', 'interrupt of two processes': 'T18', 'a rank stands still': 'T18', 'two hosts, the cable is cut': 'T18',
+    'one of two ranks is asked to stop': 'T18', 'interrupt of two processes': 'T18', 'a rank stands still': 'T18', 'two hosts, the cable is cut': 'T18', 'a scheduler asks two machines': 'T18',
     'mutants': 'T19'}
 
 

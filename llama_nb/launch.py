@@ -32,6 +32,7 @@ from .errors import (
     ConfigError, DataError, LlamaNbError, logger, one_line, OutOfMemoryError, redact, RunInterrupted)
 from .files import BadRow
 from .formats import Conversations
+from .guards import REPEATED_S
 from .runs import Run, save_config
 from .trackers import in_notebook, LiveView
 from .views import can_show_progress, plain_json, tell, write_text
@@ -233,7 +234,7 @@ class _Messages:
 class _Launched:
     "The processes of a run, seen from the parent."
     def __init__(self, spec, folder, log_name='agent.log'):
-        self.folder, self.run, self.asked = folder, spec.run and Run(spec.run), 0
+        self.folder, self.run, self.asked, self.asked_at = folder, spec.run and Run(spec.run), 0, 0.
         self.before = len(self.run.events()) if self.run else 0
         root = str(Path(__file__).resolve().parent.parent) if '__file__' in globals() else os.getcwd()
         path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
@@ -244,16 +245,26 @@ class _Launched:
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     @property
+    def ranks(self): # the processes that train on this machine
+        try: return [p for p in psutil.Process(self.process.pid).children() if 'rank' in p.cmdline()]
+        except psutil.NoSuchProcess: return []
+
+    @property
     def is_training(self): # whether a stop would find something to save
-        return self.run is not None and any(e['kind'] in ('start', 'resume') for e in self.run.events()[self.before:])
+        if self.run is None: return bool(self.ranks) # the main process is on another machine
+        return any(e['kind'] in ('start', 'resume') for e in self.run.events()[self.before:])
 
     def interrupt(self, signum=None, frame=None):
         "Stop after this step; at once if asked before, or if there is nothing to save."
+        since, self.asked_at = time.monotonic() - self.asked_at, time.monotonic()
+        if self.asked and signum == signal.SIGTERM and since < REPEATED_S: return
         self.asked += 1
         if self.asked > 1 or not self.is_training: return self.process.kill() # the ranks end with it
         logger.warning('%s: finishing this step, then saving; interrupt again to stop at once',
                        signal.Signals(signum or signal.SIGINT).name)
-        (self.run.folder/'STOP').touch()
+        if self.run is not None: (self.run.folder/'STOP').touch()
+        else:
+            for p in self.ranks: p.send_signal(signal.SIGTERM) # they ask those on the other machines
 
     @contextmanager
     def handling_signals(self):

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,6 +111,32 @@ def test_kill_9_of_the_launcher_leaves_nobody(place):
     run = Run(folder)
     assert run.status == 'crashed' and verify_checkpoint(run.latest_valid(), run.id) == []
     record('kill -9 of the launcher', seconds_until_nobody_is_left=round(took, 1))
+
+
+@pytest.mark.parametrize('how', ['every process', 'the second launcher'])
+def test_a_scheduler_asks_two_machines(place, how):
+    "SIGTERM as SLURM sends it, twice to every process, or to the launcher of the machine without the run: all ranks save one step and end."
+    name = f'scheduled-{len(how)}'
+    folder, settings = place/'runs'/name, config(place, name, save_steps=10**6, max_steps=10**5)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    with patch.dict(ENV, GLOO_SOCKET_IFNAME='lo'):
+        launchers = [start('train', '--config', settings, '--num-machines', 2, '--machine-rank', i, '--main-process-ip', '127.0.0.1', '--main-process-port', port)
+                     for i in range(2)]
+    assert wait_for(launchers[0], lambda: events(folder, 'train') >= 3, timeout=420), [p.communicate()[0] for p in launchers]
+    trees = [psutil.Process(p.pid) for p in launchers]
+    seen = [child for tree in trees for child in tree.children(recursive=True)]
+    asked = [*trees, *seen]*2 if how == 'every process' else trees[1:]
+    for process in asked:
+        if is_there(process): process.send_signal(signal.SIGTERM)
+    said = [p.communicate(timeout=90)[0] for p in launchers]
+    assert [p.returncode for p in launchers] == [130, 130] and 'Traceback' not in ''.join(said), said
+    run = Run(folder)
+    assert run.status == 'interrupted' and run.latest_valid().name == f"checkpoint-{run.metrics('loss')[-1][0]}", run.events()[-3:]
+    assert not (folder/'STOP').exists()
+    all_gone(folder, 10, seen)
+    record('a scheduler asks two machines', how=how, exit_code_130=True, checkpoints=events(folder, 'checkpoint'))
 
 
 @pytest.mark.slow

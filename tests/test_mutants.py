@@ -24,7 +24,7 @@ MUTANTS = {
     'settings are compared': ('resume', 'changes = changed_settings(old, facts, allow)', 'changes = {}', 'test_exact.py::test_a_changed_setting_is_refused'),
     'parts are asked for by name': ('resume', 'if missing: raise', 'if False: raise', 'test_exact.py::test_a_missing_part_is_not_gone_on_without'),
     'later epochs are shuffled by their number': ('loop', "random.Random(f'{self.seed}:{self.epoch}').shuffle(order)", 'random.shuffle(order)', 'test_exact.py::test_resumed_is_uninterrupted'),
-    'an interrupt saves': ('guards', 'control.should_save = self.trainer.saved_step != state.global_step', 'control.should_save = False', 'test_stop.py::test_interrupts'),
+    'an interrupt ends the run': ('guards', 'control.should_training_stop = True', 'pass', 'test_stop.py::test_interrupts'),
     'one process at a time': ('resume', "if run.status == 'running' and", 'if False and', 'test_stop.py::test_two_processes_do_not_share_a_run'),
     'headers are walked before they are believed': ('sources', 'check_gguf(file)\n', 'pass\n', 'test_hostile.py::test_hostile_gguf'),
     'a role is one of four words': ('conversation', 'if self.role not in ROLES:', 'if False:', 'test_injection.py::test_a_role_is_one_of_four_words'),

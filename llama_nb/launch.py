@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -264,7 +264,8 @@ class _Launched:
                        signal.Signals(signum or signal.SIGINT).name)
         if self.run is not None: (self.run.folder/'STOP').touch()
         else:
-            for p in self.ranks: p.send_signal(signal.SIGTERM) # they ask those on the other machines
+            for p in self.ranks: # they ask those on the other machines
+                with suppress(psutil.NoSuchProcess): p.send_signal(signal.SIGTERM) # it may have ended just now
 
     @contextmanager
     def handling_signals(self):

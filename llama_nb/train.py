@@ -36,14 +36,14 @@ from .inputs import (
 from .launch import launch_training, LaunchSpec, Machines, stop_launched
 from .layers import recompute_norms_
 from .linears import uncompile_layers_, unpack_copies_, unpack_scales_
-from .lora import adapter_tensors
 from .loop import (
     batch_collator, PackedTrainer, set_checkpointing_, start_compiled_, start_fp8_, training_arguments)
+from .lora import adapter_tensors
 from .mirror import Mirror
 from .model import load_model, pick_device, run_tokenizer
-from llama_nb.overrides import (
+from .overrides import (
     check_not_refused, check_overrides, check_own_optimizer, check_unused, set_metric_, snapshot, take_over_,
-    tokenizer_text)
+    tokenizer_fingerprint)
 from .own_objects import Given, make_model, object_settings
 from .publishing import load_chosen, load_published_, publish, upload_asked, was_stopped
 from .quantization import compute_dtype
@@ -109,7 +109,7 @@ class LLAMATrainer:
         self._refused = None # a loop whose run was refused, and what it held then
         self.planned = None # its `MemoryPlan`
         self._model = self._data = self._encoded = None # loaded on first use
-        self._encoded_by = None # `tokenizer_text` at that time
+        self._encoded_by = None # `tokenizer_fingerprint` at that time
         # `None`: as the config says
         self._rows = None if model is None else model.get_input_embeddings().weight.shape[0]
         self._tokenizer = tokenizer if tokenizer is None else run_tokenizer(self.config, tokenizer, self._rows)
@@ -186,9 +186,9 @@ class LLAMATrainer:
     @property
     def encoded(self)->EncodedData:
         "The conversations, encoded and packed on first use. Raises `DataError` if none is left to train on."
-        text = tokenizer_text(self.tokenizer)
-        if self._encoded is None or text != self._encoded_by: # another template or other tokens give other ids
-            data, self._encoded_by = self.data, text
+        found = tokenizer_fingerprint(self.tokenizer)
+        if self._encoded is None or found != self._encoded_by: # another template or other tokens give other ids
+            data, self._encoded_by = self.data, found
             if self.given.model is None: self.config = replace(self.config, model=settle_rope(self.config.model))
             shape = self._shape
             self._encoded = encode_data(data, self.tokenizer, self.config, shape)

@@ -116,7 +116,7 @@ def test_kill_9_of_the_launcher_leaves_nobody(place):
 @pytest.mark.parametrize('how', ['every process', 'the second launcher'])
 def test_a_scheduler_asks_two_machines(place, how):
     "SIGTERM as SLURM sends it, twice to every process, or to the launcher of the machine without the run: all ranks save one step and end."
-    name = f'scheduled-{len(how)}'
+    name = 'asked-' + how.replace(' ', '-')
     folder, settings = place/'runs'/name, config(place, name, save_steps=10**6, max_steps=10**5)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
